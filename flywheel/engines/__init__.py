@@ -1,0 +1,1 @@
+"""Adapters to the libraries that run a model. `base` is the contract."""

@@ -1,0 +1,88 @@
+"""The contract between a strategy and whatever runs the model.
+
+A strategy is a coroutine about one question. It awaits `Engine.generate` and
+`Engine.score`; `Backend.run` drives many coroutines at once and batches whatever is
+waiting (continuous batching in vLLM), so no strategy knows of batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+from flywheel.records import Finish, Role
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class EngineDied(RuntimeError):
+    """The engine cannot go on; the message says why, and the chunk's shard is not written."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How to sample. Temperature 0 is greedy. `stop` token ids end the completion and are kept."""
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    stop: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """`tokens` holds the sampled ids including a final stop token, but never the EOS token.
+
+    `eos` says that the model ended its answer; `finish` is LENGTH when `max_tokens` cut it.
+    """
+
+    tokens: tuple[int, ...]
+    finish: Finish
+    eos: bool
+
+
+class Engine(Protocol):
+    """One model in one role."""
+
+    role: Role
+    name: str  # e.g. policy_2: the artifact that is served
+    parameters: int  # all parameters of the model, adapter included
+    max_model_len: int
+
+    async def generate(
+        self, prompt: Sequence[int], sampling: Sampling, *, purpose: str, n: int = 1
+    ) -> list[Completion]:
+        """Sample `n` completions of `prompt` (token ids). Charged to the ledger under `purpose`.
+
+        Raises ValueError if the prompt and `max_tokens` do not fit `max_model_len`.
+        """
+        ...
+
+    async def score(self, prompt: Sequence[int], labels: tuple[int, int], *, purpose: str) -> float:
+        """P(labels[0]) / (P(labels[0]) + P(labels[1])) as the next token after `prompt`."""
+        ...
+
+
+class Backend(Protocol):
+    """Owns the device: the engines of the roles that a stage asked for, and the loop that steps them."""
+
+    def engine(self, role: Role) -> Engine: ...
+
+    def run(
+        self, items: Iterable[T], work: Callable[[T], Awaitable[R]], in_flight: int
+    ) -> Iterator[tuple[T, R]]:
+        """Run `work(item)` for every item, at most `in_flight` at once; yield as they finish."""
+        ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRef:
+    """A frozen base plus at most one LoRA adapter, under the name that every figure quotes."""
+
+    name: str
+    base: str
+    adapter: str | None = None

@@ -1,0 +1,94 @@
+"""Every token charged: by role, stage and purpose.
+
+FLOPs are 2N a token for inference and 6N a token in training (Kaplan et al. 2020, as
+used in Snell et al., section 7). Counts are nominal: a token that the prefix cache
+served is counted as prompt and again, beside, as cached.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, fields
+
+
+@dataclass(slots=True)
+class Spent:
+    """Tokens of one (role, stage, purpose); FLOPs as a number, seconds of wall time."""
+
+    prompt: int = 0
+    cached: int = 0
+    generated: int = 0
+    scored: int = 0
+    trained: int = 0
+    flops: float = 0.0
+    seconds: float = 0.0
+
+    @property
+    def tokens(self) -> int:
+        """Nominal tokens processed: prompt + generated + scored + trained."""
+        return self.prompt + self.generated + self.scored + self.trained
+
+    def add(self, other: Spent) -> None:
+        for item in fields(other):
+            setattr(self, item.name, getattr(self, item.name) + getattr(other, item.name))
+
+
+class Ledger:
+    """What one stage spent. `rows()` is what its shards and manifest store."""
+
+    def __init__(self, stage: str, round: int):
+        self.stage, self.round = stage, round
+        self._spent: dict[tuple[str, str], Spent] = {}
+
+    def _at(self, role: str, purpose: str) -> Spent:
+        return self._spent.setdefault((str(role), purpose), Spent())
+
+    def charge(
+        self,
+        role: str,
+        purpose: str,
+        *,
+        parameters: int,
+        prompt: int = 0,
+        cached: int = 0,
+        generated: int = 0,
+        scored: int = 0,
+    ) -> None:
+        """Charge inference. `cached` prompt tokens cost no FLOPs but stay in `prompt`."""
+        if min(prompt, cached, generated, scored) < 0 or cached > prompt + scored:
+            raise ValueError(f"ledger: impossible charge for {role}/{purpose}: {prompt=} {cached=} {generated=} {scored=}")
+        computed = prompt + generated + scored - cached
+        self._at(role, purpose).add(
+            Spent(prompt=prompt, cached=cached, generated=generated, scored=scored, flops=2.0 * parameters * computed)
+        )
+
+    def train(self, role: str, purpose: str, *, parameters: int, tokens: int, seconds: float = 0.0) -> None:
+        """Charge `tokens` processed in training (every epoch counts)."""
+        self._at(role, purpose).add(Spent(trained=tokens, flops=6.0 * parameters * tokens, seconds=seconds))
+
+    def seconds(self, role: str, purpose: str, seconds: float) -> None:
+        self._at(role, purpose).add(Spent(seconds=seconds))
+
+    def tokens(self) -> int:
+        return sum(spent.tokens for spent in self._spent.values())
+
+    def rows(self) -> list[dict]:
+        return [
+            {"stage": self.stage, "round": self.round, "role": role, "purpose": purpose, **asdict(spent)}
+            for (role, purpose), spent in sorted(self._spent.items())
+        ]
+
+    def take(self) -> list[dict]:
+        """The rows so far; the ledger starts again at zero (a chunk's rows go into its shard)."""
+        rows, self._spent = self.rows(), {}
+        return rows
+
+
+def total(rows: Iterable[dict], *by: str) -> Iterator[tuple[tuple[str, ...], Spent]]:
+    """Sum ledger rows by some of `round`, `stage`, `role`, `purpose`; yields in sorted order."""
+    sums: dict[tuple[str, ...], Spent] = {}
+    names = [item.name for item in fields(Spent)]
+    for row in rows:
+        key = tuple(str(row[name]) for name in by)
+        sums.setdefault(key, Spent()).add(Spent(**{name: row[name] for name in names}))
+    yield from sorted(sums.items())

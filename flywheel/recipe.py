@@ -1,0 +1,265 @@
+"""The recipe: every choice of a run, typed and strict, from YAML and command-line overrides.
+
+Unknown keys fail and name the nearest known one. A stage's fingerprint holds the sections
+that it reads (`SECTIONS`), so a change elsewhere does not invalidate finished work.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+Positive = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class RecipeError(ValueError):
+    """One line: which key, what is wrong, the mend."""
+
+
+class Spec(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=False, frozen=True, allow_inf_nan=False)
+
+
+class ProblemSpec(Spec):
+    """Where the questions come from. `limits` takes the first n of a split (0: all)."""
+
+    format: Literal["jsonl", "gsm8k", "math"] = "jsonl"
+    path: str
+    fields: dict[str, str] = {}  # our name -> the file's name, e.g. {question: problem}
+    limits: dict[Literal["train", "calibrate", "validation", "test"], Annotated[int, Field(ge=0)]] = {}
+    checker: str = "flywheel.grading:same_answer"  # module:function(gold, answer) -> bool
+    step_checker: str | None = None  # module:function(question, solution text) -> bool, reported only
+    check_seconds: Annotated[float, Field(gt=0)] = 5.0
+    check_workers: Positive = 1
+
+
+class ModelSpec(Spec):
+    """The frozen base of the run."""
+
+    base: str
+    lora_rank: Positive = 16
+    lora_alpha: Positive = 32
+    lora_targets: str | list[str] = "all-linear"
+
+
+class EngineSpec(Spec):
+    kind: Literal["vllm", "transformers", "scripted"] = "vllm"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    max_model_len: Positive = 1024
+    kv_cache_mb: Positive = 256  # per engine, CPU only
+    gpu_memory: Share = 0.9
+    max_running: Positive = 256  # sequences decoded at once
+    chunk: Positive = 50  # questions to a shard: what a kill can cost
+
+
+class PromptSpec(Spec):
+    chat: bool = False
+    system: str | None = None
+    solve: str
+    check: str
+    again: str  # between two attempts of a revision chain
+    step: str = "\n"
+    stop: list[str] = []  # tokens that end a solution beside EOS
+    answer: str = "boxed"  # `boxed`, or a regular expression with one group
+
+
+class SampleSpec(Spec):
+    per_question: Positive = 16
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    max_tokens: Positive = 96
+    max_steps: Positive = 40
+
+
+class LabelSpec(Spec):
+    """Monte Carlo labels (Snell et al., appendix D)."""
+
+    questions: Annotated[int, Field(ge=0)] = 0  # 0: all training questions
+    solutions: Positive = 4  # a question, of the sampled ones
+    rollouts: Positive = 8  # a distinct step prefix
+    validation: Annotated[float, Field(gt=0, lt=1)] = 0.1  # of questions
+
+
+class TrainSpec(Spec):
+    epochs: Annotated[float, Field(gt=0)] = 3
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    batch_size: Positive = 32  # global, over all ranks and accumulation steps
+    micro_batch_size: Positive = 32  # on one device at once
+    evals: Positive = 8  # validation points over the training
+    warmup: Share = 0.05
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    max_length: Positive = 1024
+
+
+class PrmSpec(TrainSpec):
+    labels: tuple[str, str] = ("+", "-")  # good, bad: single tokens
+    aggregate: Literal["last", "min", "product", "mean"] = "last"
+
+
+class ReviserSpec(TrainSpec):
+    samples: Positive = 16  # a question, of the sampled ones
+    trajectories: Positive = 8  # a question at most
+    context: Positive = 4  # incorrect attempts before the correct one, at most
+    probe_questions: Positive = 40  # questions for choosing the checkpoint
+    probe_attempts: Positive = 4
+
+
+class BestOfNSpec(Spec):
+    kind: Literal["best_of_n"]
+    select: Literal["weighted", "majority"] = "weighted"
+
+
+class BeamSpec(Spec):
+    kind: Literal["beam"]
+    width: Positive | Literal["sqrt"] = 4
+    max_rounds: Positive = 40
+
+
+class ReviseSpec(Spec):
+    kind: Literal["revise"]
+    select: Literal["weighted", "majority"] = "weighted"
+    context: Positive = 4
+
+
+StrategySpec = Annotated[BestOfNSpec | BeamSpec | ReviseSpec, Field(discriminator="kind")]
+
+
+class CalibrateSpec(Spec):
+    strategies: list[StrategySpec]
+    budgets: list[Positive]  # in generations: final answers generated
+    bins: Positive = 5
+    edges: list[Share] = [0.8, 0.6, 0.4, 0.2]  # of the fixed bins, on pass@1, easiest first
+
+
+class HarvestSpec(Spec):
+    budget: Positive = 16
+    keep: Positive = 4  # traces a question, at most
+    balance: Annotated[float, Field(ge=1)] = 3.0  # no bin keeps more than this times the smallest's mean
+
+
+class DistillSpec(TrainSpec):
+    gate_samples: Positive = 64  # a calibrate question, for pass@1 and pass@64
+
+
+class EvaluateSpec(Spec):
+    samples: Positive = 64
+    budget: Positive = 16
+    probe: Positive = 4
+    revise_attempts: Positive = 8
+    bootstrap: Positive = 2000
+
+
+class TrackSpec(Spec):
+    project: str = "flywheel"
+    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+
+
+class Recipe(Spec):
+    name: str
+    seed: int = 0
+    problems: ProblemSpec
+    model: ModelSpec
+    engine: EngineSpec = EngineSpec()
+    prompts: PromptSpec
+    sample: SampleSpec = SampleSpec()
+    label: LabelSpec = LabelSpec()
+    prm: PrmSpec = PrmSpec()
+    reviser: ReviserSpec = ReviserSpec()
+    calibrate: CalibrateSpec
+    harvest: HarvestSpec = HarvestSpec()
+    distill: DistillSpec = DistillSpec()
+    evaluate: EvaluateSpec = EvaluateSpec()
+    track: TrackSpec = TrackSpec()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        edges = self.calibrate.edges
+        if len(edges) != self.calibrate.bins - 1 or any(a <= b for a, b in zip(edges, edges[1:])):
+            raise ValueError(f"calibrate.edges: {self.calibrate.bins - 1} falling numbers wanted, got {edges}")
+        if self.sample.max_tokens >= self.engine.max_model_len:
+            raise ValueError("sample.max_tokens: must be below engine.max_model_len")
+        for key in ("prm", "reviser", "distill"):
+            spec = getattr(self, key)
+            if spec.batch_size % spec.micro_batch_size:
+                raise ValueError(f"{key}.batch_size: {spec.batch_size} is not a multiple of {key}.micro_batch_size {spec.micro_batch_size}")
+        return self
+
+
+def load(path: str | Path, overrides: list[str] = ()) -> Recipe:
+    """Read a YAML recipe and apply `section.key=value` overrides (values are YAML).
+
+    Raises RecipeError with one line that names the file and the key.
+    """
+    path = Path(path)
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecipeError(f"{path}: no such recipe") from None
+    except (UnicodeDecodeError, OSError) as error:
+        raise RecipeError(f"{path}: cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise RecipeError(f"{path}: a recipe is a mapping of sections, got {type(data).__name__}")
+    for item in overrides:
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise RecipeError(f"override {item!r}: write section.key=value")
+        try:
+            _set(data, key.split("."), yaml.safe_load(value))
+        except yaml.YAMLError:
+            raise RecipeError(f"override {item!r}: the value is not YAML") from None
+    return parse(data, str(path))
+
+
+def parse(data: dict, source: str = "recipe") -> Recipe:
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        raise RecipeError(f"{source}: {_one_line(error)}") from None
+
+
+def _set(data: dict, keys: list[str], value: Any) -> None:
+    for key in keys[:-1]:
+        data = data.setdefault(key, {})
+        if not isinstance(data, dict):
+            raise RecipeError(f"override {'.'.join(keys)}: {key} is not a section")
+    data[keys[-1]] = value
+
+
+def _one_line(error: ValidationError) -> str:
+    """The first fault as `key: what is wrong`; unknown keys name the nearest known one."""
+    faults = error.errors()
+    fault = next((f for f in faults if f["type"] == "extra_forbidden"), faults[0])
+    where = ".".join(str(part) for part in fault["loc"])
+    more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+    if fault["type"] == "extra_forbidden":
+        known = known_keys()
+        # strings of a union's tag stand in loc; drop them, they are no keys
+        near = difflib.get_close_matches(where, known, 1, 0.5) or [
+            key for key in known if key.rsplit(".", 1)[-1] in difflib.get_close_matches(where.rsplit(".", 1)[-1], [k.rsplit(".", 1)[-1] for k in known], 1, 0.6)
+        ][:1]
+        return f"{where}: unknown key" + (f"; did you mean {near[0]}?" if near else "") + more
+    if not where:
+        return fault["msg"].removeprefix("Value error, ") + more
+    return f"{where}: {fault['msg']} (got {fault.get('input')!r:.60})" + more
+
+
+def known_keys() -> list[str]:
+    """Every dotted key of the schema."""
+
+    def walk(model: type[BaseModel], prefix: str) -> list[str]:
+        keys = []
+        for name, info in model.model_fields.items():
+            keys.append(prefix + name)
+            for kind in (info.annotation, *get_args(info.annotation)):
+                if isinstance(kind, type) and issubclass(kind, BaseModel):
+                    keys += walk(kind, f"{prefix}{name}.")
+        return keys
+
+    return walk(Recipe, "")

@@ -1,0 +1,218 @@
+"""The nouns of the project: frozen dataclasses, standard library only.
+
+Everything that a stage writes to disk is one of these records; everything that a
+strategy, a training or a study takes is made of them. `run.py` turns them into
+parquet rows and back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+
+class Split(StrEnum):
+    """The four disjoint sets of questions. `TEST` is read by `evaluate` alone."""
+
+    TRAIN = "train"
+    CALIBRATE = "calibrate"
+    VALIDATION = "validation"
+    TEST = "test"
+
+
+class Role(StrEnum):
+    """Which of the three models of a round does the work."""
+
+    POLICY = "policy"
+    PRM = "prm"
+    REVISER = "reviser"
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What search may see."""
+
+    id: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A question with its gold answer. Search never receives one."""
+
+    question: Question
+    answer: str
+    split: Split
+    level: str = ""  # the label that the problem set carries (chain length, MATH level)
+
+    @property
+    def id(self) -> str:
+        return self.question.id
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One step of a solution, as text and as the very token ids that were sampled.
+
+    `tokens` include the separator that ends the step; the end-of-sequence token is
+    never part of a step.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+
+
+class Finish(StrEnum):
+    STOP = "stop"  # the model ended its answer
+    LENGTH = "length"  # cut off by a limit on tokens, steps or rounds
+
+
+@dataclass(frozen=True, slots=True)
+class Solution:
+    """One attempt at a question. A chain of `parent`s is a revision chain.
+
+    `answer` is the extracted final answer (normalised text), or None where none could
+    be parsed. `origin` names the strategy and the models, e.g. `sample:policy_0`.
+    """
+
+    id: str
+    question_id: str
+    steps: tuple[Step, ...]
+    finish: Finish
+    answer: str | None
+    origin: str
+    parent: str | None = None
+    attempt: int = 1  # position in its revision chain, from 1
+
+    @property
+    def text(self) -> str:
+        return "".join(step.text for step in self.steps)
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        return tuple(token for step in self.steps for token in step.tokens)
+
+
+class Verdict(StrEnum):
+    CORRECT = "correct"
+    INCORRECT = "incorrect"
+    UNPARSABLE = "unparsable"  # finished, but no answer could be extracted
+    TRUNCATED = "truncated"  # cut off before an answer
+    UNDECIDED = "undecided"  # the checker ran out of time or died
+
+
+@dataclass(frozen=True, slots=True)
+class Grade:
+    """The verdict on one solution. A solution without a Grade is ungraded, not wrong."""
+
+    solution_id: str
+    question_id: str
+    verdict: Verdict
+
+    @property
+    def correct(self) -> bool:
+        return self.verdict is Verdict.CORRECT
+
+
+@dataclass(frozen=True, slots=True)
+class StepValues:
+    """Value in [0, 1] after each step; `rollouts[i]` Monte Carlo rollouts stand behind it.
+
+    `rollouts` is empty where the values come from a PRM.
+    """
+
+    solution_id: str
+    question_id: str
+    values: tuple[float, ...]
+    rollouts: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Trajectory:
+    """Training text of the reviser: incorrect attempts, then a correct one (Snell et al., 6.1)."""
+
+    question_id: str
+    attempts: tuple[Solution, ...]  # the last one is correct; 0-4 incorrect before it
+
+
+@dataclass(frozen=True, slots=True)
+class Difficulty:
+    """One question's difficulty. Bins count from 1 (easiest) to 5 (hardest)."""
+
+    question_id: str
+    pass_at_1: float
+    samples: int
+    quantile_bin: int
+    fixed_bin: int
+
+
+@dataclass(frozen=True, slots=True)
+class Harvested:
+    """One verified trace. `votes`: independent candidates that produced it; `tokens`: its ids."""
+
+    question_id: str
+    question: str
+    solution: str
+    answer: str
+    bin: int
+    round: int
+    votes: int
+    tokens: tuple[int, ...]
+
+
+# ---- strategies: a closed union, matched, no registry -------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class BestOfN:
+    """N independent samples. `select` is `weighted` or `majority` (Snell et al., 5.1)."""
+
+    n: int
+    select: str = "weighted"
+
+
+@dataclass(frozen=True, slots=True)
+class Beam:
+    """`n` beams: keep the best n/width at each step, `width` continuations of each (5.2)."""
+
+    n: int
+    width: int = 4
+    max_rounds: int = 40
+
+
+@dataclass(frozen=True, slots=True)
+class Revise:
+    """`chains` independent chains of `length` attempts, context = last `context` (6.1)."""
+
+    length: int
+    chains: int = 1
+    select: str = "weighted"
+    context: int = 4
+
+
+Strategy = BestOfN | Beam | Revise
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A finished solution inside a search, with the PRM's step values (possibly empty)."""
+
+    solution: Solution
+    values: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a strategy answers for one question: all candidates and the answer selected.
+
+    `answer` is None where no candidate had a parsable answer. `tokens` are all tokens
+    that the strategy was charged for (prompt + generated + scored, nominal).
+    """
+
+    question_id: str
+    strategy: str
+    candidates: tuple[Candidate, ...]
+    answer: str | None
+    generations: int
+    tokens: int
+    extra: dict[str, float] = field(default_factory=dict)
