@@ -8,6 +8,8 @@ served is counted as prompt and again, beside, as cached.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass, fields
 
 
@@ -31,6 +33,23 @@ class Spent:
     def add(self, other: Spent) -> None:
         for item in fields(other):
             setattr(self, item.name, getattr(self, item.name) + getattr(other, item.name))
+
+
+_METERS: ContextVar[tuple[Spent, ...]] = ContextVar("meters", default=())
+
+
+@contextmanager
+def metered() -> Iterator[Spent]:
+    """What inference charges, to any ledger, inside this block: by its coroutine and the tasks that it starts.
+
+    So one question's cost, among hundreds in flight, is told from the very charges. Blocks nest.
+    """
+    spent = Spent()
+    token = _METERS.set((*_METERS.get(), spent))
+    try:
+        yield spent
+    finally:
+        _METERS.reset(token)
 
 
 class Ledger:
@@ -58,9 +77,9 @@ class Ledger:
         if min(prompt, cached, generated, scored) < 0 or cached > prompt + scored:
             raise ValueError(f"ledger: impossible charge for {role}/{purpose}: {prompt=} {cached=} {generated=} {scored=}")
         computed = prompt + generated + scored - cached
-        self._at(role, purpose).add(
-            Spent(prompt=prompt, cached=cached, generated=generated, scored=scored, flops=2.0 * parameters * computed)
-        )
+        spent = Spent(prompt=prompt, cached=cached, generated=generated, scored=scored, flops=2.0 * parameters * computed)
+        for account in (self._at(role, purpose), *_METERS.get()):
+            account.add(spent)
 
     def train(self, role: str, purpose: str, *, parameters: int, tokens: int, seconds: float = 0.0) -> None:
         """Charge `tokens` processed in training (every epoch counts)."""

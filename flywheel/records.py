@@ -195,10 +195,19 @@ Strategy = BestOfN | Beam | Revise
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A finished solution inside a search, with the PRM's step values (possibly empty)."""
+    """A finished solution inside a search.
+
+    `values`: those of the PRM's step values that the aggregation needs, and `score` what
+    they come to; empty and 0 where nothing was scored (no answer, or a majority vote).
+    `cost` and `score_cost`: tokens charged to sample and to score this candidate alone;
+    0 in beam search, which shares its work, and where an equal solution was scored before.
+    """
 
     solution: Solution
     values: tuple[float, ...] = ()
+    score: float = 0.0
+    cost: int = 0
+    score_cost: int = 0
 
 
 @dataclass(frozen=True, slots=True)

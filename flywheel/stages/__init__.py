@@ -1,0 +1,25 @@
+"""The stages of a round, one file each, in the order in which they run."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+ORDER = (
+    "sample",
+    "label",
+    "train_prm",
+    "train_reviser",
+    "choose_reviser",
+    "calibrate",
+    "harvest",
+    "distill",
+    "gate",
+    "evaluate",
+    "search",
+)
+
+
+def stages(round: int) -> list:
+    """Round 0 is the base: it is evaluated and nothing else."""
+    names = ("evaluate",) if round == 0 else ORDER
+    return [import_module(f"flywheel.stages.{name}").STAGE for name in names]

@@ -1,0 +1,85 @@
+"""Every strategy at every budget on each bin of the calibrate split: two plans come of it.
+
+*serve* wants the selected answer to be right; *harvest* wants distinct verified solutions
+for its tokens. Bins come from the sample stage; the trials are drawn anew, so that samples
+that bin a question never score a strategy on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from flywheel.records import Grade, Outcome, Solution, Split, Verdict
+from flywheel.run import Context, Stage
+from flywheel.search.plan import Trial, harvest_plan, left_out, name, serve_plan, strategies, table
+from flywheel.search.run import search, smaller
+from flywheel.stages.kit import Kit, answer_is_right, by_question, difficulties, kit, plan_models, search_tools, searchers, trace
+
+
+def work(ctx: Context, kit: Kit, questions: Sequence[str]) -> Iterator[object]:
+    tools, bins = search_tools(kit), difficulties(ctx)
+    wanted = [item for item in strategies(ctx.recipe.calibrate) if tools.can(item[1])]
+    known = in_hand(ctx, set(questions))
+
+    async def one(question: str) -> list[tuple[int, object, Outcome]]:
+        runs: dict[object, Outcome] = {}
+        out = []
+        # the largest budget first, and of the samplers the judged one: the others are parts of it
+        for budget, strategy in sorted(wanted, key=lambda item: (-item[0], getattr(item[1], "select", "") == "majority")):
+            outcome = next((o for o in (smaller(done, run, strategy) for done, run in runs.items()) if o), None)
+            if outcome is None:
+                outcome = await search(strategy, kit.problems[question].question, tools, tag=f"r{ctx.round}/calibrate/{name(strategy)}")
+                runs[strategy] = outcome
+            out.append((budget, strategy, outcome))
+        return out
+
+    for question, outcomes in kit.each(questions, one):
+        distinct = {c.solution.id: c.solution for _, _, o in outcomes for c in o.candidates}
+        grades = kit.grade(list(distinct.values()))
+        correct = {g.solution_id: g.verdict is Verdict.CORRECT for g in grades}
+        for budget, strategy, outcome in outcomes:
+            solutions = [c.solution for c in outcome.candidates]
+            yield Trial(
+                question_id=question,
+                bin=bins[question].quantile_bin,
+                budget=budget,
+                strategy=strategy,
+                correct=bool(answer_is_right(outcome.answer, solutions, correct)),
+                verified=len({trace(s) for s in solutions if correct[s.id]} - known[question]),
+                tokens=outcome.tokens,
+            )
+
+
+def in_hand(ctx: Context, questions: set[str]) -> dict[str, set[str]]:
+    """Verified traces of the sample stage: the harvest has them before it begins."""
+    right = {g.solution_id for g in ctx.read(Grade, "sample") if g.correct and g.question_id in questions}
+    groups = by_question(s for s in ctx.read(Solution, "sample") if s.id in right)
+    return {question: {trace(s) for s in groups.get(question, [])} for question in questions}
+
+
+def finish(ctx: Context) -> dict:
+    trials = list(ctx.read(Trial, "calibrate"))
+    models, spec = plan_models(ctx), ctx.recipe.calibrate
+    serve, two_fold = serve_plan(trials, models, spec.bins, seed=ctx.seed("folds") % 2**31)
+    harvest = harvest_plan(trials, models, ctx.recipe.harvest.budget, ctx.recipe.harvest.keep, spec.bins)
+    for plan in (serve, harvest):
+        plan.write(ctx.dir / f"{plan.kind}_plan.json")
+    return {
+        "trials": len(trials),
+        "serve": serve.to_dict(),
+        "harvest": harvest.to_dict(),
+        "two_fold": two_fold,
+        "table": table(trials),
+        "left_out": left_out(spec),
+    }
+
+
+STAGE = Stage(
+    name="calibrate",
+    sections=("calibrate", "sample", "harvest.budget", "harvest.keep", "prm.aggregate", "prm.labels", "prompts", "engine"),
+    inputs=("sample", "train_prm", "choose_reviser", "gate@-1?", "distill@-1?"),
+    items=lambda ctx: [p.id for p in ctx.problems(Split.CALIBRATE)],
+    tools=lambda ctx: kit(ctx, searchers(ctx), Split.CALIBRATE),
+    work=work,
+    finish=finish,
+)

@@ -1,0 +1,45 @@
+"""SFT from the frozen base on every round's harvest: policy r (STaR, ReST^EM, rStar-Math restart too)."""
+
+from __future__ import annotations
+
+import random
+
+from flywheel.records import Question, Role
+from flywheel.run import Context, Stage
+from flywheel.stages.kit import harvested, text_tools
+
+
+def train(ctx: Context) -> dict:
+    from flywheel.training.sft import Example, train_sft
+
+    prompts, reader = text_tools(ctx)
+    spec = ctx.recipe.distill
+    rows = harvested(ctx, range(1, ctx.round + 1))
+    if not rows:
+        return {"trained": False, "examples": 0, "why": "no verified solution in any round: nothing to distill, the policy stays"}
+    questions = sorted({row.question_id for row in rows})
+    held = set(random.Random(ctx.seed("held out")).sample(questions, len(questions) // 20))
+    fit, check, too_long = [], [], 0
+    for row in rows:
+        head = prompts.solve(Question(row.question_id, row.question))
+        tokens = (*head, *row.tokens, reader.eos)
+        if len(tokens) > spec.max_length:
+            too_long += 1
+            continue
+        (check if row.question_id in held else fit).append(Example(tokens, len(head)))
+    report = train_sft(
+        fit, check, base=ctx.recipe.model.base, model=ctx.recipe.model, spec=spec, out=ctx.dir, seed=ctx.seed("train") % 2**31, keep="last", role=Role.POLICY, ledger=ctx.ledger
+    )
+    return {
+        "trained": True,
+        "examples": len(fit),
+        "validation_examples": len(check),
+        "too_long": too_long,
+        "questions": len(questions),
+        "by_round": [sum(row.round == r for row in rows) for r in range(1, ctx.round + 1)],
+        "curve": report.curve,
+        "train_seconds": report.seconds,
+    }
+
+
+STAGE = Stage(name="distill", sections=("distill", "prompts", "model"), inputs=("harvest@all",), train=train)

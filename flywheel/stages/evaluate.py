@@ -1,0 +1,90 @@
+"""Policy r on the test questions, single samples: the figures that measure the loop.
+
+The test split is read here and in `search`, and nowhere else. Round 0 draws twice: the
+first draw bins the questions (fixed bins, kept for good), the second one scores them, so
+that the samples that bin are never those that score; the two draws against each other are
+the migration that re-sampling alone gives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from flywheel.bins import fixed_bins, migration, migration_null
+from flywheel.records import Role, Split
+from flywheel.run import Context, Stage
+from flywheel.search.select import majority
+from flywheel.stages.kit import Kit, answer_is_right, ids, interval, kit, test_rates, test_samples, verdict_counts
+from flywheel.stats import paired_gain
+
+
+def draws(ctx: Context) -> tuple[str, ...]:
+    return ("bin", "score") if ctx.round == 0 else ("score",)
+
+
+def work(ctx: Context, kit: Kit, questions: Sequence[str]) -> Iterator[object]:
+    n = ctx.recipe.evaluate.samples
+
+    async def one(question: str):
+        item = kit.problems[question].question
+        return [s for draw in draws(ctx) for s in await kit.solutions(item, n, purpose="evaluate", tag=f"r{ctx.round}/{draw}")]
+
+    for _, solutions in kit.each(questions, one):
+        yield from solutions
+        yield from kit.grade(solutions)
+
+
+def finish(ctx: Context) -> dict:
+    edges, count = ctx.recipe.calibrate.edges, ctx.recipe.calibrate.bins
+    solutions, grades = test_samples(ctx, ctx.round)
+    questions = sorted(grades)
+    now = test_rates(ctx, ctx.round)
+    k = ctx.recipe.evaluate.samples
+    policy: dict = {"name": ctx.model(Role.POLICY, ctx.round).name, "n": len(questions), "samples": k}
+
+    def put(name: str, values: Sequence[float], into: dict) -> None:
+        into[name], into[f"{name}_ci"] = interval(ctx, values)
+
+    put("pass@1", [now[q] for q in questions], policy)
+    put(f"pass@{k}", [float(any(g.correct for g in grades[q])) for q in questions], policy)
+    correct = {g.solution_id: g.correct for group in grades.values() for g in group}
+    put(f"majority@{k}", [answer_is_right(majority([s.answer for s in solutions[q]]), solutions[q], correct) for q in questions], policy)
+    policy["verdicts"] = verdict_counts([g for group in grades.values() for g in group])
+
+    start_bins = fixed_bins(test_rates(ctx, 0, "bin"), edges)
+    start = test_rates(ctx, 0)
+    table = []
+    for b in range(1, count + 1):
+        inside = [q for q in questions if start_bins[q] == b]
+        row: dict = {"bin": b, "n": len(inside)}
+        if inside:
+            put("pass@1", [now[q] for q in inside], row)
+            if ctx.round:
+                row["gain"] = list(paired_gain([start[q] for q in inside], [now[q] for q in inside], seed=ctx.seed("bootstrap") % 2**31))
+        table.append(row)
+    figures = {"policy": policy, "fixed_bins": table}
+    if ctx.round:
+        last = test_rates(ctx, ctx.round - 1)
+        seed = ctx.seed("bootstrap") % 2**31
+        figures |= {
+            "migration": migration(start_bins, fixed_bins(now, edges), count),
+            "migration_last": migration(fixed_bins(last, edges), fixed_bins(now, edges), count),
+            "migration_null": migration_null(test_rates(ctx, 0, "bin"), start, edges),
+            "gain": {
+                "from_round_0": list(paired_gain([start[q] for q in questions], [now[q] for q in questions], seed=seed)),
+                "from_last_round": list(paired_gain([last[q] for q in questions], [now[q] for q in questions], seed=seed)),
+            },
+        }
+    return figures
+
+
+STAGE = Stage(
+    name="evaluate",
+    sections=("problems", "model", "engine", "prompts", "sample", "evaluate", "calibrate.edges", "calibrate.bins"),
+    inputs=("gate?", "distill?", "evaluate@0", "evaluate@-1"),
+    items=lambda ctx: ids(ctx, Split.TEST),
+    tools=lambda ctx: kit(ctx, {Role.POLICY: ctx.model(Role.POLICY, ctx.round)}, Split.TEST),
+    work=work,
+    finish=finish,
+    test_split=True,
+)

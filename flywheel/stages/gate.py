@@ -1,0 +1,76 @@
+"""Does policy r replace policy r-1? Asked of the calibration questions, by paired bootstrap.
+
+It does if pass@1 rises (the whole 95% interval above zero) and pass@k does not fall (the
+interval of the difference is not wholly below zero).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from flywheel.engines.base import ModelRef
+from flywheel.records import Grade, Role, Split
+from flywheel.run import Context, Stage
+from flywheel.stages.kit import Kit, by_question, kit
+from flywheel.stats import paired_gain
+
+
+def candidate(ctx: Context) -> ModelRef:
+    return ModelRef(f"policy_{ctx.round}", ctx.recipe.model.base, str(ctx.path("distill") / "adapter"))
+
+
+def items(ctx: Context) -> list[str]:
+    if not ctx.figures("distill")["trained"]:
+        return []
+    return [p.id for p in ctx.problems(Split.CALIBRATE)]
+
+
+def work(ctx: Context, kit: Kit, questions: Sequence[str]) -> Iterator[object]:
+    n = ctx.recipe.distill.gate_samples
+
+    async def one(question: str):
+        item = kit.problems[question].question
+        before = await kit.solutions(item, n, purpose="gate", tag=f"r{ctx.round}/before", key=Role.POLICY)
+        return before + await kit.solutions(item, n, purpose="gate", tag=f"r{ctx.round}/after", key="policy:candidate")
+
+    for _, solutions in kit.each(questions, one):
+        yield from solutions
+        yield from kit.grade(solutions)
+
+
+def finish(ctx: Context) -> dict:
+    before = ctx.model(Role.POLICY, ctx.round - 1).name
+    if not ctx.figures("distill")["trained"]:
+        return {"passed": False, "why": ctx.figures("distill")["why"], "policy": before}
+    groups = by_question(ctx.read(Grade, "gate"))
+    rates = {
+        side: [[g.correct for g in group if f"/{side}/" in g.solution_id] for group in groups.values()] for side in ("before", "after")
+    }
+    mean = {side: [sum(r) / len(r) for r in rows] for side, rows in rates.items()}
+    reached = {side: [float(any(r)) for r in rows] for side, rows in rates.items()}
+    gain = paired_gain(mean["before"], mean["after"], seed=ctx.seed("bootstrap") % 2**31)
+    reach = paired_gain(reached["before"], reached["after"], seed=ctx.seed("bootstrap") % 2**31)
+    k = ctx.recipe.distill.gate_samples
+    passed = gain[1] > 0 and reach[2] >= 0
+    return {
+        "passed": passed,
+        "policy": f"policy_{ctx.round}" if passed else before,
+        "candidate": f"policy_{ctx.round}",
+        "against": before,
+        "questions": len(groups),
+        "pass@1": [sum(mean[s]) / len(groups) for s in ("before", "after")],
+        "gain": list(gain),
+        f"pass@{k}": [sum(reached[s]) / len(groups) for s in ("before", "after")],
+        f"pass@{k}_gain": list(reach),
+    }
+
+
+STAGE = Stage(
+    name="gate",
+    sections=("distill", "sample", "prompts", "engine"),
+    inputs=("distill", "gate@-1?", "distill@-1?"),
+    items=items,
+    tools=lambda ctx: kit(ctx, {Role.POLICY: ctx.model(Role.POLICY, ctx.round - 1), "policy:candidate": candidate(ctx)}, Split.CALIBRATE),
+    work=work,
+    finish=finish,
+)

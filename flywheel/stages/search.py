@@ -1,0 +1,195 @@
+"""Search r on the test questions: policy r-1 with this round's PRM, reviser and serve plan.
+
+Beside it the same selection by the un-finetuned base as verifier, and the reviser's
+pass@1 by attempt with its own attempts and, as a control, with another question's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from flywheel.bins import fixed_bin, quantile_bins
+from flywheel.engines.base import ModelRef, Sampling
+from flywheel.records import Beam, BestOfN, Candidate, Grade, Outcome, Revise, Role, Solution, Split, StepValues, Strategy
+from flywheel.run import Context, Stage
+from flywheel.search.plan import Plan, name
+from flywheel.search.run import search
+from flywheel.search.select import majority, weighted
+from flywheel.search.tools import judged
+from flywheel.stages.kit import (
+    Kit,
+    answer_is_right,
+    by_question,
+    difficulties,
+    ids,
+    interval,
+    kit,
+    plan_models,
+    search_tools,
+    searchers,
+    test_rates,
+    test_samples,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """What one method answered for one test question, whether it was right, and its cost."""
+
+    question_id: str
+    method: str
+    correct: bool
+    tokens: int
+
+
+def tools(ctx: Context):
+    return kit(ctx, {**searchers(ctx), "prm:base": ModelRef("policy_0", ctx.recipe.model.base)}, Split.TEST)
+
+
+def work(ctx: Context, kit: Kit, questions: Sequence[str]) -> Iterator[object]:
+    spec, tools = ctx.recipe.evaluate, search_tools(kit)
+    solutions, grades = test_samples(ctx, ctx.round - 1)
+    plan = Plan.from_dict(ctx.figures("calibrate")["serve"])
+    plan.check_models(plan_models(ctx))
+    oracle = oracle_bins(ctx)
+    cuts = probe_cuts(ctx)
+    prm, base = kit.prm(), kit.prm("prm:base")
+
+    async def values(question, pool: list[Solution], verifier) -> list[float]:
+        return [c.score for c in await judged(question, [Candidate(s) for s in pool], verifier)]
+
+    async def one(question: str) -> list[tuple[str, str | None, list[Solution], int]]:
+        item, pool = kit.problems[question].question, solutions[question]
+        answers, rows = [s.answer for s in pool], []
+        k, n = len(pool), spec.budget
+        by_prm, by_base = await values(item, pool, prm), await values(item, pool, base)
+        scored[question] = by_prm
+        rows.append((f"majority@{k}", majority(answers), pool, 0))
+        rows.append((f"majority@{n}", majority(answers[:n]), pool[:n], 0))
+        rows.append((f"best_of_n_weighted@{k}", weighted(answers, by_prm), pool, 0))
+        rows.append((f"best_of_n_weighted@{n}", weighted(answers[:n], by_prm[:n]), pool[:n], 0))
+        rows.append((f"best_of_n_weighted@{k}_base_verifier", weighted(answers, by_base), pool, 0))
+        runs: dict[Strategy, Outcome] = {}
+
+        async def run(method: str, strategy: Strategy, probe: int = 0) -> None:
+            if strategy not in runs:  # methods that agree on a strategy share its draws
+                runs[strategy] = await search(strategy, item, tools, tag=f"r{ctx.round}/search/{name(strategy)}")
+            done = runs[strategy]
+            rows.append((method, done.answer, [c.solution for c in done.candidates], done.tokens + probe))
+
+        await run(f"beam@{n}", Beam(n))
+        if tools.reviser:
+            length = max(n, spec.revise_attempts)
+            await run(f"revise@{length}", Revise(length))
+            chains[question] = rows[-1][2]
+        first = await search(BestOfN(spec.probe), item, tools, tag=f"r{ctx.round}/probe")
+        probed = sum(c.score for c in first.candidates) / spec.probe
+        await run(f"compute_optimal@{n}_oracle", plan.strategy(oracle[question], n))
+        await run(f"compute_optimal@{n}_probe", plan.strategy(fixed_bin(probed, cuts), n), probe=first.tokens)
+        return rows
+
+    scored: dict[str, list[float]] = {}
+    chains: dict[str, list[Solution]] = {}
+    for question, rows in kit.each(questions, one):
+        known = {g.solution_id: g.correct for g in grades[question]}
+        drawn = {s.id: s for _, _, pool, _ in rows for s in pool if s.id not in known}
+        fresh = kit.grade(list(drawn.values()))
+        correct = known | {g.solution_id: g.correct for g in fresh}
+        for method, answer, pool, tokens in rows:
+            yield Answered(question, method, bool(answer_is_right(answer, pool, correct)), tokens)
+        yield StepValues(f"{question}/prm", question, tuple(scored[question]))
+        chain_ids = {s.id for s in chains.get(question, [])}
+        yield from chains.get(question, [])
+        yield from (g for g in fresh if g.solution_id in chain_ids)
+    if tools.reviser:
+        yield from control(kit, questions, chains)
+
+
+def control(kit: Kit, questions: Sequence[str], chains: dict[str, list[Solution]]) -> Iterator[object]:
+    """Attempts 2.. again, with the context taken from the next question's chain: does context help?"""
+    spec, sample = kit.ctx.recipe.evaluate, kit.ctx.recipe.sample
+    engine = kit.engine(Role.REVISER)
+    sampling = Sampling(sample.max_tokens, sample.temperature, sample.top_p, kit.reader.stop)
+
+    async def one(pair: tuple[str, str]) -> list[Solution]:
+        question, other = pair
+        out = []
+        for attempt in range(2, spec.revise_attempts + 1):
+            context = chains[other][max(0, attempt - 1 - kit.ctx.recipe.reviser.context) : attempt - 1]
+            prompt = kit.prompts.revise(kit.problems[question].question, context)
+            (done,) = await engine.generate(prompt, sampling, purpose="control")
+            out.append(
+                kit.reader.solution(
+                    done.tokens, done.finish, id=f"{question}/r{kit.ctx.round}/control/{attempt}", question_id=question, origin=f"control:{engine.name}", attempt=attempt
+                )
+            )
+        return out
+
+    pairs = list(zip(questions, [*questions[1:], questions[0]]))
+    for _, solutions in kit.each(pairs, one):
+        yield from solutions
+        yield from kit.grade(solutions)
+
+
+def oracle_bins(ctx: Context) -> dict[str, int]:
+    """Quantile bins of the test questions by policy r-1's pass@1: the oracle grade, labelled so."""
+    return quantile_bins(test_rates(ctx, ctx.round - 1), ctx.recipe.calibrate.bins)
+
+
+def probe_cuts(ctx: Context) -> list[float]:
+    """Where the probe's statistic (mean PRM value) is cut into bins.
+
+    A question of pass rate p has about p of its samples right, and the mean final PRM value
+    estimates that rate; so the cuts are the pass rates that bound the quantile bins of the
+    train and calibrate questions.
+    """
+    bins = difficulties(ctx)
+    return [
+        (min(d.pass_at_1 for d in bins.values() if d.quantile_bin == b) + max(d.pass_at_1 for d in bins.values() if d.quantile_bin == b + 1)) / 2
+        for b in range(1, ctx.recipe.calibrate.bins)
+    ]
+
+
+def finish(ctx: Context) -> dict:
+    rows = list(ctx.read(Answered, "search"))
+    methods = list(dict.fromkeys(row.method for row in rows))
+    found: dict = {"models": {**{str(role): ref.name for role, ref in searchers(ctx).items()}, "plan": f"serve_{ctx.round}"}}
+    for method in methods:
+        mine = {row.question_id: row for row in rows if row.method == method}
+        found[method], found[f"{method}_ci"] = interval(ctx, [float(mine[q].correct) for q in sorted(mine)])
+        if any(row.tokens for row in mine.values()):
+            found[f"{method}_tokens"] = sum(row.tokens for row in mine.values()) / len(mine)
+    correct = {g.solution_id: g.correct for g in ctx.read(Grade, "search")}
+    curves: dict[str, dict[int, list[bool]]] = {"revise": {}, "control": {}}
+    pairs = {"right_to_wrong": [], "wrong_to_right": []}
+    for group in by_question(ctx.read(Solution, "search")).values():
+        chain = sorted((s for s in group if "/control/" not in s.id), key=lambda s: s.attempt)
+        for s in group:
+            curves["control" if "/control/" in s.id else "revise"].setdefault(s.attempt, []).append(correct[s.id])
+        for before, after in pairwise(chain):
+            pairs["right_to_wrong" if correct[before.id] else "wrong_to_right"].append(correct[after.id] != correct[before.id])
+    figures = {"search": found}
+    if curves["revise"]:
+        mean = {name: [sum(c[a]) / len(c[a]) for a in sorted(c)] for name, c in curves.items()}
+        figures["reviser"] = {
+            "model": ctx.model(Role.REVISER, ctx.round).name,
+            "pass@1_by_attempt": mean["revise"][: ctx.recipe.evaluate.revise_attempts],
+            "pass@1_by_attempt_ci": [interval(ctx, [float(x) for x in curves["revise"][a]])[1] for a in sorted(curves["revise"])][: ctx.recipe.evaluate.revise_attempts],
+            "control_by_attempt": mean["revise"][:1] + mean["control"],
+            **{name: sum(x) / len(x) if x else None for name, x in pairs.items()},
+        }
+    return figures
+
+
+STAGE = Stage(
+    name="search",
+    sections=("problems", "engine", "prompts", "sample", "evaluate", "prm.aggregate", "prm.labels", "reviser.context", "calibrate"),
+    inputs=("train_prm", "choose_reviser", "calibrate", "evaluate@-1", "sample", "gate@-1?", "distill@-1?"),
+    items=lambda ctx: ids(ctx, Split.TEST),
+    tools=tools,
+    work=work,
+    finish=finish,
+    test_split=True,
+)

@@ -1,0 +1,74 @@
+"""Train the process reward model on the Monte Carlo labels of this round."""
+
+from __future__ import annotations
+
+import random
+
+from flywheel.prm import aggregate, encode
+from flywheel.records import Grade, Problem, Role, Solution, Split, StepValues, Verdict
+from flywheel.run import Context, Stage
+from flywheel.stages.kit import by_question, text_tools
+
+
+def held_out(ctx: Context, questions: list[str]) -> set[str]:
+    """The questions whose labels validate: a seeded share of the labelled ones, at least one."""
+    count = max(1, round(len(questions) * ctx.recipe.label.validation))
+    return set(random.Random(ctx.seed("held out")).sample(sorted(questions), count))
+
+
+def train(ctx: Context) -> dict:
+    from flywheel.steps import one_token
+    from flywheel.training.prm import PrmExample, calibration, score_all, train_prm, within_question_auc
+
+    prompts, _ = text_tools(ctx)
+    spec, base = ctx.recipe.prm, ctx.recipe.model.base
+    labels = tuple(one_token(prompts.tokenizer, word, "prm.labels") for word in spec.labels)
+    problems = {p.id: p for p in ctx.problems(Split.TRAIN)}
+    rows = list(ctx.read(StepValues, "label"))
+    solutions = {s.id: s for s in ctx.read(Solution, "sample")}
+    held = held_out(ctx, list({row.question_id for row in rows}))
+
+    def example(problem: Problem, solution: Solution, values: tuple[float, ...]) -> PrmExample:
+        tokens, reads = encode(prompts, problem.question, solution.steps)
+        return PrmExample(tuple(tokens), tuple(reads), values, question_id=problem.id)
+
+    examples = [(row.question_id in held, example(problems[row.question_id], solutions[row.solution_id], row.values)) for row in rows]
+    fit = [e for is_held, e in examples if not is_held]
+    check = [e for is_held, e in examples if is_held]
+    report = train_prm(
+        fit, check, labels=labels, base=base, model=ctx.recipe.model, spec=spec, out=ctx.dir, seed=ctx.seed("train") % 2**31, keep="best", role=Role.PRM, ledger=ctx.ledger
+    )
+    if ctx.rank:
+        return {}
+
+    # All graded samples of the held-out questions, scored by the PRM and by the un-finetuned base.
+    grades = {g.solution_id: g for g in ctx.read(Grade, "sample") if g.question_id in held}
+    groups = by_question(s for s in solutions.values() if s.question_id in held)
+    pool = [
+        s for group in groups.values() for s in group if grades[s.id].verdict in (Verdict.CORRECT, Verdict.INCORRECT)
+    ]
+    scored = [example(problems[s.question_id], s, (0.0,) * len(s.steps)) for s in pool]
+    right = [grades[s.id].correct for s in pool]
+    names = [s.question_id for s in pool]
+    figures = {}
+    for name, adapter in (("", str(ctx.dir / "adapter")), ("_base", None)):
+        values = score_all(base, adapter, scored, labels, ledger=ctx.ledger, purpose="validate")
+        for how in ("last", "min", "product"):
+            figures[f"auc_within_question_{how}{name}"] = within_question_auc([aggregate(v, how) for v in values], right, names)
+        figures[f"auc_within_question{name}"] = within_question_auc([aggregate(v, spec.aggregate) for v in values], right, names)
+        figures[f"calibration{name}"] = calibration([v[-1] for v in values], [float(r) for r in right])
+    return {
+        "model": f"prm_{ctx.round}",
+        "labels_by": ctx.model(Role.POLICY, ctx.round - 1).name,
+        "examples": len(fit),
+        "validation_examples": len(check),
+        "steps": sum(len(e.reads) for e in fit),
+        "auc_questions": len(set(names)),
+        "train_seconds": report.seconds,
+        "best": {"step": report.best.step, "epoch": report.best.epoch, "eval_loss": report.best.eval_loss},
+        "curve": report.curve,
+        **figures,
+    }
+
+
+STAGE = Stage(name="train_prm", sections=("prm", "label", "prompts", "model"), inputs=("sample", "label"), train=train)

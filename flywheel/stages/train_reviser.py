@@ -1,0 +1,82 @@
+"""Train the revision model: 0-4 incorrect attempts, then a correct one (Snell et al., 6.1).
+
+The last incorrect attempt is the one of least edit distance to the correct answer, so that
+there is something to learn from it; the loss is on the correct answer alone.
+"""
+
+from __future__ import annotations
+
+import random
+
+from flywheel.records import Grade, Role, Solution, Split, Trajectory, Verdict
+from flywheel.run import Context, Stage
+from flywheel.stages.kit import by_question, closed, text_tools, trace
+from flywheel.stats import edit_distance
+
+
+def trajectories(ctx: Context) -> list[Trajectory]:
+    """At most `reviser.trajectories` a question, from its first `reviser.samples` samples."""
+    spec = ctx.recipe.reviser
+    verdicts = {g.solution_id: g.verdict for g in ctx.read(Grade, "sample")}
+    train = {p.id for p in ctx.problems(Split.TRAIN)}
+    out = []
+    for question, group in by_question(s for s in ctx.read(Solution, "sample") if s.question_id in train).items():
+        group = group[: spec.samples]
+        wrong = list({trace(s): s for s in group if verdicts[s.id] is Verdict.INCORRECT}.values())
+        right = [s for s in group if verdicts[s.id] is Verdict.CORRECT]
+        rng = random.Random(ctx.seed(question))
+        rng.shuffle(right)
+        for target in right[: spec.trajectories]:
+            count = min(rng.randint(0, spec.context), len(wrong))
+            out.append(Trajectory(question, (*history(target, wrong, count, rng), target)))
+    return out
+
+
+def history(target: Solution, wrong: list[Solution], count: int, rng: random.Random) -> list[Solution]:
+    """`count` distinct incorrect attempts drawn uniformly, the nearest to `target` last."""
+    if not count:
+        return []
+    picked = rng.sample(wrong, count)
+    nearest = min(wrong, key=lambda s: edit_distance(s.tokens, target.tokens))
+    others = [s for s in picked if s.id != nearest.id][: count - 1]
+    return [*others, nearest]
+
+
+def train(ctx: Context) -> dict:
+    from flywheel.training.sft import Example, train_sft
+
+    prompts, reader = text_tools(ctx)
+    spec = ctx.recipe.reviser
+    problems = {p.id: p for p in ctx.problems(Split.TRAIN)}
+    rows = trajectories(ctx)
+    if not rows:
+        return {"trained": False, "trajectories": 0}
+    held = set(random.Random(ctx.seed("held out")).sample(sorted({t.question_id for t in rows}), max(1, len({t.question_id for t in rows}) // 10)))
+    fit, check, too_long = [], [], 0
+    for row in rows:
+        *before, target = row.attempts
+        head = prompts.revise(problems[row.question_id].question, before)
+        tokens = (*head, *closed(target, reader.eos))
+        if len(tokens) > spec.max_length:
+            too_long += 1
+            continue
+        (check if row.question_id in held else fit).append(Example(tokens, len(head)))
+    report = train_sft(
+        fit, check, base=ctx.recipe.model.base, model=ctx.recipe.model, spec=spec, out=ctx.dir, seed=ctx.seed("train") % 2**31, keep="all", role=Role.REVISER, ledger=ctx.ledger
+    )
+    lengths = [len(row.attempts) - 1 for row in rows]
+    return {
+        "trained": True,
+        "trajectories": len(fit),
+        "validation_trajectories": len(check),
+        "too_long": too_long,
+        "by_incorrect_attempts": [lengths.count(k) for k in range(spec.context + 1)],
+        "curve": report.curve,
+        "checkpoints": [
+            {"step": c.step, "epoch": c.epoch, "eval_loss": c.eval_loss, "path": str(ctx.relative(c.path))} for c in report.checkpoints
+        ],
+        "train_seconds": report.seconds,
+    }
+
+
+STAGE = Stage(name="train_reviser", sections=("reviser", "prompts", "model"), inputs=("sample",), train=train)
