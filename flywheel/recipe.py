@@ -181,6 +181,9 @@ class Recipe(Spec):
         edges = self.calibrate.edges
         if len(edges) != self.calibrate.bins - 1 or any(a <= b for a, b in zip(edges, edges[1:])):
             raise ValueError(f"calibrate.edges: {self.calibrate.bins - 1} falling numbers wanted, got {edges}")
+        for key in ("harvest", "evaluate"):
+            if (budget := getattr(self, key).budget) not in self.calibrate.budgets:
+                raise ValueError(f"{key}.budget: {budget} is not among calibrate.budgets {self.calibrate.budgets}; a plan has no strategy for it")
         if self.sample.max_tokens >= self.engine.max_model_len:
             raise ValueError("sample.max_tokens: must be below engine.max_model_len")
         for key in ("prm", "reviser", "distill"):
