@@ -91,7 +91,10 @@ class Reader:
 def one_token(tokenizer, word: str, key: str) -> int:
     """The id of `word` if it is a single token, alone or after a space; ValueError naming `key` otherwise."""
     for text in (word, " " + word):
-        ids = tokenizer.encode(text, add_special_tokens=False)
+        try:
+            ids = tokenizer.encode(text, add_special_tokens=False)
+        except Exception:  # a word-level vocabulary without an unknown token raises just that
+            continue
         if len(ids) == 1 and ids[0] != tokenizer.unk_token_id:
             return ids[0]
     raise ValueError(f"{key}: {word!r} is not a single token of this tokenizer; choose a word that is one")

@@ -17,6 +17,10 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
+class TooLong(ValueError):
+    """A prompt and what is to be generated do not fit the model; nothing is ever cut to fit."""
+
+
 class EngineDied(RuntimeError):
     """The engine cannot go on; the message says why, and the chunk's shard is not written."""
 
@@ -56,7 +60,8 @@ class Engine(Protocol):
     ) -> list[Completion]:
         """Sample `n` completions of `prompt` (token ids). Charged to the ledger under `purpose`.
 
-        Raises ValueError if the prompt and `max_tokens` do not fit `max_model_len`.
+        Raises TooLong, a ValueError, if the prompt and `max_tokens` do not fit `max_model_len`,
+        and ValueError for `n` > 1 at temperature 0.
         """
         ...
 

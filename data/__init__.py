@@ -1,0 +1,1 @@
+"""Problem sets: builders and readers, and the small default set with its seed model."""

@@ -1,0 +1,1 @@
+"""The laboratory: chain arithmetic with misconceptions, and a seed model trained on it from nothing."""

@@ -1,0 +1,107 @@
+"""Sampling tokens/s of flywheel's scheduler against plain `LLM.generate` of the same requests.
+
+    python -m eval.bench_engine data/chain/seed_model --requests 512 --repeats 5
+
+Both run in one process on engines of the same settings, in alternating order (which comes
+first changes with each repeat), after one uncounted turn each. Prints JSON: tokens/s of
+each, and the median, least and greatest ratio scheduler / plain (goal: median >= 0.95).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+from flywheel.engines.base import ModelRef, Sampling
+from flywheel.engines.open import load_tokenizer, open_backend
+from flywheel.ledger import Ledger
+from flywheel.recipe import EngineSpec
+from flywheel.records import Role
+
+
+def questions(base: str, count: int, seed: int) -> list[list[int]]:
+    """Prompts of random lengths, all different: `Q`, a start, 1 to 12 operations (else random ids)."""
+    tokenizer, chance = load_tokenizer(base), random.Random(seed)
+    special = set(tokenizer.all_special_ids)
+    usual = [i for i in range(len(tokenizer)) if i not in special]
+    operations = [i for i in usual if tokenizer.decode([i]).strip()[:1] in set("+-*") and len(tokenizer.decode([i]).strip()) > 1]
+    words = operations or usual
+    head, tail = (tokenizer.encode(text, add_special_tokens=False) for text in ("Q 5", "?\nTry")) if operations else ([], [])
+    return [[*head, *chance.choices(words, k=chance.randint(1, 12)), *tail] for _ in range(count)]
+
+
+def plain(base: str, spec: EngineSpec, seed: int):
+    """`vllm.LLM` with the settings that the scheduler's engine has."""
+    from flywheel.engines import vllm as adapter  # sets vLLM's environment before its import
+    from vllm import LLM
+
+    on_cpu = adapter.current_platform.is_cpu()
+    dtype = adapter.cpu_dtype(spec) if on_cpu else spec.dtype
+    options = {"block_size": adapter.CPU_BLOCK, "kv_cache_memory_bytes": spec.kv_cache_mb << 20} if on_cpu else {"gpu_memory_utilization": 0.4}
+    return LLM(
+        model=base, dtype=dtype, seed=seed, max_model_len=spec.max_model_len, max_num_seqs=spec.max_running,
+        enable_prefix_caching=True, enforce_eager=on_cpu, **options,
+    )  # fmt: skip
+
+
+def measure(base: str, requests: int, samples: int, max_tokens: int, repeats: int, spec: EngineSpec) -> dict:
+    """The figures that `main` prints. `samples` are drawn for each of `requests` prompts."""
+    backend = open_backend(spec, {Role.POLICY: ModelRef("policy_0", base)}, Ledger("bench", 0), 0, Path(tempfile.gettempdir()))
+    from vllm import SamplingParams
+
+    llm, engine = plain(base, spec, 0), backend.engine(Role.POLICY)
+
+    def scheduler(prompts: list[list[int]]) -> int:
+        async def work(prompt: list[int]) -> int:
+            drawn = await engine.generate(prompt, Sampling(max_tokens), purpose="sample", n=samples)
+            return sum(len(one.tokens) + one.eos for one in drawn)
+
+        return sum(count for _, count in backend.run(prompts, work, in_flight=len(prompts)))
+
+    def generate(prompts: list[list[int]]) -> int:
+        params = SamplingParams(n=samples, max_tokens=max_tokens, temperature=1.0, detokenize=False)
+        outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
+        return sum(len(one.token_ids) for output in outputs for one in output.outputs)
+
+    rates: dict[str, list[float]] = {"scheduler": [], "plain": []}
+    ways = [("scheduler", scheduler), ("plain", generate)]
+    for repeat in range(-1, repeats):
+        prompts = questions(base, requests, repeat)
+        for name, way in ways if repeat % 2 else ways[::-1]:
+            start = time.perf_counter()
+            rate = way(prompts) / (time.perf_counter() - start)
+            if repeat >= 0:
+                rates[name].append(rate)
+    backend.close()
+    ratios = [ours / theirs for ours, theirs in zip(rates["scheduler"], rates["plain"])]
+    return {
+        "model": base,
+        "requests": requests,
+        "samples": samples,
+        "dtype": str(llm.model_config.dtype).removeprefix("torch."),
+        "tokens_per_second": {name: round(statistics.median(values)) for name, values in rates.items()},
+        "ratio": {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios), "repeats": repeats},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("model", help="model directory, e.g. data/chain/seed_model")
+    parser.add_argument("--requests", type=int, default=512, help="prompts in a repeat")
+    parser.add_argument("--samples", type=int, default=1, help="samples of each prompt")
+    parser.add_argument("--max-tokens", type=int, default=96)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
+    parser.add_argument("--max-running", type=int, default=EngineSpec().max_running)
+    args = parser.parse_args()
+    spec = EngineSpec(max_model_len=512, dtype=args.dtype, max_running=args.max_running)
+    print(json.dumps(measure(args.model, args.requests, args.samples, args.max_tokens, args.repeats, spec), indent=1))
+
+
+if __name__ == "__main__":
+    main()
