@@ -1,0 +1,108 @@
+"""Bring a run to the end of a round: accelerate launch -m flywheel.iterate --round 3
+
+Finished work is skipped, unfinished work is continued, and nothing is computed twice.
+Rank 0 decides and prints; the other ranks follow its orders. Every stage runs in a process
+of its own (flywheel.isolate).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flywheel.errors import explain
+from flywheel.isolate import PRELOAD
+
+if TYPE_CHECKING:
+    from flywheel.recipe import Recipe
+
+AGAIN = "what is finished is kept; to continue, run the same command again"
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="accelerate launch -m flywheel.iterate",
+        description="Bring a run to the end of a round: sample, verify, distill, evaluate, and again. "
+        "Run the same command again to continue an interrupted run.",
+    )
+    p.add_argument("--recipe", default="recipes/chain.yaml", help="YAML recipe (default: %(default)s)")
+    p.add_argument("--name", help="name of the run (default: the recipe's name)")
+    p.add_argument("--runs", default="runs", type=Path, help="directory that holds the runs (default: %(default)s)")
+    p.add_argument("--round", default=1, type=int, metavar="R", help="the round to reach; 0 evaluates the base (default: %(default)s)")
+    p.add_argument("--problems", metavar="FILE", help="your own questions: JSONL with the fields question, answer and, if you like, id, split")
+    p.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change a recipe key; may be repeated")
+    p.add_argument("--dry-run", action="store_true", help="say what would run and what it would cost, and end")
+    return p
+
+
+def main(
+    argv: list[str] | None = None,
+    *,
+    stages: str = "flywheel.stages:stages",
+    report: str = "flywheel.report",
+    preload: tuple[str, ...] = PRELOAD,
+) -> int:
+    """The exit code. `stages` is `module:function(round) -> list[Stage]`; `report` a module with
+    `after_round(run, round)`, `summary(run)` and `print_round(summary, round)`."""
+    args = parser().parse_args(argv)
+    if args.round < 0:
+        parser().error("--round: 0 or more")
+    from flywheel.launch import Ranks
+    from flywheel.loop import Loop, Stopped, signals  # not before --help is answered
+
+    ranks = Ranks.from_env()
+    loop = Loop(args, lambda: load_recipe(args), ranks, stages, report, preload)
+    try:
+        with signals():
+            return loop.lead() if ranks.rank == 0 else loop.follow()
+    except Stopped as stop:
+        name = signal.Signals(stop.args[0]).name
+        loop.failed(f"stopped by {name}{loop.where}; {AGAIN}")
+        return 128 + stop.args[0]
+    except Exception as error:
+        if (line := explain(error)) is None:
+            loop.failed(f"{type(error).__name__}: {error}")
+            raise
+        loop.failed(line)
+        return 1
+
+
+def find_recipe(name: str) -> Path:
+    """As given from the current directory, else from the project that holds this package."""
+    here, project = Path(name), Path(__file__).parents[1] / name
+    return here if here.exists() or not project.exists() else project
+
+
+def load_recipe(args: argparse.Namespace) -> Recipe:
+    """The recipe with its overrides and with absolute paths. Raises RecipeError."""
+    from flywheel import recipe
+
+    path = find_recipe(args.recipe)
+    own = [f"problems.path={json.dumps(str(Path(args.problems).absolute()))}", "problems.format=jsonl"] if args.problems else []
+    loaded = recipe.load(path, [*args.set, *own])
+    folder = path.resolve().parent
+    root = folder.parent if folder.name == "recipes" else folder
+    if str(root) not in sys.path:
+        sys.path.append(str(root))  # a recipe may name functions of its project (checkers)
+    return loaded.model_copy(
+        update={
+            "model": loaded.model.model_copy(update={"base": located(loaded.model.base, root)}),
+            "problems": loaded.problems.model_copy(update={"path": located(loaded.problems.path, root)}),
+        }
+    )
+
+
+def located(path: str, root: Path) -> str:
+    """A recipe's path: from the current directory, else from the recipe's project; else as it is."""
+    for found in (Path(path), root / path):
+        if found.exists():
+            return str(found.absolute())
+    return path
+
+
+if __name__ == "__main__":
+    sys.exit(main())

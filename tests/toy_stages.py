@@ -1,0 +1,151 @@
+"""Small real stages for the tests of the run directory: no model, the same records every time.
+
+What a test wants to happen it says in the environment: TOY_SLEEP (seconds a chunk), TOY_FAULT
+(`stage:chunk:fault`), TOY_LOG (a file that gets one line for each chunk computed).
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from flywheel.errors import UserError
+from flywheel.records import BestOfN, Beam, Finish, Grade, Solution, Split, Step, Strategy, Verdict
+from flywheel.run import Context, Stage
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    question_id: str
+    strategy: Strategy
+    right: bool
+    extra: dict[str, float]
+
+
+def log(line: str) -> None:
+    if path := os.environ.get("TOY_LOG"):
+        with open(path, "a") as file:
+            file.write(f"{line} {os.environ.get('TOY_RANK', '0')} {os.getpid()}\n")
+
+
+def fault(ctx: Context, chunk: str) -> None:
+    stage, _, rest = os.environ.get("TOY_FAULT", "::").partition(":")
+    at, _, kind = rest.partition(":")
+    if stage != ctx.stage.name or at not in (chunk, "*"):
+        return
+    match kind:
+        case "user":
+            raise UserError("toy: this is what you did wrong")
+        case "bug":
+            raise KeyError("toy bug")
+        case "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "orphan":  # a grandchild that would outlive everyone
+            subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+            time.sleep(600)
+
+
+@contextmanager
+def tools(ctx: Context):
+    log(f"tools:{ctx.stage.name}")
+    yield 7
+
+
+def draw(ctx: Context, question: str) -> Solution:
+    rng = random.Random(ctx.seed(question))
+    steps = tuple(Step(f"{n}\n", (n, n + 1)) for n in (rng.randrange(99) for _ in range(3)))
+    return Solution(f"{question}/0", question, steps, Finish.STOP, str(rng.randrange(5)), "toy")
+
+
+def work(ctx: Context, tool: int, questions: Sequence[str]) -> Iterator[object]:
+    assert tool == 7
+    log(f"{ctx.stage.name}:{ctx.round}:{questions[0]}")
+    for done, question in enumerate(questions):
+        ctx.progress(done, len(questions))
+        time.sleep(float(os.environ.get("TOY_SLEEP", 0)) / len(questions))
+        fault(ctx, question)
+        solution = draw(ctx, question)
+        ctx.ledger.charge("policy", ctx.stage.name, parameters=10, prompt=5, generated=len(solution.tokens))
+        yield solution
+        yield Grade(solution.id, question, Verdict.CORRECT if solution.answer == "3" else Verdict.INCORRECT)
+
+
+def finish(ctx: Context) -> dict:
+    grades = list(ctx.read(Grade, ctx.stage.name))
+    return {"solutions": len(grades), "right": sum(g.correct for g in grades), "nan": float("nan")}
+
+
+def trials(ctx: Context, tool: int, questions: Sequence[str]) -> Iterator[object]:
+    log(f"{ctx.stage.name}:{ctx.round}:{questions[0]}")
+    right = {g.question_id: g.correct for g in ctx.read(Grade, "sample")}
+    for question in questions:
+        yield Trial(question, BestOfN(4) if right[question] else Beam(4), right[question], {"x": 0.5})
+
+
+def train(ctx: Context) -> dict:
+    """Ten steps, each kept, so that a killed training goes on where it was."""
+    log(f"{ctx.stage.name}:{ctx.round}")
+    scratch = ctx.dir / "trainer"
+    scratch.mkdir(exist_ok=True)
+    for step in range(10):
+        fault(ctx, str(step))
+        if not (done := scratch / f"{ctx.rank}_{step}").exists():
+            time.sleep(float(os.environ.get("TOY_SLEEP", 0)))
+            done.touch()
+        ctx.progress(step + 1, 10, loss=1 / (step + 1))
+    (ctx.dir / "adapter").mkdir(exist_ok=True)
+    if ctx.rank == 0:
+        (ctx.dir / "adapter" / "weights").write_text(str(ctx.seed("weights")))
+        ctx.ledger.train("policy", "distill", parameters=10, tokens=100)
+    return {"trained": True, "port": os.environ.get("MASTER_PORT"), "rank": os.environ.get("RANK"), "threads": os.environ["OMP_NUM_THREADS"]}
+
+
+def gate(ctx: Context) -> dict:
+    return {"passed": ctx.round != 2, "environment": {key: os.environ.get(key) for key in ("RANK", "WANDB_MODE", "DO_NOT_TRACK")}}
+
+
+def train_ids(ctx: Context) -> list[str]:
+    return [p.id for p in ctx.problems(Split.TRAIN)]
+
+
+def test_ids(ctx: Context) -> list[str]:
+    return [p.id for p in ctx.problems(Split.TEST)]
+
+
+test_ids.__test__ = False
+
+SAMPLE = Stage("sample", ("sample", "engine"), ("gate@-1", "distill@-1"), train_ids, tools, work, finish=finish)
+LABEL = Stage("label", ("label",), ("sample",), train_ids, tools, trials)
+DISTILL = Stage("distill", ("distill",), ("label", "sample@all"), train=train)
+GATE = Stage("gate", ("distill",), ("distill",), items=lambda ctx: [], work=work, finish=gate)
+EVALUATE = Stage("evaluate", ("evaluate",), ("gate", "evaluate@-1"), test_ids, tools, work, finish=finish, test_split=True)
+
+
+def stages(round: int) -> list[Stage]:
+    return [EVALUATE] if round == 0 else [SAMPLE, LABEL, DISTILL, GATE, EVALUATE]
+
+
+# ---- the report of a toy run ----
+
+
+def after_round(run: Path, round: int) -> None:
+    log(f"report:{round}")
+    print(f"report of round {round}")
+    if os.environ.get("TOY_FAULT") == "report":
+        raise OSError("no way to the tracker")
+
+
+def summary(run: Path) -> dict:
+    return {"run": run.name}
+
+
+def print_round(data: dict, round: int) -> None:
+    print(f"summary of {data['run']} at round {round}")
