@@ -1,0 +1,36 @@
+"""Every shipped recipe loads, and none names a place on somebody's machine."""
+
+from pathlib import Path
+
+import pytest
+
+from flywheel.grading import load_function
+from flywheel.recipe import load
+
+ROOT = Path(__file__).parents[1]
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_shipped_recipe_loads(path):
+    recipe = load(path)
+    assert recipe.name == path.stem
+    assert not Path(recipe.problems.path).is_absolute() and not Path(recipe.model.base).is_absolute()
+    assert "{question}" in recipe.prompts.solve and "{question}" in recipe.prompts.check
+    load_function(recipe.problems.checker)
+    if recipe.problems.step_checker:
+        load_function(recipe.problems.step_checker, "problems.step_checker")
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_chain_of_revisions_fits_the_model(path):
+    recipe = load(path)
+    for strategy in recipe.calibrate.strategies:
+        if strategy.kind == "revise" and recipe.prompts.chat:  # attempts of full length; the laboratory's are short
+            assert (strategy.context + 1) * recipe.sample.max_tokens + 256 <= recipe.engine.max_model_len
+
+
+def test_the_published_model_says_what_it_has_not_run_on():
+    text = (ROOT / "recipes" / "qwen25_05b_gsm8k.yaml").read_text()
+    assert "Not run on the published weights" in text.split("\nname:")[0]
+    assert load(ROOT / "recipes" / "qwen25_05b_gsm8k.yaml").prm.labels == ("+", "-")
