@@ -201,7 +201,7 @@ def small_recipe(out: Path) -> dict:
         "reviser": {**training, "epochs": 2, "samples": 8, "probe_questions": 8, "probe_attempts": 2},
         "calibrate": {"budgets": [4]},
         "harvest": {"budget": 4, "keep": 2},
-        "distill": {**training, "epochs": 4, "gate_samples": 16},
+        "distill": {**training, "epochs": 4},
         "evaluate": {"samples": 16, "budget": 4, "probe": 2, "revise_attempts": 3, "bootstrap": 200},
     }
     for section, values in changes.items():

@@ -48,7 +48,7 @@ def planned_tokens(recipe: Recipe, counts: dict[str, int], stage: str, round: in
     labelled = min(train, recipe.label.questions or train) * recipe.label.solutions
     budgets = sum(recipe.calibrate.budgets) * len(recipe.calibrate.strategies)
     one_round = {
-        "sample": (train + calibrate) * recipe.sample.per_question * drawn,
+        "sample": (train * recipe.sample.per_question + calibrate * recipe.sample.calibrate) * drawn,
         "label": labelled * steps * recipe.label.rollouts * drawn / 2,
         "train_prm": labelled * drawn * recipe.prm.epochs,
         "train_reviser": train * recipe.reviser.trajectories / 2 * drawn * (1 + recipe.reviser.context / 2) * recipe.reviser.epochs,
@@ -56,7 +56,7 @@ def planned_tokens(recipe: Recipe, counts: dict[str, int], stage: str, round: in
         "calibrate": calibrate * budgets * judged,
         "harvest": train * recipe.harvest.budget * judged,
         "distill": train * recipe.harvest.keep / 2 * drawn * recipe.distill.epochs * round,
-        "gate": 2 * calibrate * recipe.distill.gate_samples * drawn,
+        "gate": calibrate * recipe.sample.calibrate * drawn,
         "evaluate": test * recipe.evaluate.samples * drawn * (2 if round == 0 else 1),
         "search": test * (2 * recipe.evaluate.samples + 4 * recipe.evaluate.budget + 2 * recipe.evaluate.revise_attempts) * judged,
     }

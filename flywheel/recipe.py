@@ -55,6 +55,7 @@ class EngineSpec(Spec):
     gpu_memory: Share = 0.9
     max_running: Positive = 256  # sequences decoded at once
     chunk: Positive = 50  # questions to a shard: what a kill can cost
+    workers: Annotated[int, Field(ge=0)] = 0  # sampling processes of a rank; 0: on a CPU and for a small model one a core, else one
 
 
 class PromptSpec(Spec):
@@ -69,7 +70,8 @@ class PromptSpec(Spec):
 
 
 class SampleSpec(Spec):
-    per_question: Positive = 16
+    per_question: Positive = 16  # a training question
+    calibrate: Positive = 64  # a calibration question; also what the gate draws from the new policy
     temperature: Annotated[float, Field(gt=0)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     max_tokens: Positive = 96
@@ -142,10 +144,6 @@ class HarvestSpec(Spec):
     balance: Annotated[float, Field(ge=1)] = 3.0  # no bin keeps more than this times the smallest's mean
 
 
-class DistillSpec(TrainSpec):
-    gate_samples: Positive = 64  # a calibrate question, for pass@1 and pass@64
-
-
 class EvaluateSpec(Spec):
     samples: Positive = 64
     budget: Positive = 16
@@ -172,7 +170,7 @@ class Recipe(Spec):
     reviser: ReviserSpec = ReviserSpec()
     calibrate: CalibrateSpec
     harvest: HarvestSpec = HarvestSpec()
-    distill: DistillSpec = DistillSpec()
+    distill: TrainSpec = TrainSpec(epochs=3)
     evaluate: EvaluateSpec = EvaluateSpec()
     track: TrackSpec = TrackSpec()
 

@@ -102,7 +102,8 @@ class Served:
             )
 
     def _charge(self, purpose: str, **counts: int) -> None:
-        self._ledger.charge(self.role, purpose, parameters=self.parameters, **counts)
+        # a key such as `prm:base` is another model in the role of the PRM
+        self._ledger.charge(self.role.partition(":")[0], purpose, parameters=self.parameters, **counts)
 
 
 class Driver:

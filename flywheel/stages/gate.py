@@ -1,7 +1,8 @@
 """Does policy r replace policy r-1? Asked of the calibration questions, by paired bootstrap.
 
 It does if pass@1 rises (the whole 95% interval above zero) and pass@k does not fall (the
-interval of the difference is not wholly below zero).
+interval of the difference is not wholly below zero). The old policy's samples are those of
+the sample stage, the new one draws as many.
 """
 
 from __future__ import annotations
@@ -26,12 +27,10 @@ def items(ctx: Context) -> list[str]:
 
 
 def work(ctx: Context, kit: Kit, questions: Sequence[str]) -> Iterator[object]:
-    n = ctx.recipe.distill.gate_samples
+    n = ctx.recipe.sample.calibrate
 
     async def one(question: str):
-        item = kit.problems[question].question
-        before = await kit.solutions(item, n, purpose="gate", tag=f"r{ctx.round}/before", key=Role.POLICY)
-        return before + await kit.solutions(item, n, purpose="gate", tag=f"r{ctx.round}/after", key="policy:candidate")
+        return await kit.solutions(kit.problems[question].question, n, purpose="gate", tag=f"r{ctx.round}/after")
 
     for _, solutions in kit.each(questions, one):
         yield from solutions
@@ -42,35 +41,34 @@ def finish(ctx: Context) -> dict:
     before = ctx.model(Role.POLICY, ctx.round - 1).name
     if not ctx.figures("distill")["trained"]:
         return {"passed": False, "why": ctx.figures("distill")["why"], "policy": before}
-    groups = by_question(ctx.read(Grade, "gate"))
-    rates = {
-        side: [[g.correct for g in group if f"/{side}/" in g.solution_id] for group in groups.values()] for side in ("before", "after")
-    }
+    groups = {"before": by_question(ctx.read(Grade, "sample")), "after": by_question(ctx.read(Grade, "gate"))}
+    questions = sorted(groups["after"])
+    rates = {side: [[g.correct for g in group[q]] for q in questions] for side, group in groups.items()}
     mean = {side: [sum(r) / len(r) for r in rows] for side, rows in rates.items()}
     reached = {side: [float(any(r)) for r in rows] for side, rows in rates.items()}
     gain = paired_gain(mean["before"], mean["after"], seed=ctx.seed("bootstrap") % 2**31)
     reach = paired_gain(reached["before"], reached["after"], seed=ctx.seed("bootstrap") % 2**31)
-    k = ctx.recipe.distill.gate_samples
+    k = ctx.recipe.sample.calibrate
     passed = gain[1] > 0 and reach[2] >= 0
     return {
         "passed": passed,
         "policy": f"policy_{ctx.round}" if passed else before,
         "candidate": f"policy_{ctx.round}",
         "against": before,
-        "questions": len(groups),
-        "pass@1": [sum(mean[s]) / len(groups) for s in ("before", "after")],
+        "questions": len(questions),
+        "pass@1": [sum(mean[s]) / len(questions) for s in ("before", "after")],
         "gain": list(gain),
-        f"pass@{k}": [sum(reached[s]) / len(groups) for s in ("before", "after")],
+        f"pass@{k}": [sum(reached[s]) / len(questions) for s in ("before", "after")],
         f"pass@{k}_gain": list(reach),
     }
 
 
 STAGE = Stage(
     name="gate",
-    sections=("distill", "sample", "prompts", "engine"),
-    inputs=("distill", "gate@-1?", "distill@-1?"),
+    sections=("sample", "prompts", "engine"),
+    inputs=("sample", "distill", "gate@-1?", "distill@-1?"),
     items=items,
-    tools=lambda ctx: kit(ctx, {Role.POLICY: ctx.model(Role.POLICY, ctx.round - 1), "policy:candidate": candidate(ctx)}, Split.CALIBRATE),
+    tools=lambda ctx: kit(ctx, {Role.POLICY: candidate(ctx)}, Split.CALIBRATE),
     work=work,
     finish=finish,
 )

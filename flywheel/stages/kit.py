@@ -78,7 +78,7 @@ def kit(ctx: Context, models: Mapping[str, ModelRef], *splits: Split) -> Iterato
     prompts, reader = text_tools(ctx)
     problems = {p.id: p for p in ctx.problems(*splits)}
     with TemporaryDirectory(prefix="flywheel-") as scratch, Grader(ctx.recipe.problems) as grader:
-        backend = open_backend(ctx.recipe.engine, dict(models), ctx.ledger, ctx.seed("engine", ctx.rank) % 2**31, Path(scratch))
+        backend = open_backend(ctx.recipe.engine, dict(models), ctx.ledger, ctx.seed("engine") % 2**31, Path(scratch))
         try:
             yield Kit(ctx, backend, prompts, reader, grader, problems)
         finally:
@@ -108,10 +108,10 @@ def pass_rates(grades: Iterable[Grade]) -> dict[str, float]:
 def difficulties(ctx: Context, round: int | None = None) -> dict[str, Difficulty]:
     """Bins of the train and calibrate questions from the sample stage's pass rates (oracle grade)."""
     spec = ctx.recipe.calibrate
-    rates = pass_rates(ctx.read(Grade, "sample", round))
+    grades = by_question(ctx.read(Grade, "sample", round))
+    rates = pass_rates(grade for group in grades.values() for grade in group)
     quantile, fixed = quantile_bins(rates, spec.bins), fixed_bins(rates, spec.edges)
-    n = ctx.recipe.sample.per_question
-    return {q: Difficulty(q, rate, n, quantile[q], fixed[q]) for q, rate in rates.items()}
+    return {q: Difficulty(q, rate, len(grades[q]), quantile[q], fixed[q]) for q, rate in rates.items()}
 
 
 def verdict_counts(grades: Sequence[Grade]) -> dict[str, int]:

@@ -17,10 +17,12 @@ def tools(ctx: Context):
 
 
 def work(ctx: Context, kit: Kit, questions: Sequence[str]) -> Iterator[object]:
-    n = ctx.recipe.sample.per_question
+    spec = ctx.recipe.sample
 
     async def one(question: str):
-        return await kit.solutions(kit.problems[question].question, n, purpose="sample", tag=f"r{ctx.round}")
+        problem = kit.problems[question]
+        n = spec.calibrate if problem.split is Split.CALIBRATE else spec.per_question
+        return await kit.solutions(problem.question, n, purpose="sample", tag=f"r{ctx.round}")
 
     for _, solutions in kit.each(questions, one):
         yield from solutions

@@ -1,0 +1,1 @@
+"""LoRA trainings of the three roles, on TRL and accelerate."""
