@@ -37,8 +37,9 @@ def questions(base: str, count: int, seed: int) -> list[list[int]]:
 
 def plain(base: str, spec: EngineSpec, seed: int):
     """`vllm.LLM` with the settings that the scheduler's engine has."""
-    from flywheel.engines import vllm as adapter  # sets vLLM's environment before its import
     from vllm import LLM
+
+    from flywheel.engines import vllm as adapter  # sets vLLM's environment before its import
 
     on_cpu = adapter.current_platform.is_cpu()
     dtype = adapter.cpu_dtype(spec) if on_cpu else spec.dtype

@@ -31,6 +31,7 @@ QUIET = {
     "HF_HUB_DISABLE_TELEMETRY": "1",  # trl's ping honours it too
     "DO_NOT_TRACK": "1",
     "VLLM_NO_USAGE_STATS": "1",
+    "PYTHONWARNINGS": "ignore::UserWarning:multiprocessing.resource_tracker",  # after a child was ended: not the user's affair
     "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # asking whether there is a GPU must not open it before a fork
 }
 

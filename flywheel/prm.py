@@ -17,6 +17,8 @@ from flywheel.prompts import Prompts
 from flywheel.records import Question, Step
 from flywheel.steps import one_token
 
+Known = dict[tuple[int, ...], "asyncio.Future[float]"]  # prefix -> its value, perhaps still under way
+
 
 class Prm:
     """Values of the steps of a solution, through an engine.
@@ -30,20 +32,30 @@ class Prm:
         self.engine, self.prompts, self.aggregate = engine, prompts, aggregate
         self.labels = label_ids(prompts.tokenizer, labels)
 
-    async def values(self, question: Question, steps: Sequence[Step], *, purpose: str = "verify") -> tuple[float, ...]:
+    async def values(
+        self, question: Question, steps: Sequence[Step], *, purpose: str = "verify", known: Known | None = None
+    ) -> tuple[float, ...]:
         """The value in [0, 1] after each of `steps`, asked for all at once.
 
-        Raises TooLong, naming the question, where the text does not fit the model.
+        `known` holds prefixes asked for already, so that solutions with a common beginning
+        pay for it once. Raises TooLong, naming the question, where the text does not fit the model.
         """
         tokens, reads = encode(self.prompts, question, steps)
-        return tuple(await asyncio.gather(*(self._read(question, tokens[:read], purpose) for read in reads)))
+        known = {} if known is None else known
+        asked = []
+        for read in reads:
+            prefix = tuple(tokens[:read])
+            if prefix not in known:
+                known[prefix] = asyncio.ensure_future(self._read(question, prefix, purpose))
+            asked.append(known[prefix])
+        return tuple(await asyncio.gather(*asked))
 
     async def value(self, question: Question, steps: Sequence[Step], *, purpose: str = "verify") -> float:
         """The value in [0, 1] after the last of `steps`; 0.0 if there are none."""
         tokens, reads = encode(self.prompts, question, steps)
         return await self._read(question, tokens[: reads[-1]], purpose) if reads else 0.0
 
-    async def _read(self, question: Question, prefix: list[int], purpose: str) -> float:
+    async def _read(self, question: Question, prefix: Sequence[int], purpose: str) -> float:
         try:
             value = await self.engine.score(prefix, self.labels, purpose=purpose)
         except TooLong as error:

@@ -7,6 +7,7 @@ that it reads (`SECTIONS`), so a change elsewhere does not invalidate finished w
 from __future__ import annotations
 
 import difflib
+import itertools
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -177,7 +178,7 @@ class Recipe(Spec):
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
         edges = self.calibrate.edges
-        if len(edges) != self.calibrate.bins - 1 or any(a <= b for a, b in zip(edges, edges[1:])):
+        if len(edges) != self.calibrate.bins - 1 or any(a <= b for a, b in itertools.pairwise(edges)):
             raise ValueError(f"calibrate.edges: {self.calibrate.bins - 1} falling numbers wanted, got {edges}")
         for key in ("harvest", "evaluate"):
             if (budget := getattr(self, key).budget) not in self.calibrate.budgets:

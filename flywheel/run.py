@@ -207,5 +207,5 @@ def fill(ctx: Context) -> None:
             opened = True
             ctx._at_chunk(shards, len(shards.chunks[index]))
             records = ctx.stage.work(ctx, tools, shards.chunks[index])
-            shards.write(index, records, ctx.ledger.take, lambda: time.monotonic() - started)
+            shards.write(index, records, ctx.ledger.take, lambda begun=started: time.monotonic() - begun)
         ctx._at_chunk(shards, 0)

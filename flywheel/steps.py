@@ -27,6 +27,8 @@ class Reader:
     def __init__(self, tokenizer, separator: str, answer: str, stop: Sequence[str] = ()):
         self.tokenizer = tokenizer
         self.pattern = None if answer == "boxed" else re.compile(answer)
+        if self.pattern and self.pattern.groups != 1:
+            raise ValueError(f"prompts.answer: {answer!r} needs exactly one group, has {self.pattern.groups}")
         texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))], clean_up_tokenization_spaces=False)
         special = set(tokenizer.all_special_ids)
         self.ends = frozenset(i for i, text in enumerate(texts) if separator in text and i not in special)
@@ -60,10 +62,8 @@ class Reader:
         """The final answer in `text`: the last match, stripped; None where there is none."""
         if self.pattern is None:
             return last_boxed(text)
-        found = None
-        for found in self.pattern.finditer(text):
-            pass
-        return (found.group(1).strip() or None) if found else None
+        found = self.pattern.findall(text)
+        return found[-1].strip() or None if found else None
 
     def ended(self, completion: Completion) -> bool:
         """Whether the solution ends here: EOS, a stop token, or a step that holds an answer."""

@@ -13,7 +13,7 @@ import typing
 from collections.abc import Iterable, Sequence
 from dataclasses import fields, is_dataclass
 from enum import Enum
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -83,7 +83,7 @@ def sha256(path: Path) -> str:
     return _sha256(path, stat.st_size, stat.st_mtime_ns)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _sha256(path: Path, size: int, changed: int) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -131,7 +131,7 @@ def _hints(cls: type) -> dict[str, Any]:
     return {item.name: hints[item.name] for item in fields(cls)}
 
 
-@lru_cache(maxsize=None)
+@cache
 def _layout(cls: type) -> tuple[Any, Any, frozenset[str]]:
     """(arrow schema, pydantic adapter of a list, names of the columns that hold JSON)."""
     import pyarrow as pa

@@ -136,6 +136,14 @@ def test_only_the_values_that_the_aggregation_needs_are_asked_for(how, score, re
     assert candidate.score == pytest.approx(score) and len(candidate.values) == len(bench.judged()) == reads
 
 
+def test_a_beginning_that_solutions_share_is_judged_once():
+    bench = Bench({"": ["5 +3 =8\n8 *2 =16\nAnswer 16", "5 +3 =8\n8 *2 =18\nAnswer 18"]}, {**VALUES, "8 *2 =18": 0.1}, how="min")
+    outcome = bench.search(BestOfN(2))
+    assert [c.score for c in outcome.candidates] == [0.4, 0.1]
+    assert len(bench.judged()) == 5  # not 6: both begin with 5 +3 =8
+    assert bench.ledger.tokens() == outcome.tokens == sum(c.cost + c.score_cost for c in outcome.candidates)
+
+
 BEAM = {
     "": ["5 +3 =8\n", "5 +3 =9\n", "5 +3 =8\n", "5 +3 =7\n"],
     "5 +3 =8\n": ["8 *2 =16\n", "Answer 8"],

@@ -116,10 +116,7 @@ class ScriptedDevice:
     def _play(self, prompt: tuple[int, ...], ask: Sampling, chance: random.Random) -> Drawn:
         begun, lines = self._known(prompt)
         weights = [weight for _, weight, _ in lines]
-        if ask.temperature == 0:
-            solution = lines[weights.index(max(weights))][0]
-        else:
-            solution = chance.choices(lines, weights)[0][0]
+        solution = lines[weights.index(max(weights))][0] if ask.temperature == 0 else chance.choices(lines, weights)[0][0]
         tokens = [*solution[begun:], self._tokenizer.eos_token_id]
         for i, token in enumerate(tokens[: ask.max_tokens]):
             if token in ask.stop or i == len(tokens) - 1:

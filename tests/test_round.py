@@ -1,0 +1,165 @@
+"""A real round in micro size: the seed model, vLLM, TRL, the whole way from sampling to the report."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SMALL = [
+    "problems.limits={train: 16, calibrate: 10, validation: 4, test: 8}",
+    "sample={per_question: 8, calibrate: 8, max_tokens: 96}",
+    "label={questions: 8, solutions: 2, rollouts: 2, validation: 0.25}",
+    "prm.epochs=1",
+    "prm.evals=1",
+    "reviser={samples: 8, trajectories: 2, epochs: 1, evals: 1, probe_questions: 4, probe_attempts: 2}",
+    "calibrate.budgets=[4]",
+    "harvest={budget: 4, keep: 2}",
+    "distill.epochs=1",
+    "distill.evals=1",
+    "evaluate={samples: 8, budget: 4, probe: 2, revise_attempts: 2, bootstrap: 200}",
+    "engine.chunk=8",
+    "track.mode=disabled",
+]
+
+
+def iterate(runs: Path, *more: str, launcher: tuple[str, ...] = ("-m",)) -> subprocess.CompletedProcess:
+    command = [sys.executable, *launcher, "flywheel.iterate", "--runs", str(runs), "--name", "micro", "--round", "1"]
+    for item in SMALL:
+        command += ["--set", item]
+    return subprocess.run([*command, *more], cwd=ROOT, capture_output=True, text=True, timeout=500)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    runs = tmp_path_factory.mktemp("runs")
+    done = iterate(runs)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return runs / "micro", done.stdout
+
+
+def manifest(run: Path, round: int, stage: str) -> dict:
+    return json.loads((run / f"round_{round}" / stage / "manifest.json").read_text())
+
+
+def test_every_stage_of_a_real_round_leaves_its_manifest_and_figures(finished):
+    from flywheel.stages import ORDER
+
+    run, printed = finished
+    for stage in ORDER:
+        assert manifest(run, 1, stage)["figures"], stage
+    assert "round 1: the policy, on test questions" in printed
+    assert {p.name for p in (run / "pictures").glob("*.png")} >= {"pass_by_bin.png", "policy.png", "tokens.png"}
+
+
+def test_the_summary_has_every_figure_that_it_promises(finished):
+    run, _ = finished
+    done = subprocess.run([sys.executable, "-m", "eval.summary", str(run), "--json"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    data = json.loads(done.stdout)
+    assert data["finished_rounds"] == 1 and [r["round"] for r in data["rounds"]] == [0, 1]
+    first = data["rounds"][1]
+    assert {"policy", "fixed_bins", "migration", "migration_null", "search", "prm", "reviser", "harvest", "gate"} <= first.keys()
+    assert {"majority@8", "best_of_n_weighted@8", "beam@4", "compute_optimal@4_oracle", "compute_optimal@4_probe"} <= first["search"].keys()
+    assert sum(map(sum, first["migration"])) == sum(map(sum, first["migration_null"])) == 8
+    assert set(data["ledger"]["tokens"]) == {"policy", "prm", "reviser"} and data["ledger"]["flops"] > 0
+
+
+def test_the_ledger_of_the_run_is_the_sum_of_its_stages(finished):
+    """The summary's tokens are those of the manifests, and a stage's are those of its shards' rows."""
+    from flywheel.history import History
+    from flywheel.ledger import total
+    from flywheel.store import read_rows
+
+    run, _ = finished
+    rows = [row for path in run.rglob("ledger*.parquet") for row in read_rows(path)]
+    by_stage = {key: spent.tokens for key, spent in total(rows, "round", "stage")}
+    for path in run.glob("round_*/*/manifest.json"):
+        found = json.loads(path.read_text())
+        assert found["tokens"] == by_stage.get((str(found["round"]), found["stage"]), 0), path
+    assert sum(by_stage.values()) == sum(spent.tokens for _, spent in total(History.of(run).ledger, "role"))
+
+
+def test_test_questions_enter_no_stage_but_those_that_measure(finished):
+    """Not one record of a training or harvesting stage names a test question."""
+    run, _ = finished
+    for stage in ("sample", "label", "calibrate", "harvest", "gate", "choose_reviser"):
+        for shard in (run / "round_1" / stage / "shards").glob("[0-9]*"):
+            items = json.loads((shard / "shard.json").read_text())["items"]
+            assert items and not any("test-" in item for item in items)
+    assert all("test-" in i for s in (run / "round_1/evaluate/shards").glob("[0-9]*") for i in json.loads((s / "shard.json").read_text())["items"])
+
+
+def test_a_finished_run_says_that_there_is_nothing_to_do(finished):
+    run, _ = finished
+    before = {p: p.stat().st_mtime_ns for p in run.rglob("*.parquet")}
+    done = iterate(run.parent)
+    assert done.returncode == 0 and "nothing to do" in done.stdout
+    assert before == {p: p.stat().st_mtime_ns for p in run.rglob("*.parquet")}
+
+
+def test_a_deleted_shard_alone_is_made_again_and_draws_the_same(finished):
+    """A chunk is seeded by what it asks, so the harvest of a run that lost a shard is the same harvest."""
+    import shutil
+
+    run, _ = finished
+    stage = run / "round_1" / "search"  # the last stage: nothing was made from it
+    table = stage / "shards" / "00000" / "Answered.parquet"
+    before = table.read_bytes()
+    kept = stage.parent / "kept"
+    shutil.copytree(stage, kept)
+    try:
+        (stage / "manifest.json").unlink()
+        shutil.rmtree(stage / "shards" / "00000")
+        assert iterate(run.parent).returncode == 0
+        assert table.read_bytes() == before
+    finally:
+        shutil.rmtree(kept)
+
+
+def test_the_export_loads_as_peft_and_transformers_load_things(finished, tmp_path):
+    run, _ = finished
+    out = tmp_path / "exported"
+    done = subprocess.run([sys.executable, "-m", "flywheel.export", str(run), "--out", str(out)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    base = AutoModelForCausalLM.from_pretrained(ROOT / "data/chain/seed_model")
+    adapters = sorted(p.parent for p in out.rglob("adapter_config.json"))
+    assert len(adapters) >= 2
+    for adapter in adapters:
+        PeftModel.from_pretrained(base, adapter)
+    assert AutoTokenizer.from_pretrained(next(out.rglob("tokenizer.json")).parent).encode("Q 5 +3 ?")
+
+
+@pytest.mark.slow
+def test_accelerate_launch_runs_the_same_loop_on_two_processes(tmp_path):
+    """Two ranks share every stage of a real round, and train one model together."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("ACCELERATE_")}
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/cpu_2.yaml", "-m", "flywheel.iterate"]
+    command += ["--runs", str(tmp_path), "--name", "micro", "--round", "1"]
+    for item in SMALL:
+        command += ["--set", item]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, env=environment)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert manifest(tmp_path / "micro", 1, "search")["figures"]["search"]["majority@8"] >= 0
+    assert manifest(tmp_path / "micro", 1, "distill")["ranks"] == 2
+
+
+@pytest.mark.slow
+def test_the_shrunken_qwen_turns_a_whole_round_on_gsm8k_like_questions(tmp_path):
+    """BPE tokens, a chat template, boxed answers and `+`/`-` labels through every stage."""
+    made = subprocess.run([sys.executable, "-m", "data.shrunken", "--out", str(tmp_path / "qwen")], cwd=ROOT, capture_output=True, text=True, timeout=400)
+    assert made.returncode == 0, made.stderr
+    command = [sys.executable, "-m", "flywheel.iterate", "--recipe", str(tmp_path / "qwen/recipe.yaml"), "--runs", str(tmp_path), "--round", "1"]
+    done = subprocess.run([*command, "--set", "track.mode=disabled"], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    run = tmp_path / "shrunken"
+    assert manifest(run, 1, "harvest")["figures"]["kept"] > 10
+    assert manifest(run, 1, "distill")["figures"]["trained"] is True
