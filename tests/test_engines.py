@@ -9,7 +9,6 @@ from copy import copy
 
 import pytest
 import torch
-from tests import micro
 
 from flywheel.engines.base import EngineDied, ModelRef, Sampling, TooLong
 from flywheel.engines.driver import Driver, drive
@@ -17,6 +16,7 @@ from flywheel.engines.open import NotAModel, load_tokenizer, open_backend, param
 from flywheel.ledger import Ledger, total
 from flywheel.recipe import EngineSpec
 from flywheel.records import Finish, Role
+from tests import micro
 
 PROMPTS = [[3, 13 + i, 11, 20 + i, 4, 2, 5, *range(30, 30 + 3 * i)] for i in range(6)]
 LABELS = (9, 10)

@@ -122,6 +122,6 @@ def test_nothing_heavy_is_imported_before_it_is_needed(start):
 
 def test_the_rank_process_really_loads_no_torch():
     """What the source says, seen: the loop and all stages are imported, and torch is not there."""
-    code = "import sys, flywheel.loop, flywheel.stages; flywheel.stages.stages(1); print(sorted(set(sys.modules) & set(%r)))" % (HEAVY,)
+    code = f"import sys, flywheel.loop, flywheel.stages; flywheel.stages.stages(1); print(sorted(set(sys.modules) & set({HEAVY!r})))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert out.stdout.strip() == "[]", out.stdout + out.stderr

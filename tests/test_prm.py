@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-from tests import micro
 
 from flywheel.engines.base import ModelRef, TooLong
 from flywheel.engines.open import load_merged, open_backend
@@ -16,6 +15,7 @@ from flywheel.prompts import Prompts
 from flywheel.recipe import EngineSpec, PromptSpec
 from flywheel.records import Question, Role
 from flywheel.steps import Reader
+from tests import micro
 
 TOKENIZER = micro.tokenizer()
 PROMPTS = Prompts(PromptSpec(solve="Q {question} ? \n Try", check="Q {question} ? \n Check", again="\n Again"), TOKENIZER)

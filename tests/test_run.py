@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import toy_stages
 from toy import Project
+from toy_stages import Trial
 
 from flywheel import manifest
 from flywheel.iterate import load_recipe, parser
@@ -18,7 +19,6 @@ from flywheel.records import Beam, BestOfN, Candidate, Finish, Grade, Outcome, P
 from flywheel.run import Context, Stage, TestSplitForbidden, inputs, perform, read_table, write_table
 from flywheel.shards import Shards, shard_dirs
 from flywheel.store import Damaged, encode, plain
-from toy_stages import Trial
 
 SOLUTION = Solution("q/0", "q", (Step("1 +2 =3\n", (1, 2, 3)), Step("Answer 3", (4,))), Finish.STOP, None, "toy", parent="p")
 

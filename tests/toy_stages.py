@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flywheel.errors import UserError
-from flywheel.records import BestOfN, Beam, Finish, Grade, Solution, Split, Step, Strategy, Verdict
+from flywheel.records import Beam, BestOfN, Finish, Grade, Solution, Split, Step, Strategy, Verdict
 from flywheel.run import Context, Stage
 
 

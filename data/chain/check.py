@@ -163,7 +163,7 @@ def mark_quality(rows, solutions, values) -> dict:
     split = {c.author: tuple(zip(*by_class[c.author])) for c in CLASSES if by_class[c.author]}
     return {"by_class": {str(c): round(auc(*pair), 4) for c, pair in split.items()},
             "mean_value_right_wrong_by_class": {
-                str(c): [round(float(np.mean([s for s, l in zip(*pair) if l == want])), 3) for want in (True, False)]
+                str(c): [round(float(np.mean([s for s, label in zip(*pair) if label == want])), 3) for want in (True, False)]
                 for c, pair in split.items()},
             "so_far": round(auc(*zip(*so_far)), 4),
             "answer_within_question": {way: interval(v) for way, v in within.items()}}

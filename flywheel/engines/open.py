@@ -79,7 +79,7 @@ def parameters(ref: ModelRef) -> int:
     if ref.adapter is not None:
         adapter_config(ref.adapter)
         with safe_open(Path(ref.adapter) / "adapter_model.safetensors", "pt") as weights:
-            count += sum(math.prod(weights.get_slice(key).get_shape()) for key in weights.keys())  # noqa: SIM118: it is no mapping
+            count += sum(math.prod(weights.get_slice(key).get_shape()) for key in weights.keys())  # noqa: SIM118  (it is no mapping)
     return count
 
 

@@ -11,6 +11,7 @@ import random
 from collections.abc import Iterator, Sequence
 
 from flywheel.engines.base import Sampling
+from flywheel.errors import UserError
 from flywheel.records import Grade, Problem, Role, Solution, Split, StepValues, Verdict
 from flywheel.run import Context, Stage
 from flywheel.stages.kit import Kit, by_question, kit, trace
@@ -94,6 +95,11 @@ def work(ctx: Context, kit: Kit, questions: Sequence[str]) -> Iterator[object]:
 
 def finish(ctx: Context) -> dict:
     rows = list(ctx.read(StepValues, "label"))
+    if len({row.question_id for row in rows}) < 2:
+        raise UserError(
+            f"label: {len(rows)} of the sampled solutions have an answer that can be read, on fewer than two questions;"
+            " see prompts.answer, prompts.stop and sample.max_tokens"
+        )
     values = [v for row in rows for v in row.values]
     return {
         "policy": ctx.model(Role.POLICY, ctx.round - 1).name,

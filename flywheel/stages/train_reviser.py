@@ -49,9 +49,10 @@ def train(ctx: Context) -> dict:
     spec = ctx.recipe.reviser
     problems = {p.id: p for p in ctx.problems(Split.TRAIN)}
     rows = trajectories(ctx)
-    if not rows:
-        return {"trained": False, "trajectories": 0}
-    held = set(random.Random(ctx.seed("held out")).sample(sorted({t.question_id for t in rows}), max(1, len({t.question_id for t in rows}) // 10)))
+    questions = sorted({row.question_id for row in rows})
+    if len(questions) < 2:  # one to train on and one to validate on
+        return {"trained": False, "trajectories": len(rows), "why": "too few questions with a correct solution: this round has no reviser"}
+    held = set(random.Random(ctx.seed("held out")).sample(questions, max(1, len(questions) // 10)))
     fit, check, too_long = [], [], 0
     for row in rows:
         *before, target = row.attempts
