@@ -18,6 +18,17 @@ def quantile_bins(rates: Mapping[str, float], bins: int = 5) -> dict[str, int]:
     return {id: 1 + place * bins // len(order) for place, id in enumerate(order)}
 
 
+def quantile_edges(scores: Sequence[float], bins: int = 5) -> list[float]:
+    """The bins - 1 falling edges that cut `scores` into equal parts, for `fixed_bin`.
+
+    With them a question outside the set is binned by a score of its own, the mean PRM score
+    of a probe, say. Raises ValueError on no scores.
+    """
+    if not len(scores):
+        raise ValueError("quantile_edges: no scores")
+    return [float(edge) for edge in np.quantile(np.asarray(scores, dtype=float), [1 - i / bins for i in range(1, bins)])]
+
+
 def fixed_bin(rate: float, edges: Sequence[float]) -> int:
     """The bin of a rate under falling `edges`; an edge belongs to the easier bin.
 

@@ -142,6 +142,7 @@ class CalibrateSpec(Spec):
 class HarvestSpec(Spec):
     budget: Positive = 16
     keep: Positive = 4  # traces a question, at most
+    min_votes: Positive = 2  # candidates that must have drawn a trace: one drawn once is often luck
     balance: Annotated[float, Field(ge=1)] = 3.0  # no bin keeps more than this times the smallest's mean
 
 

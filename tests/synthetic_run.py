@@ -69,7 +69,7 @@ def search(round: int, refused: tuple[int, ...]) -> dict:
     models = {"policy": f"policy_{policy_after(round - 1, refused)}", "prm": f"prm_{round}", "reviser": f"reviser_{round}", "plan": f"serve_{round}"}
     figures: dict = {"models": models}
     for i, key in enumerate(
-        ["majority@64", "best_of_n_weighted@64", "best_of_n_weighted@64_base_verifier", "beam@16", "revise@16", "compute_optimal@16_oracle", "compute_optimal@16_probe"]
+        ["majority@64", "best_of_n_weighted@64", "best_of_n_weighted@16_base_verifier", "beam@16", "revise@16", "compute_optimal@16_oracle", "compute_optimal@16_probe"]
     ):
         figures |= {key: 0.5 + 0.02 * i, f"{key}_ci": ci(0.5 + 0.02 * i)}
     figures["beam@16_tokens"] = 2345.5

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flywheel.bins import fixed_bin, fixed_bins, left_bin, migration, migration_null, quantile_bins
+from flywheel.bins import fixed_bin, fixed_bins, left_bin, migration, migration_null, quantile_bins, quantile_edges
 
 EDGES = [0.8, 0.6, 0.4, 0.2]
 
@@ -62,3 +62,12 @@ def test_sampling_again_alone_moves_questions_near_an_edge():
     assert left_bin(small, 5) > 0.4  # nothing was learned, and yet they leave
     assert left_bin(large, 5) is None or left_bin(large, 5) > 0.8  # at 0.22 hardly any is in bin 5
     assert left_bin(large, 4) < 0.15 < left_bin(small, 4)
+
+
+def test_quantile_edges_bin_a_new_question_as_its_rank_among_the_scores_would():
+    scores = [0.1 * i for i in range(1, 11)]
+    edges = quantile_edges(scores)
+    assert edges == sorted(edges, reverse=True) and len(edges) == 4
+    assert [fixed_bin(score, edges) for score in reversed(scores)] == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
+    with pytest.raises(ValueError, match="no scores"):
+        quantile_edges([])

@@ -40,7 +40,7 @@ def test_every_figure_of_the_search_names_the_models_of_its_round(run):
     models = rounds[3]["search"]["models"]
     assert made_by("majority@64", models) == "policy_1"
     assert made_by("best_of_n_weighted@64", models) == "policy_1, prm_3"
-    assert made_by("best_of_n_weighted@64_base_verifier", models) == "policy_1, base as verifier"
+    assert made_by("best_of_n_weighted@16_base_verifier", models) == "policy_1, base as verifier"
     assert made_by("revise@16", models) == "reviser_3, prm_3"
     assert made_by("compute_optimal@16_probe", models) == "policy_1, prm_3, reviser_3, serve_3"
 

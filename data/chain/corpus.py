@@ -22,7 +22,7 @@ from .tokenizer import EOS
 
 SHARES = {"solution": 0.30, "graded": 0.50, "thread": 0.20}
 EARLY_SHARES = {"solution": 0.15, "graded": 0.75, "thread": 0.10}  # while every line is marked
-GRADED_SHARES = {"every line": 0.35, "some lines": 0.25, "one mark": 0.20, "one mark, at the answer": 0.20}
+GRADED_SHARES = {"every line": 0.25, "some lines": 0.20, "one mark": 0.25, "one mark, at the answer": 0.30}
 SKIP, MISREAD, SLIP = 0.010, 0.005, 0.05
 # Graded work is students' work: worse than the author's own.  Marks are learned from contrast, and on the
 # author's own lines (one in ten wrong) 8M tokens taught none.

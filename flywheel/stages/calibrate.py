@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from flywheel.records import Grade, Outcome, Solution, Split, Verdict
+from flywheel.records import BestOfN, Grade, Outcome, Solution, Split, StepValues, Verdict
 from flywheel.run import Context, Stage
 from flywheel.search.plan import Trial, harvest_plan, left_out, name, serve_plan, strategies, table
 from flywheel.search.run import search, smaller
@@ -34,6 +34,9 @@ def work(ctx: Context, kit: Kit, questions: Sequence[str]) -> Iterator[object]:
         return out
 
     for question, outcomes in kit.each(questions, one):
+        judged = [o.candidates for _, strategy, o in outcomes if isinstance(strategy, BestOfN) and strategy.select == "weighted"]
+        if judged:  # what a probe of these samples would see of the question's difficulty
+            yield StepValues(f"{question}/probe", question, tuple(c.score for c in max(judged, key=len)))
         distinct = {c.solution.id: c.solution for _, _, o in outcomes for c in o.candidates}
         grades = kit.grade(list(distinct.values()))
         correct = {g.solution_id: g.verdict is Verdict.CORRECT for g in grades}

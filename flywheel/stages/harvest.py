@@ -48,12 +48,16 @@ def finish(ctx: Context) -> dict:
             groups.setdefault(question, []).extend(group)
 
     rows: list[Harvested] = []
+    once = 0
     for question, group in groups.items():
         votes = Counter(map(trace, group))
         first = {}
         for solution in group:
             first.setdefault(trace(solution), solution)
         for text, count in votes.most_common(spec.keep):
+            if count < spec.min_votes:
+                once += 1
+                continue
             s = first[text]
             rows.append(Harvested(question, texts[question].question.text, s.text, s.answer, bins[question].fixed_bin, ctx.round, count, s.tokens))
     kept = balanced(rows, spec.balance)
@@ -64,7 +68,7 @@ def finish(ctx: Context) -> dict:
         "candidates": sum(candidates.values()),
         "candidates_by_stage": candidates,
         "verified": len(correct),
-        "verified_distinct": len(rows),
+        "too_few_votes": once,
         "kept": len(kept),
         "questions": len({r.question_id for r in kept}),
         "training_questions": len(texts),

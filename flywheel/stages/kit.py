@@ -106,11 +106,19 @@ def pass_rates(grades: Iterable[Grade]) -> dict[str, float]:
 
 
 def difficulties(ctx: Context, round: int | None = None) -> dict[str, Difficulty]:
-    """Bins of the train and calibrate questions from the sample stage's pass rates (oracle grade)."""
+    """Bins of the train and calibrate questions from the sample stage's pass rates (oracle grade).
+
+    Quantiles are taken within each split: the splits are drawn alike, and their numbers of
+    samples differ, so that ties at a rate of 0 would otherwise part them.
+    """
     spec = ctx.recipe.calibrate
     grades = by_question(ctx.read(Grade, "sample", round))
     rates = pass_rates(grade for group in grades.values() for grade in group)
-    quantile, fixed = quantile_bins(rates, spec.bins), fixed_bins(rates, spec.edges)
+    quantile: dict[str, int] = {}
+    for split in (Split.TRAIN, Split.CALIBRATE):
+        inside = [p.id for p in ctx.problems(split)]
+        quantile |= quantile_bins({q: rates[q] for q in inside}, spec.bins)
+    fixed = fixed_bins(rates, spec.edges)
     return {q: Difficulty(q, rate, len(grades[q]), quantile[q], fixed[q]) for q, rate in rates.items()}
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from flywheel.bins import fixed_bin, quantile_bins
+from flywheel.bins import fixed_bin, quantile_bins, quantile_edges
 from flywheel.engines.base import ModelRef, Sampling
 from flywheel.records import Beam, BestOfN, Candidate, Grade, Outcome, Revise, Role, Solution, Split, StepValues, Strategy
 from flywheel.run import Context, Stage
@@ -64,13 +64,13 @@ def work(ctx: Context, kit: Kit, questions: Sequence[str]) -> Iterator[object]:
         item, pool = kit.problems[question].question, solutions[question]
         answers, rows = [s.answer for s in pool], []
         k, n = len(pool), spec.budget
-        by_prm, by_base = await values(item, pool, prm), await values(item, pool, base)
+        by_prm, by_base = await values(item, pool, prm), await values(item, pool[:n], base)
         scored[question] = by_prm
         rows.append((f"majority@{k}", majority(answers), pool, 0))
         rows.append((f"majority@{n}", majority(answers[:n]), pool[:n], 0))
         rows.append((f"best_of_n_weighted@{k}", weighted(answers, by_prm), pool, 0))
         rows.append((f"best_of_n_weighted@{n}", weighted(answers[:n], by_prm[:n]), pool[:n], 0))
-        rows.append((f"best_of_n_weighted@{k}_base_verifier", weighted(answers, by_base), pool, 0))
+        rows.append((f"best_of_n_weighted@{n}_base_verifier", weighted(answers[:n], by_base), pool[:n], 0))
         runs: dict[Strategy, Outcome] = {}
 
         async def run(method: str, strategy: Strategy, probe: int = 0) -> None:
@@ -139,17 +139,13 @@ def oracle_bins(ctx: Context) -> dict[str, int]:
 
 
 def probe_cuts(ctx: Context) -> list[float]:
-    """Where the probe's statistic (mean PRM value) is cut into bins.
+    """Where the probe's statistic, the mean PRM score of its samples, is cut into bins.
 
-    A question of pass rate p has about p of its samples right, and the mean final PRM value
-    estimates that rate; so the cuts are the pass rates that bound the quantile bins of the
-    train and calibrate questions.
+    They are the quantiles of the same statistic on the calibration questions, whose plan is used.
     """
-    bins = difficulties(ctx)
-    return [
-        (min(d.pass_at_1 for d in bins.values() if d.quantile_bin == b) + max(d.pass_at_1 for d in bins.values() if d.quantile_bin == b + 1)) / 2
-        for b in range(1, ctx.recipe.calibrate.bins)
-    ]
+    rows = ctx.read(StepValues, "calibrate")
+    means = [sum(row.values[: ctx.recipe.evaluate.probe]) / ctx.recipe.evaluate.probe for row in rows]
+    return quantile_edges(means or [d.pass_at_1 for d in difficulties(ctx).values()], ctx.recipe.calibrate.bins)
 
 
 def finish(ctx: Context) -> dict:
