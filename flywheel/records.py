@@ -225,3 +225,13 @@ class Outcome:
     generations: int
     tokens: int
     extra: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """What one method answered for one test question, whether it was right, and its cost."""
+
+    question_id: str
+    method: str
+    correct: bool
+    tokens: int

@@ -7,12 +7,11 @@ pass@1 by attempt with its own attempts and, as a control, with another question
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 
 from flywheel.bins import fixed_bin, quantile_bins, quantile_edges
 from flywheel.engines.base import ModelRef, Sampling
-from flywheel.records import Beam, BestOfN, Candidate, Grade, Outcome, Revise, Role, Solution, Split, StepValues, Strategy
+from flywheel.records import Answered, Beam, BestOfN, Candidate, Grade, Outcome, Revise, Role, Solution, Split, StepValues, Strategy
 from flywheel.run import Context, Stage
 from flywheel.search.plan import Plan, name
 from flywheel.search.run import search
@@ -32,16 +31,6 @@ from flywheel.stages.kit import (
     test_rates,
     test_samples,
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Answered:
-    """What one method answered for one test question, whether it was right, and its cost."""
-
-    question_id: str
-    method: str
-    correct: bool
-    tokens: int
 
 
 def tools(ctx: Context):
