@@ -5,8 +5,7 @@ Documents are lists of words (see tokenizer.py), in three kinds:
 - solution: ``Q 5 +3 ? \\n Try 5 +3 =8 \\n Answer 8 <eos>``;
 - graded work: ``Check`` in place of ``Try``, and ``ok``/``no`` right after some results.  A mark says
   that everything since the previous mark (or the start) is right.  In some documents every line is
-  marked, in some a random part of the lines, in some only the last line of an unmarked beginning or
-  of the whole; the work is that of students, who err more than the author does elsewhere;
+  marked, in some a random part of the lines, in some only the last line of an unmarked beginning;
 - thread: ``Try ... Answer 8 \\n Again 5 +3 ...``, several attempts of one author at one question.
 
 Nothing depends on gold: no attempt knows whether an earlier one was right.
@@ -22,11 +21,8 @@ from .tokenizer import EOS
 
 SHARES = {"solution": 0.30, "graded": 0.50, "thread": 0.20}
 EARLY_SHARES = {"solution": 0.15, "graded": 0.75, "thread": 0.10}  # while every line is marked
-GRADED_SHARES = {"every line": 0.25, "some lines": 0.20, "one mark": 0.25, "one mark, at the answer": 0.30}
+GRADED_SHARES = {"every line": 0.40, "some lines": 0.30, "one mark": 0.30}
 SKIP, MISREAD, SLIP = 0.010, 0.005, 0.05
-# Graded work is students' work: worse than the author's own.  Marks are learned from contrast, and on the
-# author's own lines (one in ten wrong) 8M tokens taught none.
-CARELESS, GRADED_SKIP = 0.5, 0.03
 MAX_ATTEMPTS = 5
 
 
@@ -44,18 +40,15 @@ class Line:
 
 
 class Author:
-    """Writes attempts.  `repeats` is the chance that he says again what he said of a fact before.
+    """Writes attempts.  `repeats` is the chance that he says again what he said of a fact before."""
 
-    `careless` is how often he errs on a fact that he knows, `skips` how often he leaves an operation out.
-    """
-
-    def __init__(self, rng: random.Random, repeats: float = 0.0, careless: float = 0.0, skips: float = SKIP):
-        self.rng, self.repeats, self.careless, self.skips, self.said = rng, repeats, careless, skips, {}
+    def __init__(self, rng: random.Random, repeats: float = 0.0):
+        self.rng, self.repeats, self.said = rng, repeats, {}
 
     def result(self, fact: Fact) -> int:
         rng, key = self.rng, (fact.value, fact.op)
         if not (key in self.said and rng.random() < self.repeats):
-            if rng.random() < fact.class_.author * (1 - self.careless):
+            if rng.random() < fact.class_.author:
                 self.said[key] = fact.right
             elif rng.random() < MISCONCEPTION_SHARE:
                 self.said[key] = fact.misconception
@@ -70,7 +63,7 @@ class Author:
         lines, skipped = [], False
         for i, op in enumerate(ops):
             last_hope = i == len(ops) - 1 and not lines
-            if rng.random() < self.skips and not last_hope:
+            if rng.random() < SKIP and not last_hope:
                 skipped = True
                 continue
             written = rng.choice(OPS) if rng.random() < MISREAD else op
@@ -117,8 +110,6 @@ def marked_lines(rng: random.Random, n: int, sparse: float) -> tuple[set[int], i
         case "some lines":
             rate = rng.random()
             return {i for i in range(n) if rng.random() < rate} | {n - 1}, n
-        case "one mark, at the answer":
-            return {n - 1}, n
         case _:
             end = rng.randint(1, n)
             return {end - 1}, end
@@ -129,7 +120,7 @@ def graded_words(rng: random.Random, question: str, sparse: float = 1.0) -> list
 
     `sparse` is the share of documents that follow GRADED_SHARES; the others have every line marked.
     """
-    lines, skipped = Author(rng, careless=CARELESS * rng.random(), skips=GRADED_SKIP).attempt(question)
+    lines, skipped = Author(rng).attempt(question)
     grader = Grader(rng, doubt=sparse)
     marked, end = marked_lines(rng, len(lines) + 1, sparse)
     words, good = [], True

@@ -19,7 +19,7 @@ from . import corpus, tokenizer
 from .domain import MAX_K
 
 OK, NO, MARK_WEIGHT = tokenizer.ID["ok"], tokenizer.ID["no"], 4.0
-CURRICULUM, DENSE, WARMUP = 0.30, 0.33, 0.02
+CURRICULUM, DENSE, WARMUP = 0.30, 0.46, 0.02
 
 
 def config(layers: int, hidden: int):
@@ -66,17 +66,13 @@ def tensors(batch):
 
 def train(out: Path, *, minutes: float | None, tokens: int | None, seed: int, batch_tokens: int = 3000,
           peak: float = 3e-3, layers: int = 5, hidden: int = 128, bf16: bool = False,
-          start: Path | None = None, log_every: int = 100, save_every: float = 90.0) -> dict:
-    """Spend the budget (minutes or tokens), save, and return the last log line.
-
-    `start`: a model to go on from; its curriculum is over, so questions have their full length
-    and marks their final shares from the first step on.
-    """
+          log_every: int = 100, save_every: float = 90.0) -> dict:
+    """Spend the budget (minutes or tokens), save, and return the last log line."""
     import torch
     from transformers import LlamaForCausalLM
 
     torch.manual_seed(seed)
-    model = LlamaForCausalLM.from_pretrained(start) if start else LlamaForCausalLM(config(layers, hidden))
+    model = LlamaForCausalLM(config(layers, hidden))
     decayed = [p for p in model.parameters() if p.dim() > 1]
     plain = [p for p in model.parameters() if p.dim() == 1]
     optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}],
@@ -94,8 +90,8 @@ def train(out: Path, *, minutes: float | None, tokens: int | None, seed: int, ba
     while (progress := state["tokens"] / tokens if tokens else (time.monotonic() - begun) / (60 * minutes)) < 1:
         # A pool's seed depends on its number alone, so a resumed run draws no document twice.
         state["pool"] += 1
-        for batch in corpus.batches(random.Random(f"{seed}/{state['pool']}"), MAX_K if start else longest(progress),
-                                    1.0 if start else sparse_marks(progress), batch_tokens):
+        for batch in corpus.batches(random.Random(f"{seed}/{state['pool']}"), longest(progress), sparse_marks(progress),
+                                    batch_tokens):
             progress = state["tokens"] / tokens if tokens else (time.monotonic() - begun) / (60 * minutes)
             if progress >= 1:
                 break
@@ -119,7 +115,7 @@ def train(out: Path, *, minutes: float | None, tokens: int | None, seed: int, ba
             state["seconds"] = time.monotonic() - begun
             losses.append(loss.item())
             if state["step"] % log_every == 0:
-                line = {**state, "loss": sum(losses) / len(losses), "max_k": MAX_K if start else longest(progress),
+                line = {**state, "loss": sum(losses) / len(losses), "max_k": longest(progress),
                         "tokens_per_second": state["tokens"] / state["seconds"]}
                 losses = []
                 with (out / "pretrain.jsonl").open("a") as log:
@@ -149,7 +145,6 @@ def main() -> None:
     budget = parser.add_mutually_exclusive_group(required=True)
     budget.add_argument("--minutes", type=float)
     budget.add_argument("--tokens", type=int)
-    parser.add_argument("--start", type=Path, metavar="DIR", help="go on from this model, with all of the corpus")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--layers", type=int, default=5)
     parser.add_argument("--hidden", type=int, default=128)
@@ -158,7 +153,7 @@ def main() -> None:
     parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast: only where the CPU has it (AMX, AVX512-BF16)")
     args = parser.parse_args()
     print(json.dumps(train(args.out, minutes=args.minutes, tokens=args.tokens, seed=args.seed, layers=args.layers,
-                           hidden=args.hidden, batch_tokens=args.batch_tokens, peak=args.peak, bf16=args.bf16, start=args.start)))
+                           hidden=args.hidden, batch_tokens=args.batch_tokens, peak=args.peak, bf16=args.bf16)))
 
 
 if __name__ == "__main__":
