@@ -95,7 +95,8 @@ class Loop:
     # ---- rank 0 ----
 
     def lead(self) -> int:
-        counts = {str(split): len(group) for split, group in load(self.recipe.problems).items()}
+        notes: list[str] = []
+        counts = {str(split): len(group) for split, group in load(self.recipe.problems, notes).items()}
         sources = manifest.source_files(self.recipe)
         reached = max([self.args.round, *(int(p.name[6:]) for p in self.run.glob("round_*") if p.name[6:].isdigit())])
         if not self.args.dry_run:
@@ -104,6 +105,8 @@ class Loop:
         manifest.check_run(self.run, self.recipe, sources, self.plan(reached))
         plan = self.plan(self.args.round)
         print(overview(self.recipe, self.run, plan, counts, self.ranks.world), flush=True)
+        for note in notes:
+            print(f"questions: {note}", flush=True)
         if self.args.dry_run:
             return 0
         todo = [entry for entry in plan if manifest.load(self.run, entry[0], entry[1].name) is None]

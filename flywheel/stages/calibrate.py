@@ -9,17 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from flywheel.records import BestOfN, Grade, Outcome, Solution, Split, StepValues, Verdict
+from flywheel.records import BestOfN, Outcome, Split, StepValues, Verdict
 from flywheel.run import Context, Stage
 from flywheel.search.plan import Trial, harvest_plan, left_out, name, serve_plan, strategies, table
 from flywheel.search.run import search, smaller
-from flywheel.stages.kit import Kit, answer_is_right, by_question, difficulties, kit, plan_models, search_tools, searchers, trace
+from flywheel.stages.kit import Kit, answer_is_right, difficulties, kit, plan_models, sampled, search_tools, searchers, trace
 
 
 def work(ctx: Context, kit: Kit, questions: Sequence[str]) -> Iterator[object]:
     tools, bins = search_tools(kit), difficulties(ctx)
     wanted = [item for item in strategies(ctx.recipe.calibrate) if tools.can(item[1])]
-    known = in_hand(ctx, set(questions))
 
     async def one(question: str) -> list[tuple[int, object, Outcome]]:
         runs: dict[object, Outcome] = {}
@@ -48,16 +47,15 @@ def work(ctx: Context, kit: Kit, questions: Sequence[str]) -> Iterator[object]:
                 budget=budget,
                 strategy=strategy,
                 correct=bool(answer_is_right(outcome.answer, solutions, correct)),
-                verified=len({trace(s) for s in solutions if correct[s.id]} - known[question]),
+                verified=len({trace(s) for s in solutions if correct[s.id]} - in_hand(ctx, question)),
                 tokens=outcome.tokens,
             )
 
 
-def in_hand(ctx: Context, questions: set[str]) -> dict[str, set[str]]:
+def in_hand(ctx: Context, question: str) -> set[str]:
     """Verified traces of the sample stage: the harvest has them before it begins."""
-    right = {g.solution_id for g in ctx.read(Grade, "sample") if g.correct and g.question_id in questions}
-    groups = by_question(s for s in ctx.read(Solution, "sample") if s.id in right)
-    return {question: {trace(s) for s in groups.get(question, [])} for question in questions}
+    solutions, verdicts = sampled(ctx)
+    return {trace(s) for s in solutions[question] if verdicts[s.id] is Verdict.CORRECT}
 
 
 def finish(ctx: Context) -> dict:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TypeVar
@@ -105,6 +106,14 @@ def pass_rates(grades: Iterable[Grade]) -> dict[str, float]:
     return rates
 
 
+@lru_cache(maxsize=1)  # a stage's process asks for every chunk
+def sampled(ctx: Context) -> tuple[dict[str, list[Solution]], dict[str, Verdict]]:
+    """The sample stage's solutions by question, and their verdicts by solution id."""
+    verdicts = {grade.solution_id: grade.verdict for grade in ctx.read(Grade, "sample")}
+    return by_question(ctx.read(Solution, "sample")), verdicts
+
+
+@lru_cache(maxsize=4)
 def difficulties(ctx: Context, round: int | None = None) -> dict[str, Difficulty]:
     """Bins of the train and calibrate questions from the sample stage's pass rates (oracle grade).
 

@@ -12,9 +12,9 @@ from collections.abc import Iterator, Sequence
 
 from flywheel.engines.base import Sampling
 from flywheel.errors import UserError
-from flywheel.records import Grade, Problem, Role, Solution, Split, StepValues, Verdict
+from flywheel.records import Problem, Role, Solution, Split, StepValues, Verdict
 from flywheel.run import Context, Stage
-from flywheel.stages.kit import Kit, by_question, kit, trace
+from flywheel.stages.kit import Kit, kit, sampled, trace
 
 
 def questions(ctx: Context) -> list[str]:
@@ -30,15 +30,14 @@ def chosen(ctx: Context, wanted: set[str]) -> dict[str, list[tuple[Solution, boo
     Where a question has right and wrong ones, both are taken: the PRM is used to tell
     them apart.
     """
-    verdicts = {g.solution_id: g for g in ctx.read(Grade, "sample") if g.question_id in wanted}
-    groups = by_question(s for s in ctx.read(Solution, "sample") if s.question_id in wanted)
+    groups, verdicts = sampled(ctx)
     picked = {}
     for question in wanted:
         distinct: dict[str, tuple[Solution, bool]] = {}
         for solution in groups.get(question, []):
-            grade = verdicts[solution.id]
-            if grade.verdict in (Verdict.CORRECT, Verdict.INCORRECT):
-                distinct.setdefault(trace(solution), (solution, grade.correct))
+            verdict = verdicts[solution.id]
+            if verdict in (Verdict.CORRECT, Verdict.INCORRECT):
+                distinct.setdefault(trace(solution), (solution, verdict is Verdict.CORRECT))
         pool = list(distinct.values())
         random.Random(ctx.seed(question, "choice")).shuffle(pool)
         right = [item for item in pool if item[1]]

@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import random
 
-from flywheel.records import Grade, Role, Solution, Split, Trajectory, Verdict
+from flywheel.records import Role, Solution, Split, Trajectory, Verdict
 from flywheel.run import Context, Stage
-from flywheel.stages.kit import by_question, closed, text_tools, trace
+from flywheel.stages.kit import closed, sampled, text_tools, trace
 from flywheel.stats import edit_distance
 
 
 def trajectories(ctx: Context) -> list[Trajectory]:
     """At most `reviser.trajectories` a question, from its first `reviser.samples` samples."""
     spec = ctx.recipe.reviser
-    verdicts = {g.solution_id: g.verdict for g in ctx.read(Grade, "sample")}
-    train = {p.id for p in ctx.problems(Split.TRAIN)}
+    groups, verdicts = sampled(ctx)
     out = []
-    for question, group in by_question(s for s in ctx.read(Solution, "sample") if s.question_id in train).items():
-        group = group[: spec.samples]
+    for question in (p.id for p in ctx.problems(Split.TRAIN)):
+        group = groups[question][: spec.samples]
         wrong = list({trace(s): s for s in group if verdicts[s.id] is Verdict.INCORRECT}.values())
         right = [s for s in group if verdicts[s.id] is Verdict.CORRECT]
         rng = random.Random(ctx.seed(question))
