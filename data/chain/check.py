@@ -3,7 +3,8 @@
 Straight off the model, with transformers alone (no flywheel): graded difficulty (1), reachable and not
 by chance (2), knows more when checking (3), small (8); and, as a first look at (4), the answers that
 majority and the model's own marks select.  Intervals are 95% percentile bootstraps over questions.
-Properties 4 to 7 need the full loop and are measured over a finished run.
+With ``--run RUN [RUN ...]`` (finished runs, seeds of one recipe) it prints properties 4 to 7 instead:
+the verifiers (eval.verifiers), beam against best-of-n by bin, revision by attempt, and the loop (eval.seeds).
 """
 from __future__ import annotations
 
@@ -211,6 +212,25 @@ def measure(folder: Path, split: str, limit: int, n: int, seed: int) -> dict:
     }
 
 
+def over_runs(runs: list[Path]) -> dict:
+    """Properties 4 to 7, from finished runs; test questions but for 5, which is on the calibration questions."""
+    from eval import seeds, verifiers
+    from flywheel.history import History
+    from flywheel.recipe import load as load_recipe
+
+    loop = seeds.study(runs)
+    first = loop["rounds"][1]
+    found = {"4_verifiers": verifiers.report([verifiers.study(run, 1) for run in runs], load_recipe(runs[0] / "recipe.yaml").prm.aggregate)}
+    for run in runs:
+        for row in History.of(run).figures("calibrate", 1)["table"]:
+            if "majority" not in row["strategy"] and "revise" not in row["strategy"]:
+                name = f"bin {row['bin']} {row['strategy']}"
+                found.setdefault("5_accuracy_and_tokens_by_bin", {}).setdefault(name, []).append((round(row["accuracy"], 3), round(row["tokens"])))
+    found["6_reviser"] = dict(enumerate(first["reviser"]))
+    found["7_loop"] = {f"round {row['round']}": {k: v for k, v in row.items() if k not in ("search", "reviser", "round")} for row in loop["rounds"]}
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=SEED_MODEL)
@@ -218,9 +238,10 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=208, help="the first so many of the split")
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--run", type=Path, nargs="+", metavar="RUN", help="finished runs: properties 4 to 7")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     args = parser.parse_args()
-    found = measure(args.model, args.split, args.questions, args.samples, args.seed)
+    found = over_runs(args.run) if args.run else measure(args.model, args.split, args.questions, args.samples, args.seed)
     if args.json:
         print(json.dumps(found))
         return
