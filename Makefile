@@ -13,6 +13,7 @@ $(VENV)/.ready: requirements/cpu.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --no-deps --disable-pip-version-check -r requirements/cpu.txt
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation --disable-pip-version-check -e .
+	@$(BIN)/python -c "import torch" || { echo "torch does not load: this environment wants PyTorch's CPU build (2.13.0+cpu). Point pip at PyTorch's CPU wheel index (PIP_EXTRA_INDEX_URL; 'Get started' on pytorch.org names it), then: rm -rf $(VENV); make setup"; exit 1; }
 	touch $@
 
 demo: setup

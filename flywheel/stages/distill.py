@@ -6,11 +6,11 @@ import random
 
 from flywheel.records import Question, Role
 from flywheel.run import Context, Stage
-from flywheel.stages.kit import harvested, text_tools
+from flywheel.stages.kit import examples, harvested, text_tools
 
 
 def train(ctx: Context) -> dict:
-    from flywheel.training.sft import Example, train_sft
+    from flywheel.training.sft import train_sft
 
     prompts, reader = text_tools(ctx)
     spec = ctx.recipe.distill
@@ -19,14 +19,8 @@ def train(ctx: Context) -> dict:
         return {"trained": False, "examples": 0, "why": "no verified solution in any round: nothing to distill, the policy stays"}
     questions = sorted({row.question_id for row in rows})
     held = set(random.Random(ctx.seed("held out")).sample(questions, len(questions) // 20))
-    fit, check, too_long = [], [], 0
-    for row in rows:
-        head = prompts.solve(Question(row.question_id, row.question))
-        tokens = (*head, *row.tokens, reader.eos)
-        if len(tokens) > spec.max_length:
-            too_long += 1
-            continue
-        (check if row.question_id in held else fit).append(Example(tokens, len(head)))
+    targets = ((row.question_id, prompts.solve(Question(row.question_id, row.question)), (*row.tokens, reader.eos)) for row in rows)
+    fit, check, too_long = examples(targets, held, spec.max_length)
     report = train_sft(
         fit, check, base=ctx.recipe.model.base, model=ctx.recipe.model, spec=spec, out=ctx.dir, seed=ctx.seed("train") % 2**31, keep="last", role=Role.POLICY, ledger=ctx.ledger
     )

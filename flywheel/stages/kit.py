@@ -21,6 +21,7 @@ from flywheel.run import Context, read_table
 from flywheel.search.tools import Tools
 from flywheel.stats import bootstrap_mean
 from flywheel.steps import Reader
+from flywheel.training.sft import Example
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -138,6 +139,22 @@ def verdict_counts(grades: Sequence[Grade]) -> dict[str, int]:
 def trace(solution: Solution) -> str:
     """What two solutions share if they are the same derivation: their text, spacing apart."""
     return " ".join(solution.text.split())
+
+
+def examples(
+    rows: Iterable[tuple[str, Sequence[int], Sequence[int]]], held: set[str], longest: int
+) -> tuple[list[Example], list[Example], int]:
+    """(to train on, to validate on, how many were too long) of (question id, prompt, target) token ids.
+
+    The questions of `held` validate. What is longer than `longest` tokens is left out and counted, never cut.
+    """
+    fit, check, too_long = [], [], 0
+    for question, prompt, target in rows:
+        if len(prompt) + len(target) > longest:
+            too_long += 1
+            continue
+        (check if question in held else fit).append(Example((*prompt, *target), len(prompt)))
+    return fit, check, too_long
 
 
 def closed(solution: Solution, eos: int) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ import random
 
 from flywheel.records import Role, Solution, Split, Trajectory, Verdict
 from flywheel.run import Context, Stage
-from flywheel.stages.kit import closed, sampled, text_tools, trace
+from flywheel.stages.kit import closed, examples, sampled, text_tools, trace
 from flywheel.stats import edit_distance
 
 
@@ -42,7 +42,7 @@ def history(target: Solution, wrong: list[Solution], count: int, rng: random.Ran
 
 
 def train(ctx: Context) -> dict:
-    from flywheel.training.sft import Example, train_sft
+    from flywheel.training.sft import train_sft
 
     prompts, reader = text_tools(ctx)
     spec = ctx.recipe.reviser
@@ -52,15 +52,10 @@ def train(ctx: Context) -> dict:
     if len(questions) < 2:  # one to train on and one to validate on
         return {"trained": False, "trajectories": len(rows), "why": "too few questions with a correct solution: this round has no reviser"}
     held = set(random.Random(ctx.seed("held out")).sample(questions, max(1, len(questions) // 10)))
-    fit, check, too_long = [], [], 0
-    for row in rows:
-        *before, target = row.attempts
-        head = prompts.revise(problems[row.question_id].question, before)
-        tokens = (*head, *closed(target, reader.eos))
-        if len(tokens) > spec.max_length:
-            too_long += 1
-            continue
-        (check if row.question_id in held else fit).append(Example(tokens, len(head)))
+    targets = (
+        (row.question_id, prompts.revise(problems[row.question_id].question, row.attempts[:-1]), closed(row.attempts[-1], reader.eos)) for row in rows
+    )
+    fit, check, too_long = examples(targets, held, spec.max_length)
     report = train_sft(
         fit, check, base=ctx.recipe.model.base, model=ctx.recipe.model, spec=spec, out=ctx.dir, seed=ctx.seed("train") % 2**31, keep="all", role=Role.REVISER, ledger=ctx.ledger
     )
