@@ -184,6 +184,8 @@ class Recipe(Spec):
         for key in ("harvest", "evaluate"):
             if (budget := getattr(self, key).budget) not in self.calibrate.budgets:
                 raise ValueError(f"{key}.budget: {budget} is not among calibrate.budgets {self.calibrate.budgets}; a plan has no strategy for it")
+        if self.evaluate.samples < max(self.evaluate.budget, self.evaluate.probe):
+            raise ValueError(f"evaluate.samples: {self.evaluate.samples} is fewer than evaluate.budget {self.evaluate.budget} or evaluate.probe {self.evaluate.probe}")
         if self.sample.max_tokens >= self.engine.max_model_len:
             raise ValueError("sample.max_tokens: must be below engine.max_model_len")
         for key in ("prm", "reviser", "distill"):

@@ -122,6 +122,25 @@ def test_a_deleted_shard_alone_is_made_again_and_draws_the_same(finished):
         shutil.rmtree(kept)
 
 
+def test_the_studies_read_a_finished_run(finished):
+    run, _ = finished
+    loop = studied("eval.seeds", run)
+    assert [row["round"] for row in loop["rounds"]] == [0, 1] and loop["questions"] == 8
+    low, high = loop["rounds"][1]["pass@1"]["ci"]
+    assert low <= loop["rounds"][1]["pass@1"]["mean"] <= high
+    verifiers = studied("eval.verifiers", run)
+    assert {"majority@8", "base:min", "monte_carlo:min", "true_steps:min"} <= verifiers["accuracy"].keys()
+    search = manifest(run, 1, "search")["figures"]["search"]  # the same samples and the same PRM, by another path
+    assert verifiers["accuracy"]["majority@8"][0] == pytest.approx(search["majority@8"])
+    assert verifiers["accuracy"]["monte_carlo:min"][0] == pytest.approx(search["best_of_n_weighted@8"], abs=0.13)  # one question of eight
+
+
+def studied(module: str, run: Path) -> dict:
+    done = subprocess.run([sys.executable, "-m", module, str(run)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
 def test_the_export_loads_as_peft_and_transformers_load_things(finished, tmp_path):
     run, _ = finished
     out = tmp_path / "exported"

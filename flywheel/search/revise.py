@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 
+from flywheel.engines.base import Engine
 from flywheel.records import Candidate, Question, Revise, Solution
 from flywheel.search.tools import Found, Tools, attempt, judged
 
@@ -22,12 +24,9 @@ async def revise(strategy: Revise, question: Question, tools: Tools, *, tag: str
 
     def prompt(attempts: list[Solution]) -> list[int]:
         nonlocal dropped
-        context = [s for s in attempts if s.answer is not None][-strategy.context :]
-        while True:
-            ids = tools.prompts.revise(question, context)
-            if not context or len(ids) + tools.sample.max_tokens <= reviser.max_model_len:
-                return ids
-            context, dropped = context[1:], dropped + 1
+        ids, left_out = revision_prompt(reviser, question, attempts, tools, strategy.context)
+        dropped += left_out
+        return ids
 
     async def chain(number: int) -> list[Candidate]:
         made: list[Candidate] = []
@@ -53,3 +52,14 @@ async def revise(strategy: Revise, question: Question, tools: Tools, *, tag: str
     if strategy.select == "weighted":
         candidates = await judged(question, candidates, tools.prm)
     return Found(candidates, {"duplicates": len(candidates) - distinct, "dropped": dropped})
+
+
+def revision_prompt(reviser: Engine, question: Question, attempts: Sequence[Solution], tools: Tools, context: int) -> tuple[list[int], int]:
+    """The prompt for the attempt after `attempts`, oldest first, and how many had to be left out of it to fit the model."""
+    seen = [s for s in attempts if s.answer is not None][-context:]
+    dropped = 0
+    while True:
+        ids = tools.prompts.revise(question, seen[dropped:])
+        if dropped == len(seen) or len(ids) + tools.sample.max_tokens <= reviser.max_model_len:
+            return ids, dropped
+        dropped += 1

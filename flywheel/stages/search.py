@@ -10,10 +10,11 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 from flywheel.bins import fixed_bin, quantile_bins, quantile_edges
-from flywheel.engines.base import ModelRef, Sampling
+from flywheel.engines.base import ModelRef
 from flywheel.records import Answered, Beam, BestOfN, Candidate, Grade, Outcome, Revise, Role, Solution, Split, StepValues, Strategy
 from flywheel.run import Context, Stage
 from flywheel.search.plan import Plan, name
+from flywheel.search.revise import revision_prompt
 from flywheel.search.run import search
 from flywheel.search.select import majority, weighted
 from flywheel.search.tools import judged
@@ -92,23 +93,20 @@ def work(ctx: Context, kit: Kit, questions: Sequence[str]) -> Iterator[object]:
         chain_ids = {s.id for s in chains.get(question, [])}
         yield from chains.get(question, [])
         yield from (g for g in fresh if g.solution_id in chain_ids)
-    if tools.reviser:
+    if tools.reviser and len(questions) > 1:  # a question alone has no other
         yield from control(kit, questions, chains)
 
 
 def control(kit: Kit, questions: Sequence[str], chains: dict[str, list[Solution]]) -> Iterator[object]:
     """Attempts 2.. again, with the context taken from the next question's chain: does context help?"""
-    spec, sample = kit.ctx.recipe.evaluate, kit.ctx.recipe.sample
-    engine = kit.engine(Role.REVISER)
-    sampling = Sampling(sample.max_tokens, sample.temperature, sample.top_p, kit.reader.stop)
+    spec, tools, engine = kit.ctx.recipe.evaluate, search_tools(kit), kit.engine(Role.REVISER)
 
     async def one(pair: tuple[str, str]) -> list[Solution]:
         question, other = pair
         out = []
         for attempt in range(2, spec.revise_attempts + 1):
-            context = chains[other][max(0, attempt - 1 - kit.ctx.recipe.reviser.context) : attempt - 1]
-            prompt = kit.prompts.revise(kit.problems[question].question, context)
-            (done,) = await engine.generate(prompt, sampling, purpose="control")
+            prompt, _ = revision_prompt(engine, kit.problems[question].question, chains[other][: attempt - 1], tools, kit.ctx.recipe.reviser.context)
+            (done,) = await engine.generate(prompt, tools.sampling(), purpose="control")
             out.append(
                 kit.reader.solution(
                     done.tokens, done.finish, id=f"{question}/r{kit.ctx.round}/control/{attempt}", question_id=question, origin=f"control:{engine.name}", attempt=attempt
