@@ -13,6 +13,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -127,7 +128,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--round", type=int, default=1)
     args = parser.parse_args(argv)
     try:
-        studies = [study(run, args.round) for run in args.runs]
+        with redirect_stdout(sys.stderr):  # DeepSpeed logs to stdout when it is imported
+            studies = [study(run, args.round) for run in args.runs]
         print(json.dumps(report(studies, load(args.runs[0] / "recipe.yaml").prm.aggregate), indent=1))
     except UserError as error:
         print(explain(error), file=sys.stderr)

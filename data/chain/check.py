@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections import Counter, defaultdict
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -241,7 +243,8 @@ def main() -> None:
     parser.add_argument("--run", type=Path, nargs="+", metavar="RUN", help="finished runs: properties 4 to 7")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     args = parser.parse_args()
-    found = over_runs(args.run) if args.run else measure(args.model, args.split, args.questions, args.samples, args.seed)
+    with redirect_stdout(sys.stderr):  # libraries log to stdout as they are imported
+        found = over_runs(args.run) if args.run else measure(args.model, args.split, args.questions, args.samples, args.seed)
     if args.json:
         print(json.dumps(found))
         return
