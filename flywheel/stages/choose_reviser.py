@@ -15,7 +15,6 @@ from contextlib import ExitStack, contextmanager
 from flywheel.engines.base import ModelRef
 from flywheel.records import Grade, Revise, Role, Solution, Split
 from flywheel.run import Context, Stage
-from flywheel.search.run import search
 from flywheel.search.tools import Tools
 from flywheel.stages.kit import Kit, by_question, kit
 
@@ -60,14 +59,7 @@ def play(ctx: Context, kit: Kit, step: int, questions: Sequence[str]) -> Iterato
     spec = ctx.recipe.reviser
     strategy = Revise(length=spec.probe_attempts, select="majority", context=spec.context)
     tools = Tools(None, None, kit.engine(Role.REVISER), kit.prompts, kit.reader, ctx.recipe.sample)
-
-    async def one(question: str):
-        return await search(strategy, kit.problems[question].question, tools, tag=f"r{ctx.round}/step{step}")
-
-    for _, outcome in kit.each(questions, one):
-        chain = [c.solution for c in outcome.candidates]
-        yield from chain
-        yield from kit.grade(chain)
+    yield from kit.searched(questions, tools, lambda question: strategy, f"r{ctx.round}/step{step}")
 
 
 def finish(ctx: Context) -> dict:

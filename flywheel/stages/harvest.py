@@ -13,7 +13,6 @@ from flywheel.grading import load_function
 from flywheel.records import Grade, Harvested, Solution, Split
 from flywheel.run import Context, Stage, write_table
 from flywheel.search.plan import Plan
-from flywheel.search.run import search
 from flywheel.stages.kit import Kit, by_question, difficulties, kit, search_tools, searchers, trace
 
 
@@ -24,15 +23,7 @@ def tools(ctx: Context):
 def work(ctx: Context, kit: Kit, questions: Sequence[str]) -> Iterator[object]:
     plan = Plan.from_dict(ctx.figures("calibrate")["harvest"])
     bins, tools = difficulties(ctx), search_tools(kit)
-
-    async def one(question: str):
-        strategy = plan.strategy(bins[question].quantile_bin, ctx.recipe.harvest.budget)
-        return await search(strategy, kit.problems[question].question, tools, tag=f"r{ctx.round}/harvest")
-
-    for _, outcome in kit.each(questions, one):
-        found = [c.solution for c in outcome.candidates]
-        yield from found
-        yield from kit.grade(found)
+    yield from kit.searched(questions, tools, lambda q: plan.strategy(bins[q].quantile_bin, ctx.recipe.harvest.budget), f"r{ctx.round}/harvest")
 
 
 def finish(ctx: Context) -> dict:

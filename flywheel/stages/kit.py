@@ -16,8 +16,9 @@ from flywheel.engines.open import load_tokenizer, open_backend
 from flywheel.grading import Grader, answer_key
 from flywheel.prm import Prm
 from flywheel.prompts import Prompts
-from flywheel.records import Difficulty, Finish, Grade, Harvested, Problem, Question, Role, Solution, Split, Verdict
+from flywheel.records import Difficulty, Finish, Grade, Harvested, Outcome, Problem, Question, Role, Solution, Split, Strategy, Verdict
 from flywheel.run import Context, read_table
+from flywheel.search.run import search
 from flywheel.search.tools import Tools
 from flywheel.stats import bootstrap_mean
 from flywheel.steps import Reader
@@ -72,6 +73,17 @@ class Kit:
 
     def grade(self, solutions: Sequence[Solution]) -> list[Grade]:
         return self.grader.verdicts([(self.problems[s.question_id], s) for s in solutions])
+
+    def searched(self, questions: Iterable[str], tools: Tools, strategy: Callable[[str], Strategy], tag: str) -> Iterator[Solution | Grade]:
+        """Search each question by the strategy of its id: all candidates of a question, then their grades."""
+
+        async def one(question: str) -> Outcome:
+            return await search(strategy(question), self.problems[question].question, tools, tag=tag)
+
+        for _, outcome in self.each(questions, one):
+            found = [candidate.solution for candidate in outcome.candidates]
+            yield from found
+            yield from self.grade(found)
 
 
 @contextmanager
