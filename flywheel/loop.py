@@ -123,6 +123,7 @@ class Loop:
             if not self.after_round(round):
                 unreported.append(round)
         self.launch.order(do="end")
+        self.launch.wait_for_all()  # a slower rank may be in a sampling stage still; it must not find rank 0 gone
         print(f"{self.run} is at the end of round {self.args.round}", flush=True)
         if unreported:
             raise UserError(f"the stages are done, but not the report of round {unreported[0]}; the same command makes it again")
@@ -199,6 +200,7 @@ class Loop:
             stage = next(s for s in stages(order["round"]) if s.name == order["stage"])
             self.stage_child(order["round"], stage, order["port"])
             self.launch.done()
+        self.launch.done()  # rank 0 waits for this, and only then gives up the run
         return 0
 
     # ---- all ranks ----
