@@ -403,6 +403,19 @@ def test_the_other_ranks_stop_when_rank_0_is_gone(project):
         process.communicate()
 
 
+def test_a_rank_that_lags_behind_is_waited_for(project):
+    ranks = start_ranks(project, "--round", "0", TOY_SLEEP=0.5)
+    wait_for(lambda: any(rank == "1" for _, rank, _ in project.logged("evaluate:0")))
+    ranks[1].send_signal(signal.SIGSTOP)
+    try:
+        wait_for((project.run_dir / "round_0" / "reported").is_file)
+        time.sleep(1)
+        assert ranks[0].poll() is None, "rank 0 went, and left rank 1 to believe it dead"
+    finally:
+        ranks[1].send_signal(signal.SIGCONT)
+    assert [process.communicate(timeout=60) and process.returncode for process in ranks] == [0, 0]
+
+
 # ---- the environment of a stage ----
 
 
