@@ -6,6 +6,7 @@ dies with it; it dies too, within moments, when the rank dies, and takes its own
 
 from __future__ import annotations
 
+import gc
 import importlib
 import inspect
 import multiprocessing
@@ -24,6 +25,8 @@ from typing import Any
 from flywheel.errors import UserError, explain
 
 PRELOAD = ("torch", "transformers", "trl.trainer.sft_trainer", "peft", "datasets")
+# Most of an engine's start is imports: 4.5 of 6 s. Only without a GPU: some of these may open it, and a fork forbids that.
+CPU_PRELOAD = ("flywheel.engines.vllm", "vllm.v1.worker.cpu_worker", "vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors")
 OWN = ("flywheel.isolate", "flywheel.run", "pyarrow.parquet")
 GRACE = 2.0  # seconds between SIGTERM and SIGKILL
 
@@ -64,7 +67,8 @@ def start_server(ranks_here: int, preload: tuple[str, ...] = PRELOAD) -> None:
 
     threads = str(threads_for(ranks_here))
     os.environ.update(QUIET, OMP_NUM_THREADS=threads, MKL_NUM_THREADS=threads)
-    multiprocessing.get_context("forkserver").set_forkserver_preload([*OWN, *preload])
+    engines = CPU_PRELOAD if preload and not Path("/dev/nvidiactl").exists() else ()
+    multiprocessing.get_context("forkserver").set_forkserver_preload([*OWN, *preload, *engines])
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C is the rank's business
     try:
         forkserver.ensure_running()
@@ -154,6 +158,7 @@ def end(child) -> None:
 
 
 def _child(channel, target: str, arguments: dict, environment: dict, threads: int, log: Path | None) -> None:
+    gc.freeze()  # what was loaded before the fork is never garbage: collections that scan it cost a second each
     os.setsid()  # its own group: the terminal's Ctrl-C goes to the rank alone, which then ends the whole group
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_end_with_rank, daemon=True).start()

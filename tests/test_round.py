@@ -158,6 +158,21 @@ def test_the_export_loads_as_peft_and_transformers_load_things(finished, tmp_pat
 
 
 @pytest.mark.slow
+def test_a_round_without_a_correct_solution_ends_says_so_and_keeps_the_policy(tmp_path):
+    rows = [json.loads(line) for split in ("train", "calibrate", "validation", "test") for line in (ROOT / f"data/chain/problems/{split}.jsonl").read_text().splitlines()[:20]]
+    unanswerable = tmp_path / "unanswerable.jsonl"
+    unanswerable.write_text("".join(json.dumps({**row, "answer": "none of them"}) + "\n" for row in rows))
+    done = iterate(tmp_path, "--problems", str(unanswerable))
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "nothing to distill, the policy stays" in done.stdout
+    run = tmp_path / "micro"
+    assert manifest(run, 1, "harvest")["figures"]["kept"] == 0
+    assert manifest(run, 1, "gate")["figures"]["passed"] is False
+    assert manifest(run, 1, "evaluate")["figures"]["policy"]["name"] == "policy_0"
+    assert manifest(run, 1, "search")["figures"]["search"]["majority@8"] == 0
+
+
+@pytest.mark.slow
 def test_accelerate_launch_runs_the_same_loop_on_two_processes(tmp_path):
     """Two ranks share every stage of a real round, and train one model together."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("ACCELERATE_")}

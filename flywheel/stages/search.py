@@ -6,6 +6,7 @@ pass@1 by attempt with its own attempts and, as a control, with another question
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
@@ -52,33 +53,37 @@ def work(ctx: Context, kit: Kit, questions: Sequence[str]) -> Iterator[object]:
 
     async def one(question: str) -> list[tuple[str, str | None, list[Solution], int]]:
         item, pool = kit.problems[question].question, solutions[question]
-        answers, rows = [s.answer for s in pool], []
-        k, n = len(pool), spec.budget
-        by_prm, by_base = await values(item, pool, prm), await values(item, pool[:n], base)
-        scored[question] = by_prm
-        rows.append((f"majority@{k}", majority(answers), pool, 0))
-        rows.append((f"majority@{n}", majority(answers[:n]), pool[:n], 0))
-        rows.append((f"best_of_n_weighted@{k}", weighted(answers, by_prm), pool, 0))
-        rows.append((f"best_of_n_weighted@{n}", weighted(answers[:n], by_prm[:n]), pool[:n], 0))
-        rows.append((f"best_of_n_weighted@{n}_base_verifier", weighted(answers[:n], by_base), pool[:n], 0))
-        runs: dict[Strategy, Outcome] = {}
+        k, n, answers = len(pool), spec.budget, [s.answer for s in pool]
+        runs: dict[Strategy, asyncio.Future[Outcome]] = {}
 
-        async def run(method: str, strategy: Strategy, probe: int = 0) -> None:
+        async def run(method: str, strategy: Strategy, probe: int = 0) -> tuple[str, str | None, list[Solution], int]:
             if strategy not in runs:  # methods that agree on a strategy share its draws
-                runs[strategy] = await search(strategy, item, tools, tag=f"r{ctx.round}/search/{name(strategy)}")
-            done = runs[strategy]
-            rows.append((method, done.answer, [c.solution for c in done.candidates], done.tokens + probe))
+                runs[strategy] = asyncio.ensure_future(search(strategy, item, tools, tag=f"r{ctx.round}/search/{name(strategy)}"))
+            done = await runs[strategy]
+            return method, done.answer, [c.solution for c in done.candidates], done.tokens + probe
 
-        await run(f"beam@{n}", Beam(n))
+        async def probed() -> tuple[str, str | None, list[Solution], int]:
+            first = await search(BestOfN(spec.probe), item, tools, tag=f"r{ctx.round}/probe")
+            seen = sum(c.score for c in first.candidates) / spec.probe
+            return await run(f"compute_optimal@{n}_probe", plan.strategy(fixed_bin(seen, cuts), n), probe=first.tokens)
+
+        methods = [run(f"beam@{n}", Beam(n)), run(f"compute_optimal@{n}_oracle", plan.strategy(oracle[question], n)), probed()]
         if tools.reviser:
             length = max(n, spec.revise_attempts)
-            await run(f"revise@{length}", Revise(length))
-            chains[question] = rows[-1][2]
-        first = await search(BestOfN(spec.probe), item, tools, tag=f"r{ctx.round}/probe")
-        probed = sum(c.score for c in first.candidates) / spec.probe
-        await run(f"compute_optimal@{n}_oracle", plan.strategy(oracle[question], n))
-        await run(f"compute_optimal@{n}_probe", plan.strategy(fixed_bin(probed, cuts), n), probe=first.tokens)
-        return rows
+            methods.insert(1, run(f"revise@{length}", Revise(length)))
+        # all at once: a step of the engine costs little more for more sequences
+        by_prm, by_base, *searched = await asyncio.gather(values(item, pool, prm), values(item, pool[:n], base), *methods)
+        scored[question] = by_prm
+        if tools.reviser:
+            chains[question] = searched[1][2]
+        return [
+            (f"majority@{k}", majority(answers), pool, 0),
+            (f"majority@{n}", majority(answers[:n]), pool[:n], 0),
+            (f"best_of_n_weighted@{k}", weighted(answers, by_prm), pool, 0),
+            (f"best_of_n_weighted@{n}", weighted(answers[:n], by_prm[:n]), pool[:n], 0),
+            (f"best_of_n_weighted@{n}_base_verifier", weighted(answers[:n], by_base), pool[:n], 0),
+            *searched,
+        ]
 
     scored: dict[str, list[float]] = {}
     chains: dict[str, list[Solution]] = {}
@@ -103,16 +108,14 @@ def control(kit: Kit, questions: Sequence[str], chains: dict[str, list[Solution]
 
     async def one(pair: tuple[str, str]) -> list[Solution]:
         question, other = pair
-        out = []
-        for attempt in range(2, spec.revise_attempts + 1):
-            prompt, _ = revision_prompt(engine, kit.problems[question].question, chains[other][: attempt - 1], tools, kit.ctx.recipe.reviser.context)
+
+        async def attempt(place: int) -> Solution:
+            prompt, _ = revision_prompt(engine, kit.problems[question].question, chains[other][: place - 1], tools, kit.ctx.recipe.reviser.context)
             (done,) = await engine.generate(prompt, tools.sampling(), purpose="control")
-            out.append(
-                kit.reader.solution(
-                    done.tokens, done.finish, id=f"{question}/r{kit.ctx.round}/control/{attempt}", question_id=question, origin=f"control:{engine.name}", attempt=attempt
-                )
-            )
-        return out
+            id, origin = f"{question}/r{kit.ctx.round}/control/{place}", f"control:{engine.name}"
+            return kit.reader.solution(done.tokens, done.finish, id=id, question_id=question, origin=origin, attempt=place)
+
+        return list(await asyncio.gather(*map(attempt, range(2, spec.revise_attempts + 1))))
 
     pairs = list(zip(questions, [*questions[1:], questions[0]]))
     for _, solutions in kit.each(pairs, one):
