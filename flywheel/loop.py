@@ -304,7 +304,7 @@ def environment(ranks: Ranks, training: bool, port: int) -> dict[str, str | None
 
 def brief(made: dict[str, Any], most: int = 6) -> str:
     """A manifest in part of a line: its first plain figures, else its counts."""
-    plain = {k: v for k, v in made["figures"].items() if isinstance(v, (int, float, str)) and len(str(v)) < 60}
+    plain = {k: v for k, v in made["figures"].items() if isinstance(v, (int, float, str)) and (k == "why" or len(str(v)) < 60)}
     parts = [f"{key} {value:.3f}" if isinstance(value, float) else f"{key} {value}" for key, value in (plain or made["counts"]).items()]
     if made["tokens"]:
         parts.insert(0, f"{made['tokens']:,} tokens")
