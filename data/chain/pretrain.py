@@ -1,4 +1,4 @@
-"""Train the seed model from nothing: ``python -m data.chain.pretrain --out DIR --minutes 45 --seed 0``.
+"""Train the seed model from nothing: ``python -m data.chain.pretrain --out DIR --tokens 33000000``.
 
 A Llama of under a million parameters on the endless corpus of corpus.py, with a curriculum: questions of at most
 2 operations at first, growing to the longest over the first 30% of the budget.  Writes model and
