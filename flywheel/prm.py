@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Sequence
+from collections.abc import Awaitable, Iterable, Sequence
+from typing import TypeVar
 
 from flywheel.engines.base import Engine, TooLong
 from flywheel.prompts import Prompts
 from flywheel.records import Question, Step
 from flywheel.steps import one_token
 
+T = TypeVar("T")
 Known = dict[tuple[int, ...], "asyncio.Future[float]"]  # prefix -> its value, perhaps still under way
 
 
@@ -48,7 +50,7 @@ class Prm:
             if prefix not in known:
                 known[prefix] = asyncio.ensure_future(self._read(question, prefix, purpose))
             asked.append(known[prefix])
-        return tuple(await asyncio.gather(*asked))
+        return tuple(await together(asked))
 
     async def value(self, question: Question, steps: Sequence[Step], *, purpose: str = "verify") -> float:
         """The value in [0, 1] after the last of `steps`; 0.0 if there are none."""
@@ -63,6 +65,15 @@ class Prm:
         if not 0 <= value <= 1:  # NaN too
             raise ValueError(f"question {question.id}: {self.engine.name} gave the value {value}")
         return value
+
+
+async def together(work: Iterable[Awaitable[T]]) -> list[T]:
+    """The results of `work`, all done at once. If some of it fails, the rest is waited for: none is left behind."""
+    results = await asyncio.gather(*work, return_exceptions=True)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return results
 
 
 def label_ids(tokenizer, labels: tuple[str, str]) -> tuple[int, int]:

@@ -114,18 +114,20 @@ class ReviserSpec(TrainSpec):
 
 class BestOfNSpec(Spec):
     kind: Literal["best_of_n"]
-    select: Literal["weighted", "majority"] = "weighted"
+    select: Literal["weighted", "majority", "best"] = "weighted"
 
 
 class BeamSpec(Spec):
     kind: Literal["beam"]
     width: Positive | Literal["sqrt"] = 4
     max_rounds: Positive = 40
+    lookahead: Annotated[int, Field(ge=0)] = 0  # of a budget N, N / (lookahead + 1) beams
 
 
 class ReviseSpec(Spec):
     kind: Literal["revise"]
-    select: Literal["weighted", "majority"] = "weighted"
+    chains: Positive = 1  # side by side; of a budget N, each has N / chains attempts
+    select: Literal["weighted", "majority", "last"] = "weighted"
     context: Positive = 4
 
 

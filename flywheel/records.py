@@ -165,7 +165,7 @@ class Harvested:
 
 @dataclass(frozen=True, slots=True)
 class BestOfN:
-    """N independent samples. `select` is `weighted` or `majority` (Snell et al., 5.1)."""
+    """N independent samples. `select` is `weighted`, `majority` or `best`, the one of highest score (Snell et al., 5.1)."""
 
     n: int
     select: str = "weighted"
@@ -173,16 +173,24 @@ class BestOfN:
 
 @dataclass(frozen=True, slots=True)
 class Beam:
-    """`n` beams: keep the best n/width at each step, `width` continuations of each (5.2)."""
+    """`n` beams: keep the best n/width at each step, `width` continuations of each (5.2).
+
+    With `lookahead` k > 0 a prefix is judged where k more greedy steps lead: lookahead search.
+    """
 
     n: int
     width: int = 4
     max_rounds: int = 40
+    lookahead: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Revise:
-    """`chains` independent chains of `length` attempts, context = last `context` (6.1)."""
+    """`chains` independent chains of `length` attempts, context = last `context` (6.1).
+
+    `select`: `weighted` within each chain and then across them, `majority` over all attempts,
+    or `last`, the majority of the chains' last attempts.
+    """
 
     length: int
     chains: int = 1
@@ -215,7 +223,8 @@ class Outcome:
     """What a strategy answers for one question: all candidates and the answer selected.
 
     `answer` is None where no candidate had a parsable answer. `tokens` are all tokens
-    that the strategy was charged for (prompt + generated + scored, nominal).
+    that the strategy was charged for (prompt + generated + scored, nominal); `generations`
+    is the paper's unit of cost: final answers, times k + 1 with lookahead (5.2).
     """
 
     question_id: str

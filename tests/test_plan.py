@@ -34,9 +34,25 @@ def test_a_recipe_is_expanded_into_strategies():
         (2, BestOfN(2)), (2, BestOfN(2, "majority")), (2, Beam(2, 1, 9)), (2, Revise(2, 1, "weighted", 2)),
         (16, BestOfN(16)), (16, BestOfN(16, "majority")), (16, Beam(16, 4)), (16, Beam(16, 4, 9)), (16, Revise(16, 1, "weighted", 2)),
     ]  # fmt: skip
-    assert left_out(spec) == ["beam of width 4 left out at budget 2: fewer beams than the width"]
+    assert left_out(spec) == ["beam of width 4 left out at budget 2: it has only 2 beams"]
     assert [name(s) for s in (BIG, BEAM, Revise(8, 2, "majority"))] == ["best_of_n:16:weighted", "beam:16:4", "revise:8x2:majority"]
     assert len({name(s) for _, s in strategies(spec)}) == len(strategies(spec))  # names tell them all apart
+
+
+def test_lookahead_and_chains_spend_a_budget_in_the_papers_unit():
+    spec = CalibrateSpec(
+        strategies=[{"kind": "beam", "width": "sqrt", "lookahead": 3}, {"kind": "revise", "chains": 4}, {"kind": "revise", "chains": 4, "select": "last"}],
+        budgets=[4, 6, 64, 512],
+    )
+    assert [(budget, name(s)) for budget, s in strategies(spec)] == [
+        (4, "beam:1:1:lookahead3"), (4, "revise:1x4:weighted"), (4, "revise:1x4:last"),
+        (64, "beam:16:4:lookahead3"), (64, "revise:16x4:weighted"), (64, "revise:16x4:last"), (512, "beam:128:11:lookahead3"),
+    ]  # fmt: skip
+    assert left_out(spec) == [
+        "beam with lookahead 3 left out at budget 6: a beam costs 4, which does not divide it",
+        *["revise in 4 chains left out at budget 6: they do not divide it"] * 2,
+        *["revise in 4 chains left out at budget 512: of more than 64 attempts each"] * 2,
+    ]
 
 
 def test_the_most_accurate_strategy_of_a_bin_serves_it_and_ties_go_to_the_cheaper():

@@ -135,6 +135,20 @@ def test_the_studies_read_a_finished_run(finished):
     assert verifiers["accuracy"]["monte_carlo:min"][0] == pytest.approx(search["best_of_n_weighted@8"], abs=0.13)  # one question of eight
 
 
+def test_the_claims_are_measured_on_a_finished_run(finished, tmp_path):
+    run, _ = finished
+    sizes = ["--questions", "4", "--oracle", "8", "--judged", "4", "--pool", "8", "--budgets", "4", "--chunk", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    early = subprocess.run([sys.executable, "-m", "eval.claims", str(run), *sizes], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert early.returncode == 1 and "python -m eval.study" in early.stderr and not list(tmp_path.iterdir())
+    for module in ("eval.study", "eval.claims"):
+        done = subprocess.run([sys.executable, "-m", module, str(run), *sizes], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    claims = {c["id"]: c for c in json.loads((tmp_path / "eval/results/claims.json").read_text())}
+    assert {"1.gross@4", "3.search@4", "9.weighted@4", "14.hardest"} <= claims.keys()
+    assert all(c["low"] <= c["ours"] <= c["high"] and c["verdict"] in ("holds", "fails", "undecided") for c in claims.values())
+
+
 def studied(module: str, run: Path) -> dict:
     done = subprocess.run([sys.executable, "-m", module, str(run)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -98,8 +98,8 @@ class Bench:
             SampleSpec(**{"max_tokens": 32, **sample}),
         )  # fmt: skip
 
-    def search(self, strategy, question=QUESTION, tag="t"):
-        [(_, outcome)] = self.driver.run([question], lambda q: search(strategy, q, self.tools, tag=tag), in_flight=1)
+    def search(self, strategy, question=QUESTION, tag="t", limit=None):
+        [(_, outcome)] = self.driver.run([question], lambda q: search(strategy, q, self.tools, tag=tag, limit=limit), in_flight=1)
         return outcome
 
     def judged(self) -> list[str]:
@@ -185,6 +185,29 @@ def test_a_beam_ranks_prefixes_by_the_aggregation(how, kept):
     assert [c.solution.answer for c in outcome.candidates] == ["8", "9", kept, kept] and outcome.answer == kept
 
 
+LOOK = {
+    "": ["5 +3 =8\n", "5 +3 =9\n"],
+    "5 +3 =8\n": ["8 *2 =16\n"],  # the greedy step after it, and the next one of the beam
+    "5 +3 =9\n": ["Answer 9"],
+    "5 +3 =8\n8 *2 =16\n": ["Answer 16"],
+}
+
+
+def test_lookahead_judges_a_prefix_where_greedy_steps_lead():
+    """=9 looks better by itself (0.6 against 0.5) and ends badly (0.1 against 0.8), so =8 is kept; three greedy steps end early."""
+    values = {"5 +3 =8": 0.5, "5 +3 =9": 0.6, "8 *2 =16": 0.8, "Answer 9": 0.1, "Answer 16": 0.95}
+    for k, seen in ((1, (0.8, 0.95, 0.95)), (3, (0.95, 0.95, 0.95))):
+        bench = Bench(LOOK, values)
+        outcome = bench.search(Beam(2, 2, lookahead=k))
+        assert [c.solution.text for c in outcome.candidates] == ["5 +3 =8\n8 *2 =16\nAnswer 16"] * 2
+        assert outcome.candidates[0].values == seen and outcome.answer == "16"
+        assert outcome.generations == 2 * (k + 1) and outcome.strategy == f"beam:2:2:lookahead{k}"
+        assert outcome.tokens == bench.ledger.tokens() > Bench(LOOK, values).search(Beam(2, 2)).tokens
+        purposes = {purpose for (_, purpose) in bench.ledger._spent}
+        assert purposes == {"beam", "lookahead", "verify"}
+    assert Bench(LOOK, values).search(Beam(2, 2)).answer == "9"
+
+
 def test_a_blank_step_is_not_judged_again():
     lines = {"": ["5 +3 =8\n"], "5 +3 =8\n": ["\n"], "5 +3 =8\n\n": ["Answer 16"]}
     bench = Bench(lines, BEAM_VALUES)
@@ -253,7 +276,17 @@ def test_chains_are_independent_and_selected_within_and_then_across():
     assert Bench(reviser=lines).search(Revise(2, chains=2, select="majority")).answer == "5"
 
 
-STRATEGIES = [BestOfN(5), BestOfN(3, "majority"), Beam(4, 2), Revise(4), Revise(2, 2, "majority")]
+def test_the_best_one_and_the_last_ones():
+    bench = Bench({"": SAMPLES}, {**VALUES, "Answer 16": 0.71})
+    assert bench.search(BestOfN(5, "best")).answer == "16" and Bench({"": SAMPLES}, VALUES).search(BestOfN(5)).answer == "18"
+    lines = {"": ["Answer 5", "Answer 5", "Answer 4"], "Answer 5\nAgain": ["Answer 8", "Answer 5"], "Answer 4\nAgain": ["Answer 8"]}
+    bench = Bench(reviser=lines)
+    outcome = bench.search(Revise(2, chains=3, select="last"))
+    assert outcome.answer == "8" and not bench.judged()  # last attempts 8, 5, 8; of all six, 5 is as frequent and first
+    assert Bench(reviser=lines).search(Revise(2, chains=3, select="majority")).answer == "5"
+
+
+STRATEGIES = [BestOfN(5, "best"), Beam(4, 2, lookahead=1), Revise(2, 2, "last"), BestOfN(5), BestOfN(3, "majority"), Beam(4, 2), Revise(4), Revise(2, 2, "majority")]
 
 
 def test_every_token_of_every_question_in_flight_is_charged_to_that_question():
@@ -284,6 +317,37 @@ def test_best_of_n_is_charged_prompt_and_samples_and_scores():
     assert [c.score_cost for c in outcome.candidates] == [scored, scored, 0]
 
 
+def limit_bench() -> Bench:
+    bench = Bench({**BEAM, "": [*SAMPLES, *BEAM[""]]}, {**VALUES, **BEAM_VALUES, "5 +3 =7": 0.1}, {"*": ["Answer 16", "Answer 18"]})
+    bench.devices[Role.POLICY].lines["*"] = ["Answer 16", "9 *2 =18\n"]
+    return bench
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=str)
+def test_a_limit_is_never_passed_and_the_search_answers_with_what_it_has(strategy):
+    whole = limit_bench().search(strategy)
+    ample = limit_bench().search(strategy, limit=100_000)
+    assert (ample.candidates, ample.answer, ample.tokens, ample.extra) == (whole.candidates, whole.answer, whole.tokens, whole.extra)
+    cut_off = []
+    for limit in range(0, whole.tokens + 60, 23):
+        bench = limit_bench()
+        outcome = bench.search(strategy, limit=limit)
+        assert outcome.tokens == bench.ledger.tokens() <= limit
+        assert not any(device.waiting for device in bench.devices.values())
+        answers = {c.solution.answer for c in outcome.candidates} - {None}
+        assert outcome.answer in answers if answers else outcome.answer is None
+        cut_off.append("cut_off" in outcome.extra)
+    assert cut_off[0] and sorted(cut_off, reverse=True) == cut_off  # cut off until the limit is ample
+
+
+def test_a_search_cut_off_between_sampling_and_judging():
+    head = len(ids("Q 5 +3 *2 ?\nTry "))
+    sampled = 5 * head + sum(len(ids(text)) + 1 for text in SAMPLES[:4]) + len(ids(SAMPLES[4]))
+    nothing_judged = Bench({"": SAMPLES}, VALUES).search(BestOfN(5), limit=sampled + 32)
+    assert nothing_judged.extra == {"cut_off": 1} and len(nothing_judged.candidates) == 5
+    assert nothing_judged.answer == "16" and nothing_judged.tokens <= sampled + 32  # a majority, and the first of two
+
+
 def test_a_smaller_strategy_is_read_off_a_larger_one():
     bench = Bench({"": SAMPLES}, VALUES, ATTEMPTS)
     whole = bench.search(BestOfN(5))
@@ -297,6 +361,10 @@ def test_a_smaller_strategy_is_read_off_a_larger_one():
     chain = bench.search(Revise(4, select="majority"))
     begun = smaller(Revise(4, select="majority"), chain, Revise(2, select="majority"))
     assert [c.solution.answer for c in begun.candidates] == ["1", "2"] and begun.tokens < chain.tokens
+    grid = bench.search(Revise(3, 4, select="majority"))
+    part = smaller(Revise(3, 4, select="majority"), grid, Revise(2, 2, select="last"))
+    assert [c.solution.id for c in part.candidates] == ["q1/t/0", "q1/t/1", "q1/t/3", "q1/t/4"] and part.strategy == "revise:2x2:last"
+    assert part.answer == grid.candidates[1].solution.answer and part.tokens == sum(grid.candidates[i].cost for i in (0, 1, 3, 4))
     for done, wanted in [
         (BestOfN(5), BestOfN(6)), (BestOfN(5, "majority"), BestOfN(2)), (BestOfN(5), Beam(4)), (Beam(16), Beam(4)),
         (Revise(4), Revise(4, 2)), (Revise(4), Revise(2, context=2)),
@@ -315,5 +383,5 @@ def test_a_strategy_whose_model_is_missing_is_refused():
 
 
 def test_an_unknown_way_to_select_is_refused():
-    with pytest.raises(ValueError, match="`weighted` or `majority`"):
+    with pytest.raises(ValueError, match="best_of_n:2:loudest: no such way to select"):
         Bench({"": SAMPLES}, VALUES).search(BestOfN(2, "loudest"))

@@ -1,13 +1,12 @@
-"""Beam search against the PRM (Snell et al., 5.2)."""
+"""Beam and lookahead search against the PRM (Snell et al., 5.2)."""
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from flywheel.engines.base import Completion
-from flywheel.prm import aggregate
+from flywheel.prm import aggregate, together
 from flywheel.records import Beam, Candidate, Finish, Question, Step
 from flywheel.search.tools import Found, Tools
 
@@ -33,6 +32,9 @@ async def beam(strategy: Beam, question: Question, tools: Tools, *, tag: str) ->
 
     Identical prefixes are judged once and compete as one, or the beam would fill with
     copies of a likely step; the copies drawn are counted (`duplicates`).
+
+    With `lookahead` k the value of an open prefix is read after up to k more steps at
+    temperature 0; finished solutions are judged as they stand.
     """
     if not 1 <= strategy.width <= strategy.n:
         raise ValueError(f"beam: a width of 1 to {strategy.n} wanted, got {strategy.width}")
@@ -47,16 +49,31 @@ async def beam(strategy: Beam, question: Question, tools: Tools, *, tag: str) ->
         sampling = replace(tools.sampling(), max_tokens=room, stop=reader.ends | reader.stop)
         return [(prefix, step) for step in await tools.policy.generate([*head, *prefix.tokens], sampling, purpose="beam", n=count)]
 
-    async def judge(wanted: Mapping[Tokens, tuple[Step, ...]]) -> None:
+    async def ahead(tokens: Tokens) -> Tokens:
+        for _ in range(strategy.lookahead):
+            room = tools.sample.max_tokens - len(tokens)
+            greedy = replace(tools.sampling(), temperature=0.0, max_tokens=room, stop=reader.ends | reader.stop)
+            [step] = await tools.policy.generate([*head, *tokens], greedy, purpose="lookahead")
+            tokens += step.tokens
+            if step.finish is Finish.LENGTH or reader.ended(step) or len(tokens) >= tools.sample.max_tokens:
+                break
+        return tokens
+
+    async def value(steps: tuple[Step, ...], open: Tokens | None) -> float:
+        if open is not None and strategy.lookahead:
+            steps = reader.steps(reader.trim(await ahead(open)))
+        return await tools.prm.value(question, steps)
+
+    async def judge(wanted: Mapping[Tokens, tuple[tuple[Step, ...], Tokens | None]]) -> None:
         new = [key for key in wanted if key not in values]
-        found = await asyncio.gather(*(tools.prm.value(question, wanted[key]) for key in new))
+        found = await together(value(*wanted[key]) for key in new)
         values.update(zip(new, found))
 
     kept = [(Prefix(), strategy.n)]  # a prefix, and how many continuations it gets
     while kept:
         rounds += 1
         final = rounds >= min(strategy.max_rounds, tools.sample.max_steps)
-        grown = [item for group in await asyncio.gather(*(grow(*item) for item in kept)) for item in group]
+        grown = [item for group in await together(grow(*item) for item in kept) for item in group]
         ended, going, wanted = [], {}, {}
         for prefix, step in grown:
             tokens = prefix.tokens + step.tokens
@@ -71,13 +88,14 @@ async def beam(strategy: Beam, question: Question, tools: Tools, *, tag: str) ->
                 )
                 ended.append((prefix, solution))
                 if solution.answer is not None:
-                    wanted[solution.tokens] = solution.steps
+                    wanted[solution.tokens] = (solution.steps, None)
             else:
                 going[tokens] = prefix
-                wanted[reader.trim(tokens)] = reader.steps(tokens)
+                wanted[reader.trim(tokens)] = (reader.steps(tokens), tokens)
         duplicates += len(grown) - len({prefix.tokens + step.tokens for prefix, step in grown})
         await judge(wanted)
 
+        before = len(candidates)
         for prefix, solution in ended:
             if solution.answer is None:
                 candidates.append(Candidate(solution))
@@ -85,6 +103,8 @@ async def beam(strategy: Beam, question: Question, tools: Tools, *, tag: str) ->
             # a closing stop token or blank adds no step: the last value then stands for the step before
             seen = (*prefix.values[: len(solution.steps) - 1], values[solution.tokens])
             candidates.append(Candidate(solution, seen, aggregate(seen, how)))
+        if tools.kept:
+            tools.kept.candidates.update((c.solution.id, c) for c in candidates[before:])
         alive = [Prefix(tokens, (*prefix.values, values[reader.trim(tokens)])) for tokens, prefix in going.items()]
         alive.sort(key=lambda p: -aggregate(p.values, how))
         open_places = strategy.n - len(candidates)

@@ -11,6 +11,7 @@ import json
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from math import isqrt
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from flywheel.records import Beam, BestOfN, Revise, Strategy
 
 SCHEMA = 1
 ENOUGH = 5  # questions that a bin needs to choose for itself
+LONGEST = 64  # attempts in a revision chain (Snell et al., 6.2)
 KINDS: dict[str, type] = {"best_of_n": BestOfN, "beam": Beam, "revise": Revise}
 
 
@@ -31,8 +33,8 @@ def name(strategy: Strategy) -> str:
     match strategy:
         case BestOfN(n=n, select=select):
             return f"best_of_n:{n}:{select}"
-        case Beam(n=n, width=width, max_rounds=rounds):
-            return f"beam:{n}:{width}" + (f":rounds{rounds}" if rounds != Beam(n).max_rounds else "")
+        case Beam(n=n, width=width, max_rounds=rounds, lookahead=k):
+            return f"beam:{n}:{width}" + (f":rounds{rounds}" if rounds != Beam(n).max_rounds else "") + (f":lookahead{k}" if k else "")
         case Revise(length=length, chains=chains, select=select, context=context):
             return f"revise:{length}x{chains}:{select}" + (f":context{context}" if context != Revise(length).context else "")
 
@@ -40,32 +42,47 @@ def name(strategy: Strategy) -> str:
 def strategies(spec: CalibrateSpec) -> list[tuple[int, Strategy]]:
     """Every distinct (budget, strategy) that a recipe asks for, by rising budget.
 
-    A budget is the number of final answers generated; revisions spend it on one chain.
-    Beam's width is a number or `sqrt` of the budget; where it is larger than the budget,
-    the beam is left out (`left_out` says so).
+    A budget is in the paper's unit, final answers generated: N beams that look k steps ahead
+    spend N (k + 1) of it (5.2), and revisions spend it on chains x attempts. Beam's width is a
+    number or `sqrt` of the number of beams. What a budget does not allow is left out
+    (`left_out` says so).
     """
-    wanted = [(budget, _expand(kind, budget)) for budget in sorted(set(spec.budgets)) for kind in spec.strategies]
-    return list(dict.fromkeys(item for item in wanted if not _too_wide(item[1])))
+    wanted = [(budget, _expand(kind, budget)) for budget, kind in _asked(spec)]
+    return list(dict.fromkeys(item for item, (budget, kind) in zip(wanted, _asked(spec)) if not _unfit(kind, budget)))
 
 
 def left_out(spec: CalibrateSpec) -> list[str]:
     """One line for every strategy of the recipe that cannot run at one of its budgets."""
-    wanted = [_expand(kind, budget) for budget in sorted(set(spec.budgets)) for kind in spec.strategies]
-    return [f"beam of width {s.width} left out at budget {s.n}: fewer beams than the width" for s in wanted if _too_wide(s)]
+    return [f"{why[0]} left out at budget {budget}: {why[1]}" for budget, kind in _asked(spec) if (why := _unfit(kind, budget))]
+
+
+def _asked(spec: CalibrateSpec) -> list[tuple[int, BestOfNSpec | BeamSpec | ReviseSpec]]:
+    return [(budget, kind) for budget in sorted(set(spec.budgets)) for kind in spec.strategies]
+
+
+def _unfit(spec: BestOfNSpec | BeamSpec | ReviseSpec, budget: int) -> tuple[str, str] | None:
+    """What cannot spend `budget`, and why; None if it can."""
+    match spec:
+        case BeamSpec(lookahead=k) if budget % (k + 1):
+            return f"beam with lookahead {k}", f"a beam costs {k + 1}, which does not divide it"
+        case BeamSpec(width=int(width), lookahead=k) if width > budget // (k + 1):
+            return f"beam of width {width}", f"it has only {budget // (k + 1)} beams"
+        case ReviseSpec(chains=chains) if budget % chains:
+            return f"revise in {chains} chains", "they do not divide it"
+        case ReviseSpec(chains=chains) if budget // chains > LONGEST:
+            return f"revise in {chains} chains", f"of more than {LONGEST} attempts each"
+    return None
 
 
 def _expand(spec: BestOfNSpec | BeamSpec | ReviseSpec, budget: int) -> Strategy:
     match spec:
         case BestOfNSpec(select=select):
             return BestOfN(budget, select)
-        case BeamSpec(width=width, max_rounds=rounds):
-            return Beam(budget, isqrt(budget) if width == "sqrt" else width, rounds)
-        case ReviseSpec(select=select, context=context):
-            return Revise(budget, 1, select, context)
-
-
-def _too_wide(strategy: Strategy) -> bool:
-    return isinstance(strategy, Beam) and strategy.width > strategy.n
+        case BeamSpec(width=width, max_rounds=rounds, lookahead=k):
+            beams = budget // (k + 1)
+            return Beam(beams, isqrt(beams) if width == "sqrt" else width, rounds, k)
+        case ReviseSpec(chains=chains, select=select, context=context):
+            return Revise(budget // chains, chains, select, context)
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,18 +189,20 @@ def serve_plan(trials: Sequence[Trial], models: Mapping[str, str], bins: int = 5
     What a strategy scored on the very trials that chose it stands in the entries.
     """
 
-    def fit(trials: Sequence[Trial]) -> Plan:
-        entries = []
-        for budget in sorted({t.budget for t in trials}):
-            at_budget = [t for t in trials if t.budget == budget]
-            for bin in range(1, bins + 1):
-                options = _options(at_budget, bin, bins, budget, lambda t: float(t.correct))
-                entries.append(min(options, key=lambda e: (-e.score, e.tokens)))
-        return Plan("serve", dict(models), tuple(entries))
-
-    plan = fit(trials)
-    served = held_out(trials, fit, folds, seed)
+    fit = partial(most_right, models=models, bins=bins)
+    plan, served = fit(trials), held_out(trials, fit, folds, seed)
     return plan, [{"budget": budget, **figures(group)} for budget, group in sorted(served.items())]
+
+
+def most_right(trials: Sequence[Trial], models: Mapping[str, str], bins: int = 5) -> Plan:
+    """The serve plan of these very trials."""
+    entries = []
+    for budget in sorted({t.budget for t in trials}):
+        at_budget = [t for t in trials if t.budget == budget]
+        for bin in range(1, bins + 1):
+            options = _options(at_budget, bin, bins, budget, lambda t: float(t.correct))
+            entries.append(min(options, key=lambda e: (-e.score, e.tokens)))
+    return Plan("serve", dict(models), tuple(entries))
 
 
 def harvest_plan(trials: Sequence[Trial], models: Mapping[str, str], budget: int, keep: int, bins: int = 5) -> Plan:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 
 from flywheel.engines.base import Engine
+from flywheel.prm import together
 from flywheel.records import Candidate, Question, Revise, Solution
-from flywheel.search.tools import Found, Tools, attempt, judged
+from flywheel.search.tools import Found, Tools, attempt, judged, judges
 
 
 async def revise(strategy: Revise, question: Question, tools: Tools, *, tag: str) -> Found:
@@ -46,11 +46,11 @@ async def revise(strategy: Revise, question: Question, tools: Tools, *, tag: str
             )
         return made
 
-    chains = await asyncio.gather(*map(chain, range(strategy.chains)))
+    chains = await together(map(chain, range(strategy.chains)))
     candidates = tuple(c for made in chains for c in made)
     distinct = len({c.solution.tokens for c in candidates})
-    if strategy.select == "weighted":
-        candidates = await judged(question, candidates, tools.prm)
+    if judges(strategy):
+        candidates = await judged(question, candidates, tools.prm, tools.kept)
     return Found(candidates, {"duplicates": len(candidates) - distinct, "dropped": dropped})
 
 

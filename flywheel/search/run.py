@@ -9,30 +9,43 @@ from flywheel.ledger import metered
 from flywheel.records import Beam, BestOfN, Candidate, Outcome, Question, Revise, Strategy
 from flywheel.search.beam import beam
 from flywheel.search.best_of_n import best_of_n
+from flywheel.search.limit import OutOfTokens, limited
 from flywheel.search.plan import name
 from flywheel.search.revise import revise
-from flywheel.search.select import hierarchical, majority, weighted
-from flywheel.search.tools import Tools
+from flywheel.search.select import argmax, hierarchical, majority, weighted
+from flywheel.search.tools import Found, Tools, judges
 
 
-async def search(strategy: Strategy, question: Question, tools: Tools, *, tag: str) -> Outcome:
+async def search(strategy: Strategy, question: Question, tools: Tools, *, tag: str, limit: int | None = None) -> Outcome:
     """Search by `strategy` and select an answer. Solution ids are `question/tag/number`, so `tag` must be unique.
 
-    Raises ValueError if `tools` lacks a model that the strategy needs, and TooLong if the
-    question does not fit.
+    With a `limit` no more than so many tokens are spent. A search that would need more is cut
+    off (`cut_off` in `extra`) and answers with its finished solutions: by its own selection
+    over those that were judged, by majority where that selects none. Raises ValueError if `tools` lacks a
+    model that the strategy needs, and TooLong if the question does not fit.
     """
     if not tools.can(strategy):
         raise ValueError(f"{name(strategy)}: needs a model that this search was not given")
+    if limit is not None:
+        tools = limited(tools, limit)
+    cut = False
     with metered() as spent:
-        match strategy:
-            case BestOfN():
-                found = await best_of_n(strategy, question, tools, tag=tag)
-            case Beam():
-                found = await beam(strategy, question, tools, tag=tag)
-            case Revise():
-                found = await revise(strategy, question, tools, tag=tag)
-    answer = select(strategy, found.candidates)
-    return Outcome(question.id, name(strategy), found.candidates, answer, len(found.candidates), spent.tokens, found.extra)
+        try:
+            match strategy:
+                case BestOfN():
+                    found = await best_of_n(strategy, question, tools, tag=tag)
+                case Beam():
+                    found = await beam(strategy, question, tools, tag=tag)
+                case Revise():
+                    found = await revise(strategy, question, tools, tag=tag)
+        except OutOfTokens:
+            found, cut = Found(tools.kept.found(), {"cut_off": 1}), True
+    blind = cut and judges(strategy) and not any(c.values for c in found.candidates)
+    answer = None if blind else select(strategy, found.candidates)
+    if cut and answer is None:
+        answer = majority([c.solution.answer for c in found.candidates])
+    generations = len(found.candidates) * (1 + getattr(strategy, "lookahead", 0))
+    return Outcome(question.id, name(strategy), found.candidates, answer, generations, spent.tokens, found.extra)
 
 
 def select(strategy: Strategy, candidates: Sequence[Candidate]) -> str | None:
@@ -43,29 +56,33 @@ def select(strategy: Strategy, candidates: Sequence[Candidate]) -> str | None:
             return majority(answers)
         case BestOfN(select="weighted") | Beam():
             return weighted(answers, scores)
+        case BestOfN(select="best"):
+            return argmax(answers, scores)
+        case Revise(select="last"):
+            return majority([c.solution.answer for c in candidates if c.solution.attempt == strategy.length])
         case Revise(select="weighted"):
             starts = [i for i, c in enumerate(candidates) if c.solution.attempt == 1]
             return hierarchical([(answers[a:b], scores[a:b]) for a, b in zip(starts, [*starts[1:], len(answers)])])
         case _:
-            raise ValueError(f"{name(strategy)}: select is `weighted` or `majority`")
+            raise ValueError(f"{name(strategy)}: no such way to select")
 
 
 def smaller(done: Strategy, outcome: Outcome, wanted: Strategy) -> Outcome | None:
     """What `wanted` would have found on the same draws, or None where `outcome` does not hold it.
 
-    N samples hold the first n < N, a chain its own beginning, and a judged set the
-    majority vote without its judge; tokens are those of the part alone.
+    N samples hold the first n < N, chains the first of them and their own beginnings, and a
+    judged set a vote without its judge; tokens are those of the part alone.
     """
     match done, wanted:
         case BestOfN(), BestOfN() if wanted.n <= done.n:
             part = outcome.candidates[: wanted.n]
-        case Revise(), Revise() if wanted.length <= done.length and (wanted.chains, wanted.context) == (done.chains, done.context):
-            part = tuple(c for c in outcome.candidates if c.solution.attempt <= wanted.length)
+        case Revise(), Revise() if wanted.length <= done.length and wanted.chains <= done.chains and wanted.context == done.context:
+            part = tuple(c for c in outcome.candidates[: wanted.chains * done.length] if c.solution.attempt <= wanted.length)
         case _:
             return None
-    if wanted.select == "majority":
+    if not judges(wanted):
         part = tuple(replace(c, values=(), score=0.0, score_cost=0) for c in part)
-    elif done.select != "weighted":
+    elif not judges(done):
         return None
     tokens = sum(c.cost + c.score_cost for c in part)
     duplicates = len(part) - len({c.solution.tokens for c in part})

@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from flywheel.engines.base import Engine, Sampling
 from flywheel.ledger import metered
-from flywheel.prm import Known, Prm, aggregate
+from flywheel.prm import Known, Prm, aggregate, together
 from flywheel.prompts import Prompts
 from flywheel.recipe import SampleSpec
 from flywheel.records import Beam, BestOfN, Candidate, Question, Revise, Solution, Strategy
 from flywheel.steps import Reader
+
+
+@dataclass
+class Kept:
+    """What a search has made so far: candidates by id, and what the PRM said of their tokens."""
+
+    candidates: dict[str, Candidate] = field(default_factory=dict)
+    judged: dict[tuple[int, ...], tuple[tuple[float, ...], float]] = field(default_factory=dict)  # values and score
+
+    def found(self) -> tuple[Candidate, ...]:
+        """The candidates in their order, with the values of those that were judged."""
+        out = []
+        for candidate in sorted(self.candidates.values(), key=lambda c: int(c.solution.id.rpartition("/")[2])):
+            if not candidate.values and candidate.solution.tokens in self.judged:
+                values, score = self.judged[candidate.solution.tokens]
+                candidate = replace(candidate, values=values, score=score)
+            out.append(candidate)
+        return tuple(out)
 
 
 @dataclass(frozen=True)
@@ -25,20 +42,25 @@ class Tools:
     prompts: Prompts
     reader: Reader
     sample: SampleSpec
+    kept: Kept | None = None  # under a limit
 
     def can(self, strategy: Strategy) -> bool:
         """Whether the models that `strategy` needs are there."""
         match strategy:
-            case BestOfN(select=select):
-                return self.policy is not None and (select == "majority" or self.prm is not None)
-            case Beam():
-                return self.policy is not None and self.prm is not None
-            case Revise(select=select):
-                return self.reviser is not None and (select == "majority" or self.prm is not None)
+            case BestOfN() | Beam():
+                maker = self.policy
+            case Revise():
+                maker = self.reviser
+        return maker is not None and (self.prm is not None or not judges(strategy))
 
     def sampling(self) -> Sampling:
         """How a whole solution is sampled."""
         return Sampling(self.sample.max_tokens, self.sample.temperature, self.sample.top_p, self.reader.stop)
+
+
+def judges(strategy: Strategy) -> bool:
+    """Whether `strategy` needs the PRM's scores; a vote does not."""
+    return isinstance(strategy, Beam) or strategy.select not in ("majority", "last")
 
 
 @dataclass(frozen=True)
@@ -65,10 +87,13 @@ async def attempt(
     with metered() as spent:
         [done] = await engine.generate(prompt, tools.sampling(), purpose=purpose)
     solution = tools.reader.solution(done.tokens, done.finish, id=id, question_id=question.id, origin=f"{origin}:{engine.name}", parent=parent, attempt=attempt)
-    return Candidate(solution, cost=spent.tokens)
+    made = Candidate(solution, cost=spent.tokens)
+    if tools.kept:
+        tools.kept.candidates[id] = made
+    return made
 
 
-async def judged(question: Question, candidates: Sequence[Candidate], prm: Prm) -> tuple[Candidate, ...]:
+async def judged(question: Question, candidates: Sequence[Candidate], prm: Prm, kept: Kept | None = None) -> tuple[Candidate, ...]:
     """The candidates with PRM values. One without an answer is not judged: it cannot win.
 
     Equal solutions, and equal beginnings of solutions, are judged once, and the first of them
@@ -85,9 +110,11 @@ async def judged(question: Question, candidates: Sequence[Candidate], prm: Prm) 
         with metered() as spent:
             last_only = prm.aggregate == "last"
             values = (await prm.value(question, solution.steps),) if last_only else await prm.values(question, solution.steps, known=known)
+        if kept:
+            kept.judged[solution.tokens] = (values, aggregate(values, prm.aggregate))
         return values, spent.tokens
 
-    found = dict(zip(first, await asyncio.gather(*map(judge, first.values()))))
+    found = dict(zip(first, await together(map(judge, first.values()))))
     out = []
     for candidate in candidates:
         solution = candidate.solution

@@ -14,6 +14,7 @@ from flywheel.records import BestOfN, Outcome, Split, StepValues, Strategy, Verd
 from flywheel.run import Context, Stage
 from flywheel.search.plan import Trial, harvest_plan, left_out, name, serve_plan, strategies, table
 from flywheel.search.run import search, smaller
+from flywheel.search.tools import judges
 from flywheel.stages.kit import Kit, answer_is_right, difficulties, kit, plan_models, sampled, search_tools, searchers, trace
 
 
@@ -22,7 +23,7 @@ def work(ctx: Context, kit: Kit, questions: Sequence[str]) -> Iterator[object]:
     wanted = [item for item in strategies(ctx.recipe.calibrate) if tools.can(item[1])]
 
     # the largest budget first, and of the samplers the judged one: the others are parts of it
-    wanted.sort(key=lambda item: (-item[0], getattr(item[1], "select", "") == "majority"))
+    wanted.sort(key=lambda item: (-item[0], not judges(item[1])))
     kinds = [[item for item in wanted if type(item[1]) is kind] for kind in dict.fromkeys(type(strategy) for _, strategy in wanted)]
 
     async def one(question: str) -> list[tuple[int, Strategy, Outcome]]:

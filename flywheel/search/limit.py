@@ -1,0 +1,83 @@
+"""A search under a limit of tokens: it is cut off, and answers with what it has.
+
+Every request first sets aside the most that it can cost, so the limit is never passed; what
+it did not use goes back, and requests wait while others may still give back. When the next
+one cannot be paid for and none is under way, the search ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from copy import copy
+from dataclasses import replace
+
+from flywheel.engines.base import Completion, Engine, Sampling
+from flywheel.ledger import metered
+from flywheel.prm import together
+from flywheel.search.tools import Kept, Tools
+
+
+class OutOfTokens(Exception):
+    """The limit does not allow the next request."""
+
+
+class Allowance:
+    """`left` tokens are neither spent nor set aside."""
+
+    def __init__(self, limit: int):
+        self.left, self.under_way, self.closed = limit, 0, False
+        self.waiting: list[asyncio.Future] = []
+
+    @asynccontextmanager
+    async def hold(self, most: int) -> AsyncIterator[None]:
+        """Set `most` tokens aside for what runs inside. Raises OutOfTokens."""
+        while not self.closed and most > self.left and self.under_way:
+            self.waiting.append(asyncio.get_running_loop().create_future())
+            await self.waiting[-1]
+        if self.closed or most > self.left:
+            self.closed = True  # smaller requests end too: an answer from a torn search is drawn from whole solutions
+            raise OutOfTokens
+        self.left -= most
+        self.under_way += 1
+        with metered() as spent:
+            try:
+                yield
+            finally:
+                self.left += most - spent.tokens
+                self.under_way -= 1
+                waiting, self.waiting = self.waiting, []
+                for future in waiting:
+                    if not future.done():
+                        future.set_result(None)
+
+
+class Limited:
+    """An engine (see `flywheel.engines.base.Engine`) that pays from an allowance."""
+
+    def __init__(self, engine: Engine, allowance: Allowance):
+        self.role, self.name, self.parameters, self.max_model_len = engine.role, engine.name, engine.parameters, engine.max_model_len
+        self.engine, self.allowance = engine, allowance
+
+    async def generate(self, prompt: Sequence[int], sampling: Sampling, *, purpose: str, n: int = 1) -> list[Completion]:
+        async def one() -> Completion:
+            async with self.allowance.hold(len(prompt) + sampling.max_tokens):
+                [done] = await self.engine.generate(prompt, sampling, purpose=purpose)
+            return done
+
+        return await together(one() for _ in range(n))
+
+    async def score(self, prompt: Sequence[int], labels: tuple[int, int], *, purpose: str) -> float:
+        async with self.allowance.hold(len(prompt) + 1):
+            return await self.engine.score(prompt, labels, purpose=purpose)
+
+
+def limited(tools: Tools, limit: int) -> Tools:
+    """The same tools, paying from one allowance of `limit` tokens, and keeping what they make."""
+    allowance = Allowance(limit)
+    wrap = lambda engine: engine and Limited(engine, allowance)  # noqa: E731
+    prm = copy(tools.prm)
+    if prm:
+        prm.engine = wrap(prm.engine)
+    return replace(tools, policy=wrap(tools.policy), reviser=wrap(tools.reviser), prm=prm, kept=Kept())
