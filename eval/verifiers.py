@@ -27,7 +27,7 @@ from flywheel.run import Context, Stage
 from flywheel.search.select import majority, weighted
 from flywheel.stages.kit import answer_is_right, test_samples, text_tools
 from flywheel.stats import bootstrap_mean, paired_gain
-from flywheel.training.prm import PrmExample, score_all, train_prm, within_question_auc
+from flywheel.training.prm import PrmExample, score_all, targets, train_prm, within_question_auc
 
 AGGREGATES = ("last", "min", "product")
 
@@ -55,7 +55,8 @@ def true_prm(ctx: Context, problems: dict[str, Problem]) -> str:
         solution, problem = solutions[row.solution_id], problems[row.question_id]
         truth = right_so_far(problem.question.text, [step.text.strip() for step in solution.steps])
         tokens, reads = encode(prompts, problem.question, solution.steps)
-        example = PrmExample(tuple(tokens), tuple(reads), tuple(map(float, truth)), question_id=problem.id)
+        values, weights = targets(tuple(map(float, truth)), 1.0, ctx.recipe.prm.target)
+        example = PrmExample(tuple(tokens), tuple(reads), values, weights, question_id=problem.id)
         (check if problem.id in held else fit).append(example)
     out = ctx.dir / "true_steps"
     train_prm(

@@ -45,9 +45,11 @@ def main(
     stages: str = "flywheel.stages:stages",
     report: str = "flywheel.report",
     preload: tuple[str, ...] = PRELOAD,
+    preflight: str | None = "flywheel.stages.kit:preflight",
 ) -> int:
     """The exit code. `stages` is `module:function(round) -> list[Stage]`; `report` a module with
-    `after_round(run, round)`, `summary(run)` and `print_round(summary, round)`."""
+    `after_round(run, round)`, `summary(run)` and `print_round(summary, round)`; `preflight` is
+    `module:function(recipe)`, asked before a run is made."""
     args = parser().parse_args(argv)
     if args.round < 0:
         parser().error("--round: 0 or more")
@@ -55,7 +57,7 @@ def main(
     from flywheel.loop import Loop, Stopped, signals  # not before --help is answered
 
     ranks = Ranks.from_env()
-    loop = Loop(args, lambda: load_recipe(args), ranks, stages, report, preload)
+    loop = Loop(args, lambda: load_recipe(args), ranks, stages, report, preload, preflight)
     try:
         with signals():
             return loop.lead() if ranks.rank == 0 else loop.follow()
@@ -83,7 +85,8 @@ def load_recipe(args: argparse.Namespace) -> Recipe:
 
     path = find_recipe(args.recipe)
     own = [f"problems.path={json.dumps(str(Path(args.problems).absolute()))}", "problems.format=jsonl"] if args.problems else []
-    loaded = recipe.load(path, [*args.set, *own])
+    whole = ["problems.limits={}", "problems.step_checker=null"] if args.problems else []  # the recipe's are for its own set; --set may limit again
+    loaded = recipe.load(path, [*whole, *args.set, *own])
     folder = path.resolve().parent
     root = folder.parent if folder.name == "recipes" else folder
     if str(root) not in sys.path:

@@ -67,6 +67,7 @@ class Loop:
     stages: str
     report: str
     preload: tuple[str, ...]
+    preflight: str | None = None  # `module:function(recipe)`, which raises UserError
     launch: Launch | None = None
     at: str = ""  # the stage at hand
     parent: int = field(default_factory=os.getppid)
@@ -99,6 +100,8 @@ class Loop:
         counts = {str(split): len(group) for split, group in load(self.recipe.problems, notes).items()}
         sources = manifest.source_files(self.recipe)
         reached = max([self.args.round, *(int(p.name[6:]) for p in self.run.glob("round_*") if p.name[6:].isdigit())])
+        if not (self.run / "recipe.yaml").exists():
+            self.check_model()  # before anything is written: what is wrong can then still be mended
         if not self.args.dry_run:
             self.open_run()
         manifest.check_recipe(self.run, self.recipe)
@@ -128,6 +131,13 @@ class Loop:
         if unreported:
             raise UserError(f"the stages are done, but not the report of round {unreported[0]}; the same command makes it again")
         return 0
+
+    def check_model(self) -> None:
+        """Ask the stages' `preflight`, in a process of its own. A model of the Hub is not fetched for a dry run."""
+        if self.preflight is None or (self.args.dry_run and not Path(self.recipe.model.base).is_dir()):
+            return
+        isolate.start_server(self.ranks.local_world, () if self.args.dry_run else self.preload)
+        isolate.call(self.preflight, {"recipe": self.recipe}, what="the recipe and its model", threads=1)
 
     def open_run(self) -> None:
         """Make and lock the run's directory; a new run keeps its recipe. Raises UserError, OSError."""
@@ -224,7 +234,7 @@ class Loop:
             rank = self.ranks.rank if worker == 0 else self.ranks.world * worker + self.ranks.rank
             arguments = {
                 "recipe": self.recipe, "run": self.run, "round": round, "stage": stage.name, "stages": self.stages,
-                "rank": rank, "world": self.ranks.world, "cores": cores[worker::count] if count > 1 else None,
+                "rank": rank, "world": self.ranks.world, "cores": cores[worker::count] if not stage.train and (count > 1 or self.ranks.local_world > 1) else None,
             }  # fmt: skip
             return isolate.call(
                 "flywheel.loop:perform_stage",

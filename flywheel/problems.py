@@ -66,7 +66,8 @@ def load(spec: ProblemSpec, notes: list[str] | None = None) -> dict[Split, list[
     for row in rows:
         problems[row.split].append(Problem(Question(row.id or _hash(row)[:12], row.question), row.answer, row.split, row.level))
     for split, limit in spec.limits.items():
-        if limit:
+        if limit and limit < len(problems[Split(split)]):
+            notes.append(f"{split}: the first {limit} of {len(problems[Split(split)])} (problems.limits)")
             problems[Split(split)] = problems[Split(split)][:limit]
     return problems
 
@@ -175,13 +176,18 @@ def _lines(path: Path) -> Iterator[tuple[str, dict]]:
 
 
 def _parse(text: str, where: str) -> object:
+    def refuse(constant: str) -> None:
+        raise UserError(f"{where}: {constant} is not JSON, and no answer")
+
     try:
-        return json.loads(text)
+        return json.loads(text, parse_constant=refuse)
     except json.JSONDecodeError as error:
         at = f"{where}:{error.lineno}" if "\n" in text else where
         raise UserError(f"{at}: not JSON: {error.msg} (column {error.colno})") from None
     except RecursionError:
         raise UserError(f"{where}: not JSON that can be read: nested too deeply") from None
+    except ValueError:  # Python's limit on the digits of an integer
+        raise UserError(f"{where}: a number of too many digits; write it as text") from None
 
 
 def _text_field(row: object, name: str, where: str) -> str:
@@ -204,6 +210,8 @@ def _value(row: dict, name: str, spec: ProblemSpec, where: str) -> str:
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     text = "" if value is None else str(value).strip()
+    if not text.isprintable() and any("\ud800" <= sign <= "\udfff" for sign in text):
+        raise UserError(f"{where}: {column}: half a character (a lone surrogate, \\ud800 to \\udfff); write the whole one")
     if not text and name in REQUIRED:
         raise UserError(f"{where}: a question with no answer" if name == "answer" else f"{where}: the question is empty")
     return text

@@ -8,14 +8,24 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
+T = TypeVar("T")
+Pair = Annotated[tuple[T, T], BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)]  # YAML has lists
+
+
+class Loader(yaml.SafeLoader):
+    """YAML in which 1e-3 is a number, as it is in JSON and in Python."""
+
+
+Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789"))
 
 
 class RecipeError(ValueError):
@@ -23,7 +33,7 @@ class RecipeError(ValueError):
 
 
 class Spec(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=False, frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class ProblemSpec(Spec):
@@ -83,6 +93,7 @@ class LabelSpec(Spec):
     """Monte Carlo labels (Snell et al., appendix D)."""
 
     questions: Annotated[int, Field(ge=0)] = 0  # 0: all training questions
+    prefer: Pair[Share] = (0.0, 1.0)  # questions whose sampled pass rate lies between these are labelled first
     solutions: Positive = 4  # a question, of the sampled ones
     rollouts: Positive = 8  # a distinct step prefix
     validation: Annotated[float, Field(gt=0, lt=1)] = 0.1  # of questions
@@ -100,7 +111,8 @@ class TrainSpec(Spec):
 
 
 class PrmSpec(TrainSpec):
-    labels: tuple[str, str] = ("+", "-")  # good, bad: single tokens
+    labels: Pair[str] = ("+", "-")  # good, bad: single tokens
+    target: Literal["value", "progress"] = "value"  # what a step's label says: see training/prm.py, `targets`
     aggregate: Literal["last", "min", "product", "mean"] = "last"
 
 
@@ -135,8 +147,8 @@ StrategySpec = Annotated[BestOfNSpec | BeamSpec | ReviseSpec, Field(discriminato
 
 
 class CalibrateSpec(Spec):
-    strategies: list[StrategySpec]
-    budgets: list[Positive]  # in generations: final answers generated
+    strategies: Annotated[list[StrategySpec], Field(min_length=1)]
+    budgets: Annotated[list[Positive], Field(min_length=1)]  # in generations: final answers generated
     bins: Positive = 5
     edges: list[Share] = [0.8, 0.6, 0.4, 0.2]  # of the fixed bins, on pass@1, easiest first
 
@@ -190,6 +202,12 @@ class Recipe(Spec):
             raise ValueError(f"evaluate.samples: {self.evaluate.samples} is fewer than evaluate.budget {self.evaluate.budget} or evaluate.probe {self.evaluate.probe}")
         if self.sample.max_tokens >= self.engine.max_model_len:
             raise ValueError("sample.max_tokens: must be below engine.max_model_len")
+        if not any(isinstance(strategy, BestOfNSpec) for strategy in self.calibrate.strategies):
+            raise ValueError("calibrate.strategies: best_of_n is missing; it is what a round without a reviser has, and what all else is measured against")
+        if self.prm.target == "progress" and self.prm.aggregate not in ("min", "product"):
+            raise ValueError(f"prm.aggregate: {self.prm.aggregate} does not sum up a PRM of prm.target progress, which judges each step alone; product or min does")
+        if self.label.prefer[0] > self.label.prefer[1]:
+            raise ValueError(f"label.prefer: a rising pair wanted, got {list(self.label.prefer)}")
         for key in ("prm", "reviser", "distill"):
             spec = getattr(self, key)
             if spec.batch_size % spec.micro_batch_size:
@@ -204,7 +222,7 @@ def load(path: str | Path, overrides: list[str] = ()) -> Recipe:
     """
     path = Path(path)
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader)
     except FileNotFoundError:
         raise RecipeError(f"{path}: no such recipe") from None
     except (UnicodeDecodeError, OSError) as error:
@@ -218,7 +236,7 @@ def load(path: str | Path, overrides: list[str] = ()) -> Recipe:
         if not equals:
             raise RecipeError(f"override {item!r}: write section.key=value")
         try:
-            _set(data, key.split("."), yaml.safe_load(value))
+            _set(data, key.split("."), yaml.load(value, Loader))
         except yaml.YAMLError:
             raise RecipeError(f"override {item!r}: the value is not YAML") from None
     return parse(data, str(path))

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from flywheel.engines.base import EngineDied, ModelRef, Sampling, TooLong
-from flywheel.engines.driver import Driver, drive
+from flywheel.engines.driver import Clock, Driver, drive
 from flywheel.engines.open import NotAModel, load_tokenizer, open_backend, parameters
 from flywheel.ledger import Ledger, total
 from flywheel.recipe import EngineSpec
@@ -55,6 +55,31 @@ def vllm(opened):
 def plain(models, tmp_path):
     ledger = Ledger("test", 1)
     return open_backend(EngineSpec(kind="transformers", **SPEC), models, ledger, 7, tmp_path), ledger
+
+
+def test_the_seconds_of_a_device_are_shared_out_among_what_it_made(vllm):
+    backend, ledger = vllm
+    spent = Counter()
+
+    class Watched(Clock):
+        def spend(self, seconds):
+            spent[self] += seconds
+            super().spend(seconds)
+
+        __hash__ = object.__hash__
+
+    for role in (Role.POLICY, Role.PRM):
+        engine = backend.engine(role)
+        engine.clock = backend._clocks[id(engine.device)] = Watched()
+
+    async def work(prompt):
+        await backend.engine(Role.POLICY).generate(prompt, Sampling(8, 1.0, 1.0, frozenset()), purpose="sample", n=3)
+        await backend.engine(Role.PRM).score(prompt, LABELS, purpose="verify")
+
+    results(backend, range(len(PROMPTS)), lambda i: work(PROMPTS[i]))
+    for row in ledger.rows():
+        assert row["seconds"] == pytest.approx(spent[backend.engine(row["role"]).clock]) and row["seconds"] > 0
+    assert len(ledger.rows()) == 2
 
 
 def results(backend, items, work, in_flight=100):

@@ -58,7 +58,7 @@ def test_a_small_file_leaves_no_split_empty(tmp_path, count):
 def test_splits_ids_and_levels_of_the_file_are_kept_in_order(tmp_path):
     lines = [{**row, "id": i, "split": SPLITS[i % 4], "level": i % 3} for i, row in enumerate(rows(12))]
     problems, notes = read(write(tmp_path / "own.jsonl", lines), limits={"train": 2})
-    assert not notes
+    assert notes == ["train: the first 2 of 3 (problems.limits)"]
     assert [p.id for p in problems[Split.TRAIN]] == ["0", "4"]
     assert [p.id for p in problems[Split.TEST]] == ["3", "7", "11"]
     assert [p.level for p in problems[Split.TEST]] == ["0", "1", "2"]

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from flywheel.grading import load_function
-from flywheel.recipe import load
+from flywheel.recipe import RecipeError, load
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -34,3 +34,28 @@ def test_the_published_model_says_what_it_has_not_run_on():
     text = (ROOT / "recipes" / "qwen25_05b_gsm8k.yaml").read_text()
     assert "Not run on the published weights" in text.split("\nname:")[0]
     assert load(ROOT / "recipes" / "qwen25_05b_gsm8k.yaml").prm.labels == ("+", "-")
+
+
+@pytest.mark.parametrize(
+    "override, complaint",
+    [
+        ('label.rollouts="8"', "label.rollouts: Input should be a valid integer"),
+        ("label.rollouts=true", "label.rollouts: Input should be a valid integer"),
+        ("engine.kind=vlm", "engine.kind: "),
+        ("prm.labels=[ok]", "prm.labels"),
+        ("prm.aggregate=last", "prm.aggregate: last does not sum up a PRM of prm.target progress"),
+        ("label.prefer=[0.9, 0.1]", "label.prefer: a rising pair wanted"),
+        ("calibrate.strategies=[]", "calibrate.strategies"),
+        ("calibrate.strategies=[{kind: revise}]", "calibrate.strategies: best_of_n is missing"),
+        ("label.rollout=8", "label.rollout: unknown key; did you mean label.rollouts?"),
+    ],
+)
+def test_a_wrong_key_or_type_is_one_line_that_names_the_key(override, complaint):
+    with pytest.raises(RecipeError) as error:
+        load(ROOT / "recipes" / "chain.yaml", [override])
+    assert complaint in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("number", ["1e-3", "0.001", "1.0e-3"])
+def test_numbers_are_written_as_in_python(number):
+    assert load(ROOT / "recipes" / "chain.yaml", [f"distill.learning_rate={number}"]).distill.learning_rate == 0.001

@@ -14,7 +14,7 @@ import training_worker as lab
 from flywheel.ledger import Ledger
 from flywheel.recipe import ModelSpec, TrainSpec
 from flywheel.training.common import TrainingError, order, points, share
-from flywheel.training.prm import PrmExample, calibration, score_all, train_prm, within_question_auc
+from flywheel.training.prm import PrmExample, calibration, score_all, targets, train_prm, within_question_auc
 from flywheel.training.sft import Example, train_sft
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -308,6 +308,20 @@ def test_bad_prm_data_is_one_clear_line(base, tmp_path, example, complaint):
             [example], [], labels=lab.LABELS, base=base, model=ModelSpec(base=base), spec=TrainSpec(**SPEC), out=tmp_path, seed=0,
             keep="last", role="prm", ledger=Ledger("t", 1),
         )  # fmt: skip
+
+
+def test_targets_are_the_values_or_the_share_of_the_chance_that_each_step_leaves():
+    values = (0.5, 0.75, 0.25, 0.0, 0.0)
+    assert targets(values, 0.25, "value") == (values, (1.0,) * 5)
+    progress, weights = targets(values, 0.25, "progress")
+    assert progress == (1.0, 1.0, pytest.approx(1 / 3), 0.0, 0.0)  # a step that helps is good, not better than good
+    assert weights == (0.25, 0.5, 0.75, 0.25, 0.0)  # after a hopeless step there is nothing to learn
+    assert sum(targets((0.0, 0.0), 0.0, "progress")[1]) == 0
+
+
+def test_the_product_of_progress_is_the_last_value_over_the_first():
+    falling = (0.8, 0.4, 0.4, 0.1)
+    assert math.prod(targets(falling, 1.0, "progress")[0]) == pytest.approx(falling[-1])
 
 
 def test_auc_is_within_questions():

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import selectors
+import time
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -57,6 +58,20 @@ class Device(Protocol):
     def close(self) -> None: ...
 
 
+@dataclass(slots=True)
+class Clock:
+    """A device's time, shared evenly among the `held` sequences of each step.
+
+    What a sequence took is by how much `pace` rose while it was held, so the shares of all add up to the whole.
+    """
+
+    pace: float = 0.0  # seconds
+    held: int = 0
+
+    def spend(self, seconds: float) -> None:
+        self.pace += seconds / max(1, self.held)
+
+
 class Served:
     """One model in one role on a device; see `flywheel.engines.base.Engine`.
 
@@ -69,28 +84,40 @@ class Served:
         self, role: str, name: str, parameters: int, max_model_len: int, device: Device, ledger: Ledger, adapter: Any = None
     ):
         self.role, self.name, self.parameters, self.max_model_len = role, name, parameters, max_model_len
-        self._device, self._ledger, self._adapter = device, ledger, adapter
+        self.device, self._ledger, self._adapter = device, ledger, adapter
         self.asked: Callable[[Sequence[int]], None] = lambda prompt: None
+        self.clock = Clock()  # the driver gives roles on one device one clock
 
     async def generate(self, prompt: Sequence[int], sampling: Sampling, *, purpose: str, n: int = 1) -> list[Completion]:
         if n > 1 and sampling.temperature == 0:
             raise ValueError(f"{self.name}: {n} samples at temperature 0 would be the same one; ask for one")
         self._check(prompt, sampling.max_tokens)
-        drawn = await asyncio.gather(*(self._submit(prompt, sampling) for _ in range(n)))
-        self._charge(
-            purpose, prompt=n * len(prompt), cached=sum(d.cached for d in drawn), generated=sum(len(d.tokens) for d in drawn)
-        )
+        took: list[float] = []
+        drawn = await asyncio.gather(*(self._submit(prompt, sampling, took) for _ in range(n)))
+        generated = sum(len(d.tokens) for d in drawn)
+        self._charge(purpose, prompt=n * len(prompt), cached=sum(d.cached for d in drawn), generated=generated, seconds=sum(took))
         return [Completion(d.tokens[:-1] if d.eos else d.tokens, d.finish, d.eos) for d in drawn]
 
     async def score(self, prompt: Sequence[int], labels: Labels, *, purpose: str) -> float:
         self._check(prompt, 1)
-        drawn = await self._submit(prompt, labels)
-        self._charge(purpose, scored=len(prompt), cached=drawn.cached, generated=len(drawn.tokens))
+        took: list[float] = []
+        drawn = await self._submit(prompt, labels, took)
+        self._charge(purpose, scored=len(prompt), cached=drawn.cached, generated=len(drawn.tokens), seconds=sum(took))
         return drawn.value
 
-    def _submit(self, prompt: Sequence[int], ask: Sampling | Labels) -> asyncio.Future[Drawn]:
+    def _submit(self, prompt: Sequence[int], ask: Sampling | Labels, took: list[float]) -> asyncio.Future[Drawn]:
+        """Queue one sequence; its share of the device's seconds is added to `took` when it is done."""
         self.asked(prompt)
-        return self._device.submit(prompt, ask, self._adapter)
+        future = self.device.submit(prompt, ask, self._adapter)
+        clock, begun = self.clock, self.clock.pace
+        clock.held += 1
+
+        def done(_) -> None:
+            clock.held -= 1
+            took.append(clock.pace - begun)
+
+        future.add_done_callback(done)  # before any waiter's own: so `took` is whole when the waiter goes on
+        return future
 
     def _check(self, prompt: Sequence[int], new: int) -> None:
         if not prompt:
@@ -101,7 +128,7 @@ class Served:
                 f" do not fit engine.max_model_len {self.max_model_len}"
             )
 
-    def _charge(self, purpose: str, **counts: int) -> None:
+    def _charge(self, purpose: str, **counts: float) -> None:
         # a key such as `prm:base` is another model in the role of the PRM
         self._ledger.charge(self.role.partition(":")[0], purpose, parameters=self.parameters, **counts)
 
@@ -113,8 +140,9 @@ class Driver:
         self._engines, self._devices, self._seed = dict(engines), list(devices), seed
         self._opening: Any = None  # hash of what a run asked for before its first step
         self._seen: Counter[bytes] = Counter()
+        self._clocks = {id(device): Clock() for device in self._devices}
         for engine in self._engines.values():
-            engine.asked = self._note
+            engine.asked, engine.clock = self._note, self._clocks[id(engine.device)]
 
     def engine(self, role: str) -> Served:
         return self._engines[role]
@@ -137,7 +165,9 @@ class Driver:
         if busy and self._opening is not None:
             self._reseed()
         for device in busy:
+            begun = time.perf_counter()
             device.step()
+            self._clocks[id(device)].spend(time.perf_counter() - begun)
         return bool(busy)
 
     def _reseed(self) -> None:

@@ -89,9 +89,9 @@ def _expand(spec: BestOfNSpec | BeamSpec | ReviseSpec, budget: int) -> Strategy:
 class Trial:
     """One strategy on one calibration question.
 
-    `correct`: the selected answer is right. `verified`: distinct verified solutions among
-    its candidates, without those that are in hand before the harvest begins. `tokens`: all
-    that it was charged for.
+    `correct`: the selected answer is right. `verified`: verified solutions that a harvest
+    would keep and had not before: with its candidates they reach `harvest.min_votes`.
+    `tokens`: all that it was charged for.
     """
 
     question_id: str

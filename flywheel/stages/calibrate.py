@@ -8,6 +8,7 @@ that bin a question never score a strategy on it.
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from flywheel.records import BestOfN, Outcome, Split, StepValues, Strategy, Verdict
@@ -15,7 +16,7 @@ from flywheel.run import Context, Stage
 from flywheel.search.plan import Trial, harvest_plan, left_out, name, serve_plan, strategies, table
 from flywheel.search.run import search, smaller
 from flywheel.search.tools import judges
-from flywheel.stages.kit import Kit, answer_is_right, difficulties, kit, plan_models, sampled, search_tools, searchers, trace
+from flywheel.stages.kit import Kit, answer_is_right, difficulties, kit, plan_models, sampled, search_tools, searchers, trace, votes
 
 
 def work(ctx: Context, kit: Kit, questions: Sequence[str]) -> Iterator[object]:
@@ -49,23 +50,26 @@ def work(ctx: Context, kit: Kit, questions: Sequence[str]) -> Iterator[object]:
         distinct = {c.solution.id: c.solution for _, _, o in outcomes for c in o.candidates}
         grades = kit.grade(list(distinct.values()))
         correct = {g.solution_id: g.verdict is Verdict.CORRECT for g in grades}
+        hand, enough = in_hand(ctx, question), ctx.recipe.harvest.min_votes
         for budget, strategy, outcome in outcomes:
             solutions = [c.solution for c in outcome.candidates]
+            won = votes([s for s in solutions if correct[s.id]], {s.id: s.parent for s in solutions})
             yield Trial(
                 question_id=question,
                 bin=bins[question].quantile_bin,
                 budget=budget,
                 strategy=strategy,
                 correct=bool(answer_is_right(outcome.answer, solutions, correct)),
-                verified=len({trace(s) for s in solutions if correct[s.id]} - in_hand(ctx, question)),
+                verified=sum(hand[text] < enough <= hand[text] + count for text, count in won.items()),
                 tokens=outcome.tokens,
             )
 
 
-def in_hand(ctx: Context, question: str) -> set[str]:
-    """Verified traces of the sample stage: the harvest has them before it begins."""
+def in_hand(ctx: Context, question: str) -> Counter[str]:
+    """Verified traces and their votes, of as many samples as a training question has before its harvest begins."""
     solutions, verdicts = sampled(ctx)
-    return {trace(s) for s in solutions[question] if verdicts[s.id] is Verdict.CORRECT}
+    first = solutions[question][: ctx.recipe.sample.per_question]
+    return Counter(trace(s) for s in first if verdicts[s.id] is Verdict.CORRECT)
 
 
 def finish(ctx: Context) -> dict:
@@ -87,7 +91,7 @@ def finish(ctx: Context) -> dict:
 
 STAGE = Stage(
     name="calibrate",
-    sections=("calibrate", "sample", "harvest.budget", "harvest.keep", "prm.aggregate", "prm.labels", "prompts", "engine"),
+    sections=("calibrate", "sample", "harvest.budget", "harvest.keep", "harvest.min_votes", "prm.aggregate", "prm.labels", "prompts", "engine"),
     inputs=("sample", "train_prm", "choose_reviser", "gate@-1?", "distill@-1?"),
     items=lambda ctx: [p.id for p in ctx.problems(Split.CALIBRATE)],
     tools=lambda ctx: kit(ctx, searchers(ctx), Split.CALIBRATE),

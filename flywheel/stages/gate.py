@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from flywheel.engines.base import ModelRef
 from flywheel.records import Grade, Role, Split
 from flywheel.run import Context, Stage
-from flywheel.stages.kit import Kit, by_question, kit
+from flywheel.stages.kit import Kit, by_question, kit, pass_rates
 from flywheel.stats import paired_gain
 
 
@@ -43,9 +43,9 @@ def finish(ctx: Context) -> dict:
         return {"passed": False, "why": ctx.figures("distill")["why"], "policy": before}
     groups = {"before": by_question(ctx.read(Grade, "sample")), "after": by_question(ctx.read(Grade, "gate"))}
     questions = sorted(groups["after"])
-    rates = {side: [[g.correct for g in group[q]] for q in questions] for side, group in groups.items()}
-    mean = {side: [sum(r) / len(r) for r in rows] for side, rows in rates.items()}
-    reached = {side: [float(any(r)) for r in rows] for side, rows in rates.items()}
+    rates = {side: pass_rates(g for q in questions for g in group[q]) for side, group in groups.items()}
+    mean = {side: [rates[side][q] for q in questions] for side in groups}
+    reached = {side: [float(any(g.correct for g in group[q])) for q in questions] for side, group in groups.items()}
     gain = paired_gain(mean["before"], mean["after"], seed=ctx.seed("bootstrap") % 2**31)
     reach = paired_gain(reached["before"], reached["after"], seed=ctx.seed("bootstrap") % 2**31)
     k = ctx.recipe.sample.calibrate

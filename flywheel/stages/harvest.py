@@ -6,14 +6,13 @@ that binned the questions are candidates too: their tokens are spent already.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from flywheel.grading import load_function
 from flywheel.records import Grade, Harvested, Solution, Split
 from flywheel.run import Context, Stage, write_table
 from flywheel.search.plan import Plan
-from flywheel.stages.kit import Kit, by_question, difficulties, kit, search_tools, searchers, trace
+from flywheel.stages.kit import Kit, by_question, difficulties, kit, search_tools, searchers, trace, votes
 
 
 def tools(ctx: Context):
@@ -32,20 +31,21 @@ def finish(ctx: Context) -> dict:
     correct = {g.solution_id for stage in ("sample", "harvest") for g in ctx.read(Grade, stage) if g.correct and g.question_id in texts}
     candidates = {}
     groups: dict[str, list[Solution]] = {}
+    parents: dict[str, str | None] = {}
     for stage in ("sample", "harvest"):
         solutions = [s for s in ctx.read(Solution, stage) if s.question_id in texts]
         candidates[stage] = len(solutions)
+        parents |= {s.id: s.parent for s in solutions}
         for question, group in by_question(s for s in solutions if s.id in correct).items():
             groups.setdefault(question, []).extend(group)
 
     rows: list[Harvested] = []
     once = 0
     for question, group in groups.items():
-        votes = Counter(map(trace, group))
-        first = {}
+        first: dict[str, Solution] = {}
         for solution in group:
             first.setdefault(trace(solution), solution)
-        for text, count in votes.most_common(spec.keep):
+        for text, count in votes(group, parents).most_common(spec.keep):
             if count < spec.min_votes:
                 once += 1
                 continue

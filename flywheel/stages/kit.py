@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,10 +13,12 @@ from typing import TypeVar
 
 from flywheel.bins import fixed_bins, quantile_bins
 from flywheel.engines.base import Backend, Engine, ModelRef, Sampling
-from flywheel.engines.open import load_tokenizer, open_backend
+from flywheel.engines.open import check_length, load_tokenizer, open_backend
+from flywheel.errors import UserError
 from flywheel.grading import Grader, answer_key
-from flywheel.prm import Prm
+from flywheel.prm import Prm, label_ids
 from flywheel.prompts import Prompts
+from flywheel.recipe import Recipe
 from flywheel.records import Difficulty, Finish, Grade, Harvested, Outcome, Problem, Question, Role, Solution, Split, Strategy, Verdict
 from flywheel.run import Context, read_table
 from flywheel.search.run import search
@@ -33,6 +36,19 @@ def text_tools(ctx: Context) -> tuple[Prompts, Reader]:
     spec = ctx.recipe.prompts
     tokenizer = load_tokenizer(ctx.recipe.model.base)
     return Prompts(spec, tokenizer), Reader(tokenizer, spec.step, spec.answer, spec.stop)
+
+
+def preflight(recipe: Recipe) -> None:
+    """What a stage would trip over hours later: words that are no tokens, a template, a model too short. Raises UserError."""
+    try:
+        tokenizer = load_tokenizer(recipe.model.base)
+        prompts = Prompts(recipe.prompts, tokenizer)
+        Reader(tokenizer, recipe.prompts.step, recipe.prompts.answer, recipe.prompts.stop)
+        prompts.solve(Question("preflight", "1"))
+        label_ids(tokenizer, recipe.prm.labels)
+        check_length(recipe.model.base, recipe.engine.max_model_len)
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 @dataclass
@@ -151,6 +167,24 @@ def verdict_counts(grades: Sequence[Grade]) -> dict[str, int]:
 def trace(solution: Solution) -> str:
     """What two solutions share if they are the same derivation: their text, spacing apart."""
     return " ".join(solution.text.split())
+
+
+def votes(right: Iterable[Solution], parents: Mapping[str, str | None]) -> Counter[str]:
+    """trace -> how many independent draws gave it, of the `right` solutions. `parents`: solution id -> its parent's.
+
+    An attempt sees the ones before it and beams share their beginnings, so a whole revision
+    chain, or a whole beam search, is one draw, however often it repeats itself.
+    """
+
+    def draw(solution: Solution) -> str:
+        if solution.origin.startswith("beam:"):
+            return solution.id.rpartition("/")[0]
+        id = solution.id
+        while parents.get(id):
+            id = parents[id]
+        return id
+
+    return Counter(text for text, _ in {(trace(s), draw(s)) for s in right})
 
 
 def examples(

@@ -14,14 +14,21 @@ from flywheel.engines.base import Sampling
 from flywheel.errors import UserError
 from flywheel.records import Problem, Role, Solution, Split, StepValues, Verdict
 from flywheel.run import Context, Stage
-from flywheel.stages.kit import Kit, kit, sampled, trace
+from flywheel.stages.kit import Kit, difficulties, kit, sampled, trace
 
 
 def questions(ctx: Context) -> list[str]:
-    """A seeded choice of the training questions (all of them where `label.questions` is 0)."""
+    """A seeded choice of the training questions (all of them where `label.questions` is 0).
+
+    Those whose sampled pass rate lies in `label.prefer` come first: rollouts of a question
+    that is never, or always, answered right end alike after every step, and teach little.
+    """
     pool = [p.id for p in ctx.problems(Split.TRAIN)]
-    wanted = ctx.recipe.label.questions or len(pool)
-    return pool if wanted >= len(pool) else sorted(random.Random(ctx.seed("questions")).sample(pool, wanted))
+    spec, bins = ctx.recipe.label, difficulties(ctx)
+    low, high = spec.prefer
+    random.Random(ctx.seed("questions")).shuffle(pool)
+    pool.sort(key=lambda question: not low <= bins[question].pass_at_1 <= high)  # stable: shuffled within
+    return sorted(pool[: spec.questions or len(pool)])
 
 
 def chosen(ctx: Context, wanted: set[str]) -> dict[str, list[tuple[Solution, bool]]]:
@@ -63,7 +70,8 @@ async def label(ctx: Context, kit: Kit, problem: Problem, solutions: list[tuple[
             kit.reader.solution((*prefix, *d.tokens), d.finish, id=f"{problem.id}/rollout/{i}", question_id=problem.id, origin="rollout")
             for i, d in enumerate(done)
         ]
-        return sum(g.correct for g in kit.grade(ends)) / n
+        decided = [g.correct for g in kit.grade(ends) if g.verdict is not Verdict.UNDECIDED]
+        return sum(decided) / len(decided) if decided else 0.0
 
     values = dict(zip(prefixes, await asyncio.gather(*map(rollout, prefixes))))
     return [

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 from flywheel.bins import fixed_bin, quantile_bins, quantile_edges
@@ -16,7 +17,7 @@ from flywheel.records import Answered, Beam, BestOfN, Candidate, Grade, Outcome,
 from flywheel.run import Context, Stage
 from flywheel.search.plan import Plan, name
 from flywheel.search.revise import revision_prompt
-from flywheel.search.run import search
+from flywheel.search.run import search, select
 from flywheel.search.select import majority, weighted
 from flywheel.search.tools import judged
 from flywheel.stages.kit import (
@@ -48,40 +49,56 @@ def work(ctx: Context, kit: Kit, questions: Sequence[str]) -> Iterator[object]:
     cuts = probe_cuts(ctx)
     prm, base = kit.prm(), kit.prm("prm:base")
 
-    async def values(question, pool: list[Solution], verifier) -> list[float]:
-        return [c.score for c in await judged(question, [Candidate(s) for s in pool], verifier)]
+    async def values(question, pool: list[Solution], verifier) -> tuple[list[float], list[int]]:
+        """Score of each of the pool, and what its judging was charged."""
+        found = await judged(question, [Candidate(s) for s in pool], verifier)
+        return [c.score for c in found], [c.score_cost for c in found]
 
     async def one(question: str) -> list[tuple[str, str | None, list[Solution], int]]:
         item, pool = kit.problems[question].question, solutions[question]
         k, n, answers = len(pool), spec.budget, [s.answer for s in pool]
         runs: dict[Strategy, asyncio.Future[Outcome]] = {}
 
-        async def run(method: str, strategy: Strategy, probe: int = 0) -> tuple[str, str | None, list[Solution], int]:
+        async def run(method: str, strategy: Strategy) -> tuple[str, str | None, list[Solution], int]:
             if strategy not in runs:  # methods that agree on a strategy share its draws
                 runs[strategy] = asyncio.ensure_future(search(strategy, item, tools, tag=f"r{ctx.round}/search/{name(strategy)}"))
             done = await runs[strategy]
-            return method, done.answer, [c.solution for c in done.candidates], done.tokens + probe
+            return method, done.answer, [c.solution for c in done.candidates], done.tokens
 
         async def probed() -> tuple[str, str | None, list[Solution], int]:
+            """The probe's samples stay candidates: best-of-N draws so many fewer, another search has them beside its own."""
             first = await search(BestOfN(spec.probe), item, tools, tag=f"r{ctx.round}/probe")
             seen = sum(c.score for c in first.candidates) / spec.probe
-            return await run(f"compute_optimal@{n}_probe", plan.strategy(fixed_bin(seen, cuts), n), probe=first.tokens)
+            chosen = plan.strategy(fixed_bin(seen, cuts), n)
+            tag = f"r{ctx.round}/after_probe"
+            match chosen:
+                case BestOfN(n=whole) if whole <= spec.probe:
+                    found, tokens = first.candidates[:whole], first.tokens
+                case BestOfN(n=whole):
+                    rest = await search(replace(chosen, n=whole - spec.probe), item, tools, tag=tag)
+                    found, tokens = (*first.candidates, *rest.candidates), first.tokens + rest.tokens
+                case _:
+                    rest = await search(chosen, item, tools, tag=tag)
+                    found, tokens = (*rest.candidates, *first.candidates), first.tokens + rest.tokens
+            return f"compute_optimal@{n}_probe", select(chosen, found), [c.solution for c in found], tokens
 
         methods = [run(f"beam@{n}", Beam(n)), run(f"compute_optimal@{n}_oracle", plan.strategy(oracle[question], n)), probed()]
         if tools.reviser:
             length = max(n, spec.revise_attempts)
             methods.insert(1, run(f"revise@{length}", Revise(length)))
         # all at once: a step of the engine costs little more for more sequences
-        by_prm, by_base, *searched = await asyncio.gather(values(item, pool, prm), values(item, pool[:n], base), *methods)
+        (by_prm, judging), (by_base, base_judging), *searched = await asyncio.gather(values(item, pool, prm), values(item, pool[:n], base), *methods)
         scored[question] = by_prm
         if tools.reviser:
             chains[question] = searched[1][2]
+        head = len(kit.prompts.solve(item))
+        drawn = [head + len(s.tokens) + 1 for s in pool]  # drawn in `evaluate`: prompt, solution and its end
         return [
-            (f"majority@{k}", majority(answers), pool, 0),
-            (f"majority@{n}", majority(answers[:n]), pool[:n], 0),
-            (f"best_of_n_weighted@{k}", weighted(answers, by_prm), pool, 0),
-            (f"best_of_n_weighted@{n}", weighted(answers[:n], by_prm[:n]), pool[:n], 0),
-            (f"best_of_n_weighted@{n}_base_verifier", weighted(answers[:n], by_base), pool[:n], 0),
+            (f"majority@{k}", majority(answers), pool, sum(drawn)),
+            (f"majority@{n}", majority(answers[:n]), pool[:n], sum(drawn[:n])),
+            (f"best_of_n_weighted@{k}", weighted(answers, by_prm), pool, sum(drawn) + sum(judging)),
+            (f"best_of_n_weighted@{n}", weighted(answers[:n], by_prm[:n]), pool[:n], sum(drawn[:n]) + sum(judging[:n])),
+            (f"best_of_n_weighted@{n}_base_verifier", weighted(answers[:n], by_base), pool[:n], sum(drawn[:n]) + sum(base_judging)),
             *searched,
         ]
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import random
 
+from flywheel.errors import UserError
 from flywheel.prm import aggregate, encode
 from flywheel.records import Grade, Problem, Role, Solution, Split, StepValues, Verdict
 from flywheel.run import Context, Stage
-from flywheel.stages.kit import by_question, text_tools
+from flywheel.stages.kit import by_question, difficulties, text_tools
 
 
 def held_out(ctx: Context, questions: list[str]) -> set[str]:
@@ -18,7 +19,7 @@ def held_out(ctx: Context, questions: list[str]) -> set[str]:
 
 def train(ctx: Context) -> dict:
     from flywheel.steps import one_token
-    from flywheel.training.prm import PrmExample, calibration, score_all, train_prm, within_question_auc
+    from flywheel.training.prm import PrmExample, calibration, score_all, targets, train_prm, within_question_auc
 
     prompts, _ = text_tools(ctx)
     spec, base = ctx.recipe.prm, ctx.recipe.model.base
@@ -28,13 +29,31 @@ def train(ctx: Context) -> dict:
     solutions = {s.id: s for s in ctx.read(Solution, "sample")}
     held = held_out(ctx, list({row.question_id for row in rows}))
 
-    def example(problem: Problem, solution: Solution, values: tuple[float, ...]) -> PrmExample:
-        tokens, reads = encode(prompts, problem.question, solution.steps)
-        return PrmExample(tuple(tokens), tuple(reads), values, question_id=problem.id)
+    bins = difficulties(ctx)
 
-    examples = [(row.question_id in held, example(problems[row.question_id], solutions[row.solution_id], row.values)) for row in rows]
-    fit = [e for is_held, e in examples if not is_held]
-    check = [e for is_held, e in examples if is_held]
+    def example(problem: Problem, solution: Solution, values: tuple[float, ...], weights: tuple[float, ...] | None = None) -> PrmExample:
+        tokens, reads = encode(prompts, problem.question, solution.steps)
+        return PrmExample(tuple(tokens), tuple(reads), values, weights, question_id=problem.id)
+
+    # where no labelled question was ever answered right there is no progress to learn from, and the values serve
+    target = spec.target if any(bins[row.question_id].pass_at_1 for row in rows) else "value"
+    fit: list[PrmExample] = []
+    check: list[PrmExample] = []
+    left_out = {"silent": 0, "too_long": 0}  # silent: of progress, a question that was never answered right
+    for row in rows:
+        values, weights = targets(row.values, bins[row.question_id].pass_at_1, target)
+        made = example(problems[row.question_id], solutions[row.solution_id], values, weights)
+        if not sum(weights):
+            left_out["silent"] += 1
+        elif len(made.tokens) > spec.max_length:
+            left_out["too_long"] += 1
+        else:
+            (check if row.question_id in held else fit).append(made)
+    if not fit or not check:
+        raise UserError(
+            f"train_prm: {len(fit)} labelled solutions to train on and {len(check)} to validate on ({left_out['silent']} of questions never answered right,"
+            f" {left_out['too_long']} longer than prm.max_length {spec.max_length} left out); more label.questions, or a greater prm.max_length"
+        )
     report = train_prm(
         fit, check, labels=labels, base=base, model=ctx.recipe.model, spec=spec, out=ctx.dir, seed=ctx.seed("train") % 2**31, keep="best", role=Role.PRM, ledger=ctx.ledger
     )
@@ -56,12 +75,14 @@ def train(ctx: Context) -> dict:
         for how in ("last", "min", "product"):
             figures[f"auc_within_question_{how}{name}"] = within_question_auc([aggregate(v, how) for v in values], right, names)
         figures[f"auc_within_question{name}"] = within_question_auc([aggregate(v, spec.aggregate) for v in values], right, names)
-        figures[f"calibration{name}"] = calibration([v[-1] for v in values], [float(r) for r in right])
+        figures[f"calibration{name}"] = calibration([aggregate(v, spec.aggregate) for v in values], [float(r) for r in right])
     return {
         "model": f"prm_{ctx.round}",
         "labels_by": ctx.model(Role.POLICY, ctx.round - 1).name,
         "examples": len(fit),
         "validation_examples": len(check),
+        "target": target,
+        **left_out,
         "steps": sum(len(e.reads) for e in fit),
         "auc_questions": len(set(names)),
         "train_seconds": report.seconds,

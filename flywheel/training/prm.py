@@ -29,6 +29,24 @@ class PrmExample:
     question_id: str = ""
 
 
+def targets(values: Sequence[float], start: float, target: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """(targets, weights) for the PRM's loss, of a solution's Monte Carlo step values in [0, 1].
+
+    `value`: the values themselves, all of weight 1 (Snell et al., appendix D).
+
+    `progress`: what share of the chance of success the step leaves, min(1, v_i / v_(i-1)), with
+    weight v_(i-1), for a quotient of small counts is mostly noise; v_0 is `start`, the question's
+    pass rate. After a step of value 0 nothing is learned. The product of a solution's progress
+    telescopes to its last value, so the product over steps is what `last` is of a PRM of values,
+    without the model having to sum up the steps itself, which a small one learns badly
+    (measured: eval/LOG.md). Near Setlur et al. 2024 (arXiv 2410.08146), who reward the difference.
+    """
+    if target == "value":
+        return tuple(values), (1.0,) * len(values)
+    before = (start, *values[:-1])
+    return tuple(min(1.0, v / p) if p else 0.0 for v, p in zip(values, before)), before
+
+
 def train_prm(
     train: Sequence[PrmExample],
     validation: Sequence[PrmExample],
