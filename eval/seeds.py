@@ -28,7 +28,7 @@ from flywheel.stats import bootstrap_mean, paired_gain
 
 def context(run: Path, round: int) -> Context:
     """A reader of one round's test results."""
-    inputs = tuple(f"{stage}@{r}" for r in range(round + 1) for stage in ("evaluate", "search"))
+    inputs = tuple(f"{stage}@{r}" for r in range(round + 1) for stage in ("evaluate", "search", "calibrate"))
     return Context(load(run / "recipe.yaml"), run, round, Stage("seeds", (), inputs, train=lambda ctx: {}, test_split=True))
 
 

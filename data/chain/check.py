@@ -214,20 +214,54 @@ def measure(folder: Path, split: str, limit: int, n: int, seed: int) -> dict:
     }
 
 
+def beam_over_best_of_n(readers: list) -> dict:
+    """Accuracy of beam less that of best-of-N weighted in round 1, paired by calibration question, runs averaged.
+
+    `equal N` at the same number of final answers. `equal tokens`: best-of-N stands between its two
+    budgets, on the logarithm of tokens, where it costs what the beam costs in that group of
+    bins; only beams that cost no more than its largest budget are compared so.
+    """
+    from flywheel.records import Beam, BestOfN
+    from flywheel.search.plan import Trial, name
+    from flywheel.stats import bootstrap_mean
+
+    groups = {"all": range(1, 6), "bins 1-2": (1, 2), "bins 3-5": (3, 4, 5), **{f"bin {b}": (b,) for b in range(1, 6)}}
+    gains: dict[str, dict[str, dict[str, list[float]]]] = {}
+    for reader in readers:
+        trials: dict[object, dict[str, Trial]] = defaultdict(dict)
+        for trial in reader.read(Trial, "calibrate", 1):
+            trials[trial.strategy][trial.question_id] = trial
+        plain = sorted((s for s in trials if isinstance(s, BestOfN) and s.select == "weighted"), key=lambda s: s.n)
+        for beam in (s for s in trials if isinstance(s, Beam)):
+            for group, bins in groups.items():
+                inside = [q for q, t in trials[beam].items() if t.bin in bins]
+                cost = {s: float(np.mean([trials[s][q].tokens for q in inside])) for s in (beam, *plain)}
+                same = next(s for s in plain if s.n == beam.n)
+                pairs = {"equal N": [(1.0, same)]}
+                if cost[beam] <= cost[plain[-1]]:
+                    low = max((s for s in plain if cost[s] <= cost[beam]), key=lambda s: s.n, default=plain[0])
+                    high = next((s for s in plain if s.n > low.n), low)
+                    share = 0.0 if high is low else max(0.0, float(np.log(cost[beam] / cost[low]) / np.log(cost[high] / cost[low])))
+                    pairs["equal tokens"] = [(1 - share, low), (share, high)]
+                for how, mix in pairs.items():
+                    at = gains.setdefault(f"{name(beam)}, {how}", {}).setdefault(group, defaultdict(list))
+                    for q in inside:
+                        at[q].append(trials[beam][q].correct - sum(weight * trials[s][q].correct for weight, s in mix))
+    return {
+        title: {group: [round(x, 3) for x in bootstrap_mean([float(np.mean(v)) for v in at.values()])] for group, at in by_group.items()}
+        for title, by_group in gains.items()
+    }
+
+
 def over_runs(runs: list[Path]) -> dict:
     """Properties 4 to 7, from finished runs; test questions but for 5, which is on the calibration questions."""
     from eval import seeds, verifiers
-    from flywheel.history import History
     from flywheel.recipe import load as load_recipe
 
     loop = seeds.study(runs)
     first = loop["rounds"][1]
     found = {"4_verifiers": verifiers.report([verifiers.study(run, 1) for run in runs], load_recipe(runs[0] / "recipe.yaml").prm.aggregate)}
-    for run in runs:
-        for row in History.of(run).figures("calibrate", 1)["table"]:
-            if "majority" not in row["strategy"] and "revise" not in row["strategy"]:
-                name = f"bin {row['bin']} {row['strategy']}"
-                found.setdefault("5_accuracy_and_tokens_by_bin", {}).setdefault(name, []).append((round(row["accuracy"], 3), round(row["tokens"])))
+    found["5_beam_over_best_of_n_weighted"] = beam_over_best_of_n([seeds.context(run, 1) for run in runs])
     found["6_reviser"] = dict(enumerate(first["reviser"]))
     found["7_loop"] = {f"round {row['round']}": {k: v for k, v in row.items() if k not in ("search", "reviser", "round")} for row in loop["rounds"]}
     return found

@@ -59,10 +59,13 @@ def work(ctx: Context, kit: Kit, questions: Sequence[str]) -> Iterator[object]:
         k, n, answers = len(pool), spec.budget, [s.answer for s in pool]
         runs: dict[Strategy, asyncio.Future[Outcome]] = {}
 
-        async def run(method: str, strategy: Strategy) -> tuple[str, str | None, list[Solution], int]:
+        async def shared(strategy: Strategy) -> Outcome:
             if strategy not in runs:  # methods that agree on a strategy share its draws
                 runs[strategy] = asyncio.ensure_future(search(strategy, item, tools, tag=f"r{ctx.round}/search/{name(strategy)}"))
-            done = await runs[strategy]
+            return await runs[strategy]
+
+        async def run(method: str, strategy: Strategy) -> tuple[str, str | None, list[Solution], int]:
+            done = await shared(strategy)
             return method, done.answer, [c.solution for c in done.candidates], done.tokens
 
         async def probed() -> tuple[str, str | None, list[Solution], int]:
@@ -70,15 +73,14 @@ def work(ctx: Context, kit: Kit, questions: Sequence[str]) -> Iterator[object]:
             first = await search(BestOfN(spec.probe), item, tools, tag=f"r{ctx.round}/probe")
             seen = sum(c.score for c in first.candidates) / spec.probe
             chosen = plan.strategy(fixed_bin(seen, cuts), n)
-            tag = f"r{ctx.round}/after_probe"
             match chosen:
                 case BestOfN(n=whole) if whole <= spec.probe:
                     found, tokens = first.candidates[:whole], first.tokens
                 case BestOfN(n=whole):
-                    rest = await search(replace(chosen, n=whole - spec.probe), item, tools, tag=tag)
+                    rest = await search(replace(chosen, n=whole - spec.probe), item, tools, tag=f"r{ctx.round}/after_probe")
                     found, tokens = (*first.candidates, *rest.candidates), first.tokens + rest.tokens
                 case _:
-                    rest = await search(chosen, item, tools, tag=tag)
+                    rest = await shared(chosen)
                     found, tokens = (*rest.candidates, *first.candidates), first.tokens + rest.tokens
             return f"compute_optimal@{n}_probe", select(chosen, found), [c.solution for c in found], tokens
 

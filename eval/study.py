@@ -1,0 +1,256 @@
+"""Draw once what the claims are measured on: python -m eval.study RUN [--round 1] [--oracle 512] [--pool 256] [--budgets 4 16 64]
+
+On the test questions of a finished run, with the policy, PRM and reviser that search in that round:
+
+- difficulty: `--oracle` samples a question that only bin it; the PRM judges the first `--judged`;
+- pool: `--pool` judged samples a question, for every curve of best-of-N;
+- trials: beam, lookahead and the grid of revisions at each of `--budgets`.
+
+Chunks are kept in RUN/studies/round_R/, so a killed study goes on where it stopped and a second
+one over the same draws is free. Processes share the chunks, one a core for a small model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from flywheel.errors import UserError, explain
+from flywheel.loop import workers
+from flywheel.recipe import load
+from flywheel.records import Beam, BestOfN, Candidate, Outcome, Revise, Solution, Split, Strategy
+from flywheel.run import Context, Stage, fill, read_table
+from flywheel.search.plan import LONGEST, name
+from flywheel.search.run import search, smaller
+from flywheel.search.tools import judged
+from flywheel.shards import shard_dirs
+from flywheel.stages.kit import Kit, answer_is_right, ids, kit, search_tools, searchers
+
+READS = ("train_prm", "choose_reviser", "gate@-1?", "distill@-1?")
+
+
+@dataclass(frozen=True, slots=True)
+class Difficult:
+    """How hard one question is, by samples that score nothing else: `right` of `samples`; `seen`: mean PRM score of `judged`."""
+
+    question_id: str
+    right: int
+    samples: int
+    seen: float
+    judged: int
+    tokens: int  # of the samples
+    judged_tokens: int  # of the judged ones, with their judging
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """One judged sample. `shape` is "" for an ordinary one, else what is odd about it (`shape`)."""
+
+    question_id: str
+    answer: str | None
+    score: float
+    correct: bool
+    cost: int
+    score_cost: int
+    shape: str
+
+
+@dataclass(frozen=True, slots=True)
+class Tried:
+    """One strategy on one question. `shapes`: share of its candidates that are odd; `winner`: the shape of the best of the winning answer."""
+
+    question_id: str
+    strategy: str
+    budget: int
+    correct: bool
+    covered: bool
+    tokens: int
+    odd: float
+    winner: str
+    by_attempt: tuple[bool, ...] = ()
+
+
+def shape(solution: Solution, usual: int | None) -> str:
+    """`repeated`: a step twice; `short` or `long`: other than the `usual` number of steps, where that is known."""
+    texts = [step.text.strip() for step in solution.steps]
+    if max(Counter(texts).values(), default=0) > 1:
+        return "repeated"
+    if usual is None or len(texts) == usual:
+        return ""
+    return "short" if len(texts) < usual else "long"
+
+
+def usual_steps(ctx: Context, text: str) -> int | None:
+    """The laboratory has one derivation a question: its operations, and the answer."""
+    if not (ctx.recipe.problems.step_checker or "").startswith("data.chain."):
+        return None
+    from data.chain.domain import parse_question
+
+    return len(parse_question(text)[1]) + 1
+
+
+# ---- what is drawn -----------------------------------------------------------------------
+
+
+def difficulty(ctx: Context, kit: Kit, questions: Sequence[str], *, oracle: int, judge: int) -> Iterator[Difficult]:
+    async def one(question: str) -> tuple[list[Candidate], list[Candidate]]:
+        item, tools = kit.problems[question].question, search_tools(kit)
+        drawn = await search(BestOfN(oracle, "majority"), item, tools, tag=f"r{ctx.round}/oracle")
+        return list(drawn.candidates), list(await judged(item, drawn.candidates[:judge], tools.prm))
+
+    for question, (drawn, seen) in kit.each(questions, one):
+        right = sum(g.correct for g in kit.grade([c.solution for c in drawn]))
+        tokens = sum(c.cost for c in drawn)
+        yield Difficult(question, right, len(drawn), sum(c.score for c in seen) / len(seen), len(seen), tokens, sum(c.cost + c.score_cost for c in seen))
+
+
+def pool(ctx: Context, kit: Kit, questions: Sequence[str], *, size: int) -> Iterator[Drawn]:
+    async def one(question: str) -> Outcome:
+        return await search(BestOfN(size), kit.problems[question].question, search_tools(kit), tag=f"r{ctx.round}/pool")
+
+    for question, outcome in kit.each(questions, one):
+        usual = usual_steps(ctx, kit.problems[question].question.text)
+        right = {g.solution_id: g.correct for g in kit.grade([c.solution for c in outcome.candidates])}
+        for c in outcome.candidates:
+            yield Drawn(question, c.solution.answer, c.score, right[c.solution.id], c.cost, c.score_cost, shape(c.solution, usual))
+
+
+def wanted(budgets: Sequence[int], reviser: bool) -> list[tuple[int, Strategy]]:
+    """Beams of width 4 and sqrt, lookahead 1 and 3 at equal budget, and every sequential : parallel ratio in powers of four."""
+    out: list[tuple[int, Strategy]] = []
+    for budget in sorted(budgets, reverse=True):
+        root = int(budget**0.5)
+        out += [(budget, Beam(budget, width)) for width in {min(4, budget), root}]
+        out += [(budget, Beam(budget // (k + 1), min(4, budget // (k + 1)), lookahead=k)) for k in (1, 3) if budget >= 4 * (k + 1)]
+        ratios = [4**i for i in range(10) if budget % 4**i == 0 and 4**i <= min(budget, LONGEST)] if reviser else []
+        out += [(budget, Revise(a, budget // a, select)) for a in ratios for select in ("weighted", "majority", "last")]
+    return list(dict.fromkeys(out))
+
+
+def trials(ctx: Context, kit: Kit, questions: Sequence[str], *, budgets: Sequence[int]) -> Iterator[Tried]:
+    tools = search_tools(kit)
+    asked = wanted(budgets, tools.reviser is not None)
+
+    async def one(question: str) -> list[tuple[int, Strategy, Outcome]]:
+        runs: dict[Strategy, Outcome] = {}
+        out = []
+        for budget, strategy in asked:
+            outcome = next((o for o in (smaller(done, run, strategy) for done, run in runs.items()) if o), None)
+            if outcome is None:
+                outcome = runs[strategy] = await search(strategy, kit.problems[question].question, tools, tag=f"r{ctx.round}/study/{name(strategy)}")
+            out.append((budget, strategy, outcome))
+        return out
+
+    for question, outcomes in kit.each(questions, one):
+        usual = usual_steps(ctx, kit.problems[question].question.text)
+        distinct = {c.solution.id: c.solution for _, _, o in outcomes for c in o.candidates}
+        right = {g.solution_id: g.correct for g in kit.grade(list(distinct.values()))}
+        for budget, strategy, o in outcomes:
+            solutions = [c.solution for c in o.candidates]
+            winners = [c for c in o.candidates if c.solution.answer is not None and c.solution.answer == o.answer]
+            yield Tried(
+                question,
+                name(strategy),
+                budget,
+                bool(answer_is_right(o.answer, solutions, right)),
+                any(right[s.id] for s in solutions),
+                o.tokens,
+                sum(bool(shape(s, usual)) for s in solutions) / len(solutions),
+                shape(max(winners, key=lambda c: c.score).solution, usual) if winners else "none",
+                tuple(right[s.id] for s in solutions) if isinstance(strategy, Revise) and strategy.chains == 1 else (),
+            )
+
+
+# ---- the parts of a study ----------------------------------------------------------------
+
+
+def parts(args: argparse.Namespace) -> dict[str, tuple[type, Stage]]:
+    """Directory -> what its shards hold, and the stage that draws it. Sizes are in the name: other sizes are another study."""
+    drawn = {
+        f"difficulty_{args.oracle}_{args.judged}": (Difficult, partial(difficulty, oracle=args.oracle, judge=args.judged)),
+        f"pool_{args.pool}": (Drawn, partial(pool, size=args.pool)),
+        "trials_" + "_".join(map(str, sorted(args.budgets))): (Tried, partial(trials, budgets=args.budgets)),
+    }
+    tools = lambda ctx: kit(ctx, searchers(ctx), Split.TEST)  # noqa: E731
+    items = lambda ctx: ids(ctx, Split.TEST)[: args.questions]  # noqa: E731
+    return {title: (kind, Stage(title, (), READS, items=items, tools=tools, work=work, test_split=True)) for title, (kind, work) in drawn.items()}
+
+
+def context(run: Path, round: int, stage: Stage, chunk: int) -> Context:
+    recipe = load(run / "recipe.yaml")
+    recipe = recipe.model_copy(update={"engine": recipe.engine.model_copy(update={"chunk": chunk})})
+    ctx = Context(recipe, run, round, stage)
+    ctx.dir = run / "studies" / f"round_{round}" / stage.name  # a study is no stage: it stays out of the rounds
+    return ctx
+
+
+def read(run: Path, round: int, title: str, kind: type) -> list:
+    """All records of a part. Raises UserError where it is not finished."""
+    directory = run / "studies" / f"round_{round}" / title
+    if not (directory / "finished").is_file():
+        raise UserError(f"{directory}: not drawn; python -m eval.study {run} --round {round} draws it")
+    return [row for shard in shard_dirs(directory) for row in read_table(shard / f"{kind.__name__}.parquet", kind)]
+
+
+def arguments(argv: Sequence[str] | None, program: str, about: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog=program, description=about)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--round", type=int, default=1)
+    parser.add_argument("--questions", type=int, help="the first so many test questions (all)")
+    parser.add_argument("--oracle", type=int, default=512, help="samples that bin a question")
+    parser.add_argument("--judged", type=int, default=64, help="of these, how many the PRM judges")
+    parser.add_argument("--pool", type=int, default=256)
+    parser.add_argument("--budgets", type=int, nargs="+", default=[4, 16, 64])
+    parser.add_argument("--chunk", type=int, default=20, help="questions")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if not 1 <= args.judged <= args.oracle:
+        parser.error(f"--judged {args.judged}: 1 to --oracle ({args.oracle}) wanted")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    args = arguments(argv, "python -m eval.study", __doc__.split("\n\n")[0])
+    try:
+        if not (args.run / "recipe.yaml").is_file():
+            raise UserError(f"{args.run}: not a run (it has no recipe.yaml)")
+        if args.worker is None:
+            cores = sorted(os.sched_getaffinity(0))
+            recipe = load(args.run / "recipe.yaml")
+            count = min(len(cores), recipe.engine.workers or workers(recipe.model.base, len(cores)))
+            others = [subprocess.Popen([sys.executable, "-m", "eval.study", *argv, "--worker", f"{i}/{count}"]) for i in range(1, count)]
+            mine = 0
+        else:
+            mine, count = map(int, args.worker.split("/"))
+            others = []
+        if count > 1:
+            os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[mine::count])
+        with redirect_stdout(sys.stderr):
+            for _, stage in parts(args).values():
+                ctx = context(args.run, args.round, stage, args.chunk)
+                if (ctx.dir / "finished").is_file():
+                    continue
+                ctx.dir.mkdir(parents=True, exist_ok=True)
+                fill(ctx)
+                (ctx.dir / "finished").touch()
+                print(f"{ctx.dir}: drawn", flush=True)
+        failed = sum(child.wait() != 0 for child in others)
+        if failed:
+            raise UserError(f"{failed} of the study's processes failed; what is drawn is kept")
+    except UserError as error:
+        print(explain(error), file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

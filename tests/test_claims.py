@@ -1,0 +1,89 @@
+"""The arithmetic behind the claims, on a study made by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from eval.claims import Study, judge, measure
+from eval.study import Difficult, Drawn, Tried, shape, wanted
+from flywheel.errors import UserError
+from flywheel.records import Beam, Finish, Revise, Solution, Step
+from flywheel.search.plan import name
+
+EASY, HARD = [f"q{i:02d}" for i in range(40)], [f"q{i:02d}" for i in range(40, 100)]  # two bins, and three
+
+
+def drawn(question: str, answers: str, scores: list[float], gold: str = "a") -> list[Drawn]:
+    return [Drawn(question, answer if answer != "-" else None, score, answer == gold, 10, 5, "") for answer, score in zip(answers, scores)]
+
+
+def study(tried: list[Tried] | None = None) -> Study:
+    """Best-of-4 answers the easy questions and the beam the hard ones; pools of eight."""
+    difficult = [Difficult(q, 100 - i, 100, 1 - i / 100, 4, 100, 60) for i, q in enumerate(EASY + HARD)]
+    pool = [d for q in EASY for d in drawn(q, "aab-aaab", [0.9, 0.8, 0.95, 0, 0.9, 0.8, 0.1, 0.95])]
+    pool += [d for q in HARD for d in drawn(q, "bbbbbbba", [0.5] * 8)]
+    beams = [Tried(q, "beam:4:4", 4, q in HARD, q in HARD, 70, 0.5, "short") for q in EASY + HARD]
+    return Study(difficult, pool, tried or beams)
+
+
+def test_best_of_n_is_the_mean_over_disjoint_groups_of_the_pool():
+    s = study()
+    assert s.sizes == [1, 2, 4, 8]
+    assert s.best_of_n(1, "weighted")[0] == 5 / 8 and s.best_of_n(1, "majority")[40] == 1 / 8
+    assert s.best_of_n(2, "best")[0] == 0.5  # aa right; b- wrong; aa right; ab: b has the higher score
+    assert s.best_of_n(2, "weighted")[0] == 0.5 and s.best_of_n(4, "weighted")[0] == 1.0
+    assert s.best_of_n(8, "majority")[40] == 0.0
+    assert s.best_of_n_tokens(4, "weighted")[0] == 60 and s.best_of_n_tokens(4, "majority")[0] == 40
+
+
+def test_a_plan_sends_each_bin_to_what_answers_it_and_is_charged_for_the_bin():
+    right, tokens, paid = study().compute_optimal(4, ["beam"], "oracle")
+    assert right.mean() == 1.0
+    assert set(tokens[:40]) == {40.0} and set(tokens[40:]) == {70.0}  # a tie of weighted and majority goes to the cheaper
+    assert np.array_equal(paid, tokens + 100)
+    assert np.array_equal(study().compute_optimal(4, ["beam"], "predicted")[2], tokens + 60)
+
+
+def test_probe_samples_are_paid_once():
+    s = study()
+    right, tokens, paid = s.compute_optimal(4, ["beam"], "probe")
+    assert set(s.grade_tokens("probe")) == {60.0}
+    by_vote = tokens == 40
+    assert set(paid[by_vote]) == {60.0} and set(paid[~by_vote]) == {130.0}  # four samples, judged; and the beam beside
+
+
+def test_accuracy_at_a_number_of_tokens_lies_between_the_measured_sizes():
+    s = study()
+    assert s.at_tokens(15.0)[0] == s.best_of_n(1, "weighted")[0] and s.at_tokens(1e9)[0] == s.best_of_n(8, "weighted")[0]
+    assert s.at_tokens(60 * 2**-0.5)[0] == pytest.approx((0.5 + 1.0) / 2)
+
+
+def test_a_claim_is_judged_by_its_whole_interval():
+    assert [judge(0.01, 0.2), judge(-0.2, -0.01), judge(-0.1, 0.1), judge(0.0, 0.1)] == ["holds", "fails", "undecided", "undecided"]
+    claims, behind = measure(study(), "command")
+    found = {c.id: c for c in claims}
+    assert found["1.gross@4"].verdict == "holds" and found["1.gross@4"].ours == pytest.approx(0.6)
+    assert found["4.low:beam:4:4"].ours == pytest.approx(0.2)  # ahead on 60 questions, behind on 40
+    assert found["14.hardest"].verdict == "fails" and "beam:4:4" in found["14.hardest"].claim
+    assert [row["odd_winners"] for row in behind["strategies"]] == [1.0]
+
+
+def test_parts_of_different_questions_are_refused():
+    with pytest.raises(UserError, match="different questions"):
+        study([Tried("q00", "beam:4:4", 4, True, True, 70, 0.0, "")])
+
+
+def test_every_budget_is_spent_in_full_by_every_strategy():
+    asked = wanted([4, 64], True)
+    cost = lambda s: s.n * (s.lookahead + 1) if isinstance(s, Beam) else s.length * s.chains  # noqa: E731
+    assert all(cost(strategy) == budget for budget, strategy in asked)
+    names = [name(s) for _, s in asked]
+    assert {"beam:64:4", "beam:64:8", "beam:32:4:lookahead1", "beam:16:4:lookahead3", "revise:16x4:weighted", "revise:1x64:last"} <= set(names)
+    assert not any(isinstance(s, Revise) for _, s in wanted([4], False))
+
+
+def test_shapes():
+    solution = lambda *texts: Solution("s", "q", tuple(Step(t, (i,)) for i, t in enumerate(texts)), Finish.STOP, "1", "")  # noqa: E731
+    assert [shape(solution(*"ab"), n) for n in (2, 3, 1, None)] == ["", "short", "long", ""]
+    assert shape(solution("a\n", "b", "a"), 3) == "repeated"
