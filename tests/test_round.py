@@ -129,10 +129,10 @@ def test_the_studies_read_a_finished_run(finished):
     low, high = loop["rounds"][1]["pass@1"]["ci"]
     assert low <= loop["rounds"][1]["pass@1"]["mean"] <= high
     verifiers = studied("eval.verifiers", run)
-    assert {"majority@8", "base:min", "monte_carlo:min", "true_steps:min"} <= verifiers["accuracy"].keys()
+    assert {"majority@8", "base:product", "monte_carlo:product", "true_steps:product"} <= verifiers["accuracy"].keys()
     search = manifest(run, 1, "search")["figures"]["search"]  # the same samples and the same PRM, by another path
     assert verifiers["accuracy"]["majority@8"][0] == pytest.approx(search["majority@8"])
-    assert verifiers["accuracy"]["monte_carlo:min"][0] == pytest.approx(search["best_of_n_weighted@8"], abs=0.13)  # one question of eight
+    assert verifiers["accuracy"]["monte_carlo:product"][0] == pytest.approx(search["best_of_n_weighted@8"], abs=0.13)  # one question of eight
 
 
 def test_the_claims_are_measured_on_a_finished_run(finished, tmp_path):

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # read at import and at every engine's start
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # its warnings on a CPU are a page for each engine
@@ -212,7 +213,9 @@ class VllmDevice:
         return Drawn(drawn.tokens, drawn.finish, drawn.eos, cached, 1 / (1 + math.exp(min(bad - good, 700.0))))
 
     def close(self) -> None:
-        self.llm.engine_core.shutdown()
+        # It collects all garbage, twice: a second of this heap, for nothing where the process ends with it.
+        with mock.patch("gc.collect", return_value=0):
+            self.llm.engine_core.shutdown()
 
 
 @functools.lru_cache(maxsize=1024)
