@@ -33,7 +33,7 @@ import torch  # noqa: E402
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", FutureWarning)
-    from vllm import EngineArgs, LLMEngine, SamplingParams
+    from vllm import EngineArgs, LLMEngine, SamplingParams, ir
     from vllm.inputs.engine import tokens_input
     from vllm.lora.request import LoRARequest
     from vllm.platforms import current_platform
@@ -91,7 +91,7 @@ def cpu_dtype(spec: EngineSpec) -> str:
 
 def _start_merged(spec: EngineSpec, ref: ModelRef, seed: int, scratch: Path) -> VllmDevice:
     dtype = cpu_dtype(spec)
-    options = {"dtype": dtype, "block_size": CPU_BLOCK, "kv_cache_memory_bytes": spec.kv_cache_mb << 20}
+    options = {"dtype": dtype, "block_size": CPU_BLOCK, "kv_cache_memory_bytes": spec.kv_cache_mb << 20, "ir_op_priority": _cpu_norms()}
     if ref.adapter is None:
         return _start(spec, ref.base, ref.name, seed, options, {})
     Path(scratch).mkdir(parents=True, exist_ok=True)
@@ -99,6 +99,40 @@ def _start_merged(spec: EngineSpec, ref: ModelRef, seed: int, scratch: Path) -> 
         load_merged(ref, dtype).save_pretrained(folder)
         load_tokenizer(ref.base).save_pretrained(folder)
         return _start(spec, folder, ref.name, seed, options, {})
+
+
+@functools.cache
+def _cpu_norms() -> dict[str, list[str]]:
+    """vLLM's own CPU kernels for RMS norms, which it builds and does not use without a compiler; what it then prefers.
+
+    A fifth of a small model's time: 35 against 226 microseconds for 256 tokens of 128 dimensions.
+    """
+    current_platform.import_kernels()
+    if not hasattr(torch.ops._C, "fused_add_rms_norm"):
+        return {}
+
+    def fits(x, *rest, variance_size=None) -> bool:
+        tensors = [t for t in (x, *rest) if isinstance(t, torch.Tensor)]
+        return variance_size is None and len(tensors) == len(rest) and all(t.dtype == x.dtype and t.is_contiguous() for t in tensors)
+
+    @ir.ops.rms_norm.register_impl("cpu", supports_args=lambda x, weight, epsilon, variance_size=None: fits(x, weight, epsilon, variance_size=variance_size))
+    def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, epsilon: float, variance_size: int | None = None) -> torch.Tensor:
+        out = torch.empty_like(x)
+        torch.ops._C.rms_norm(out, x, weight, epsilon)
+        return out
+
+    @ir.ops.fused_add_rms_norm.register_impl(
+        "cpu",
+        supports_args=lambda x, x_residual, weight, epsilon, variance_size=None: fits(x, x_residual, weight, epsilon, variance_size=variance_size),
+        inplace=True,
+    )
+    def fused_add_rms_norm(
+        x: torch.Tensor, x_residual: torch.Tensor, weight: torch.Tensor | None, epsilon: float, variance_size: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        torch.ops._C.fused_add_rms_norm(x, x_residual, weight, epsilon)
+        return x, x_residual
+
+    return {name: ["cpu", "native"] for name in ("rms_norm", "fused_add_rms_norm")}
 
 
 def _start_lora(spec: EngineSpec, refs: list[ModelRef], seed: int, shares: int) -> VllmDevice:
