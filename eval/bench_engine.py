@@ -43,7 +43,7 @@ def plain(base: str, spec: EngineSpec, seed: int):
 
     on_cpu = adapter.current_platform.is_cpu()
     dtype = adapter.cpu_dtype(spec) if on_cpu else spec.dtype
-    options = {"block_size": adapter.CPU_BLOCK, "kv_cache_memory_bytes": spec.kv_cache_mb << 20} if on_cpu else {"gpu_memory_utilization": 0.4}
+    options = {"block_size": adapter.CPU_BLOCK, "kv_cache_memory_bytes": spec.kv_cache_mb << 20, "ir_op_priority": adapter.cpu_norms()} if on_cpu else {"gpu_memory_utilization": 0.4}
     return LLM(
         model=base, dtype=dtype, seed=seed, max_model_len=spec.max_model_len, max_num_seqs=spec.max_running,
         enable_prefix_caching=True, enforce_eager=on_cpu, **options,
