@@ -192,10 +192,15 @@ def perform(ctx: Context) -> dict:
     return plain(figures)
 
 
+def chunks(items: Sequence[str], size: int) -> list[list[str]]:
+    """`items` in chunks of at most `size`, all of nearly one length: a short last one would keep one process waiting for another."""
+    count = -(-len(items) // size)
+    return [list(items[i * len(items) // count : (i + 1) * len(items) // count]) for i in range(count)]
+
+
 def fill(ctx: Context) -> None:
     """Draw missing chunks and write their shards until all exist. The tools open at the first one."""
-    items, size = ctx.stage.items(ctx), ctx.recipe.engine.chunk
-    shards = Shards(ctx.dir, [items[i : i + size] for i in range(0, len(items), size)])
+    shards = Shards(ctx.dir, chunks(ctx.stage.items(ctx), ctx.recipe.engine.chunk))
     tools: Any = None
     opened = False
     with ExitStack() as stack:

@@ -16,7 +16,7 @@ from toy_stages import Trial
 from flywheel import manifest
 from flywheel.iterate import load_recipe, parser
 from flywheel.records import Beam, BestOfN, Candidate, Finish, Grade, Outcome, Problem, Revise, Role, Solution, Split, Step
-from flywheel.run import Context, Stage, TestSplitForbidden, inputs, perform, read_table, write_table
+from flywheel.run import Context, Stage, TestSplitForbidden, chunks, inputs, perform, read_table, write_table
 from flywheel.shards import Shards, shard_dirs
 from flywheel.store import Damaged, encode, plain
 
@@ -278,3 +278,10 @@ def test_a_manifest_lists_what_the_stage_made_and_not_its_scratch(tmp_path):
     with pytest.raises(Damaged, match="sha256"):
         manifest.check_files(directory, made, contents=True)
     assert json.loads((directory / "manifest.json").read_text()) == made
+
+
+@pytest.mark.parametrize("count, size, sizes", [(120, 50, [40, 40, 40]), (100, 60, [50, 50]), (7, 3, [2, 2, 3]), (3, 5, [3]), (0, 5, []), (4, 1, [1, 1, 1, 1])])
+def test_chunks_are_of_nearly_one_length_and_lose_nothing(count, size, sizes):
+    items = [f"q{i}" for i in range(count)]
+    made = chunks(items, size)
+    assert [len(c) for c in made] == sizes and [q for c in made for q in c] == items
