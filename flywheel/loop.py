@@ -27,7 +27,7 @@ from flywheel.launch import Launch, LaunchFailed, Ranks, RunLock, free_port
 from flywheel.manifest import Entry, stage_dir
 from flywheel.problems import load
 from flywheel.recipe import Recipe
-from flywheel.run import Context, Stage, inputs, perform
+from flywheel.run import Context, Stage, entries, perform
 from flywheel.shards import shard_dirs
 from flywheel.store import read_json, write_file, write_json
 
@@ -88,10 +88,7 @@ class Loop:
         return f" in {self.at}" if self.at else ""
 
     def plan(self, rounds: int) -> list[Entry]:
-        """All stages of rounds 0..rounds in order, each with those of its inputs that exist."""
-        rounds_of_stages = [isolate.resolve(self.stages)(r) for r in range(rounds + 1)]
-        there = {(r, stage.name) for r, group in enumerate(rounds_of_stages) for stage in group}
-        return [(r, stage, [at for at in inputs(stage, r) if at in there]) for r, group in enumerate(rounds_of_stages) for stage in group]
+        return entries(isolate.resolve(self.stages), rounds)
 
     # ---- rank 0 ----
 
@@ -99,7 +96,7 @@ class Loop:
         notes: list[str] = []
         counts = {str(split): len(group) for split, group in load(self.recipe.problems, notes).items()}
         sources = manifest.source_files(self.recipe)
-        reached = max([self.args.round, *(int(p.name[6:]) for p in self.run.glob("round_*") if p.name[6:].isdigit())])
+        reached = max(self.args.round, manifest.last_round(self.run))
         if not (self.run / "recipe.yaml").exists():
             self.check_model()  # before anything is written: what is wrong can then still be mended
         if not self.args.dry_run:

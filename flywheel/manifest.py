@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flywheel import shards
 from flywheel.errors import UserError
 from flywheel.ledger import total
 from flywheel.recipe import Recipe
@@ -39,6 +40,11 @@ def stage_dir(run: Path, round: int, stage: str) -> Path:
 
 def name_of(at: tuple[int, str]) -> str:
     return f"round_{at[0]}/{at[1]}"
+
+
+def last_round(run: Path) -> int:
+    """The latest round that has a directory; 0 if there is none."""
+    return max((int(p.name[6:]) for p in run.glob("round_*") if p.name[6:].isdigit()), default=0)
 
 
 # ---- fingerprints ------------------------------------------------------------------------
@@ -178,16 +184,8 @@ def _listed(directory: Path) -> list[Path]:
 
 
 def check_files(directory: Path, manifest: dict[str, Any], contents: bool = False) -> None:
-    """Every listed file has its size (and, with `contents`, its checksum). Raises Damaged with the mend."""
-    mend = f"; delete {directory} to redo the stage"
-    for name, listed in manifest["files"].items():
-        path = directory / name
-        if not path.is_file():
-            raise Damaged(f"{path}: missing{mend}")
-        if path.stat().st_size != listed["bytes"]:
-            raise Damaged(f"{path}: has {path.stat().st_size} bytes, was written with {listed['bytes']}{mend}")
-        if contents and sha256(path) != listed["sha256"]:
-            raise Damaged(f"{path}: is not what was written (sha256){mend}")
+    """Every file that the manifest lists has its size (and, with `contents`, its checksum). Raises Damaged with the mend."""
+    shards.check_files(directory, manifest["files"], f"delete {directory} to redo the stage", contents)
 
 
 def check_run(run: Path, recipe: Recipe, sources: dict[str, str], stages: Sequence[Entry]) -> None:
@@ -195,20 +193,45 @@ def check_run(run: Path, recipe: Recipe, sources: dict[str, str], stages: Sequen
 
     `stages` in their order. Raises Damaged or Changed with the mend.
     """
-    for round, stage, inputs in stages:
-        directory = stage_dir(run, round, stage.name)
-        manifest = load(run, round, stage.name)
-        started = manifest["fingerprint"] if manifest else read_json(directory / FINGERPRINT)
-        if started is None:
-            continue
-        lost = [at for at in inputs if load(run, *at) is None]
-        if lost:
-            gone = {lost[0]}
-            for r, s, reads in stages:  # what was made from it, directly or not, goes with it
-                if gone & set(reads):
-                    gone.add((r, s.name))
-            there = [str(d) for at in sorted(gone) if (d := stage_dir(run, *at)).is_dir() and at != lost[0]]
-            raise Damaged(f"{directory} was made from {name_of(lost[0])}, which is not there (any more); to redo it all: rm -r {' '.join(there)}")
-        check_unchanged(directory, started, fingerprint(recipe, stage, sources, inputs, run))
-        if manifest:
-            check_files(directory, manifest)
+    for entry in stages:
+        try:
+            check_stage(run, recipe, sources, entry)
+        except Lost as lost:
+            there = [str(d) for at in made_from(lost.input, stages) if (d := stage_dir(run, *at)).is_dir()]
+            raise Damaged(f"{lost}; to redo it all: rm -r {' '.join(there)}") from None
+
+
+class Lost(Damaged):
+    """A stage that another was made from is not there."""
+
+    input: tuple[int, str]
+
+
+def check_stage(run: Path, recipe: Recipe, sources: dict[str, str], entry: Entry, contents: bool = False) -> bool:
+    """Whether the stage is there, finished or not. Raises Damaged, Lost or Changed."""
+    round, stage, reads = entry
+    directory = stage_dir(run, round, stage.name)
+    manifest = load(run, round, stage.name)
+    started = manifest["fingerprint"] if manifest else read_json(directory / FINGERPRINT)
+    if started is None:
+        if shard_dirs(directory):
+            raise Damaged(f"{directory}: holds shards, but neither {MANIFEST} nor {FINGERPRINT} says what they were made from; delete {directory} to redo the stage")
+        return False
+    for at in reads:
+        if load(run, *at) is None:
+            lost = Lost(f"{directory} was made from {name_of(at)}, which is not there (any more)")
+            lost.input = at
+            raise lost
+    check_unchanged(directory, started, fingerprint(recipe, stage, sources, reads, run))
+    if manifest:
+        check_files(directory, manifest, contents)
+    return True
+
+
+def made_from(at: tuple[int, str], stages: Sequence[Entry]) -> list[tuple[int, str]]:
+    """The stages that were made from `at`, directly or not, in their order."""
+    gone = {at}
+    for round, stage, reads in stages:
+        if gone & set(reads):
+            gone.add((round, stage.name))
+    return [(round, stage.name) for round, stage, _ in stages if (round, stage.name) in gone - {at}]

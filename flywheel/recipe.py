@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import itertools
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
@@ -265,8 +266,9 @@ def _one_line(error: ValidationError) -> str:
     more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
     if fault["type"] == "extra_forbidden":
         known = known_keys()
-        # strings of a union's tag stand in loc; drop them, they are no keys
-        near = difflib.get_close_matches(where, known, 1, 0.5) or [
+        # a place in a list, and the kind that follows it, are no keys
+        written = ".".join(str(p) for i, p in enumerate(fault["loc"]) if not isinstance(p, int) and not (i and isinstance(fault["loc"][i - 1], int)))
+        near = difflib.get_close_matches(written, known, 1, 0.5) or [
             key for key in known if key.rsplit(".", 1)[-1] in difflib.get_close_matches(where.rsplit(".", 1)[-1], [k.rsplit(".", 1)[-1] for k in known], 1, 0.6)
         ][:1]
         return f"{where}: unknown key" + (f"; did you mean {near[0]}?" if near else "") + more
@@ -278,11 +280,16 @@ def _one_line(error: ValidationError) -> str:
 def known_keys() -> list[str]:
     """Every dotted key of the schema."""
 
+    def kinds(annotation: Any) -> Iterator[Any]:
+        yield annotation
+        for inner in get_args(annotation):
+            yield from kinds(inner)
+
     def walk(model: type[BaseModel], prefix: str) -> list[str]:
         keys = []
         for name, info in model.model_fields.items():
             keys.append(prefix + name)
-            for kind in (info.annotation, *get_args(info.annotation)):
+            for kind in kinds(info.annotation):
                 if isinstance(kind, type) and issubclass(kind, BaseModel):
                     keys += walk(kind, f"{prefix}{name}.")
         return keys

@@ -75,6 +75,13 @@ def inputs(stage: Stage, round: int) -> list[tuple[int, str]]:
     return list(dict.fromkeys(pairs))
 
 
+def entries(stages: Callable[[int], Sequence[Stage]], rounds: int) -> list[manifest.Entry]:
+    """All stages of rounds 0..rounds in order, each with those of its inputs that exist."""
+    by_round = [stages(r) for r in range(rounds + 1)]
+    there = {(r, stage.name) for r, group in enumerate(by_round) for stage in group}
+    return [(r, stage, [at for at in inputs(stage, r) if at in there]) for r, group in enumerate(by_round) for stage in group]
+
+
 class Context:
     """All that a stage sees of its run."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -10,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from flywheel.store import Damaged, encode, encode_ledger, fence, read_json, sync_dir, write_synced
+from flywheel.store import Damaged, encode, encode_ledger, fence, read_json, sha256, sync_dir, write_synced
 
 
 class Shards:
@@ -37,9 +38,9 @@ class Shards:
         return [i for i in range(len(self.chunks)) if self.path(i).is_dir()]
 
     def _check(self) -> None:
-        """Shards that are there must hold just the chunks that are wanted now. Raises Damaged."""
+        """Shards that are there must hold just the chunks that are wanted now, as they were written. Raises Damaged."""
         for path in shard_dirs(self.dir.parent):
-            shard, index = read_json(path / "shard.json") or {}, int(path.name)
+            shard, index = check_shard(path), int(path.name)
             if index >= len(self.chunks) or shard.get("items") != list(self.chunks[index]):
                 raise Damaged(f"{path}: holds other items than this stage has now; delete {self.dir.parent} to redo the stage")
 
@@ -80,6 +81,7 @@ class Shards:
             "items": list(self.chunks[index]),
             "counts": {cls.__name__: len(rows) for cls, rows in tables.items()},
             "seconds": round(seconds(), 3),
+            "files": {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()},
         }
         files["shard.json"] = json.dumps(about).encode()
         for leftover in self.dir.glob(f".{index:05d}.*"):  # of one that died; we hold its lock
@@ -96,6 +98,27 @@ class Shards:
             shutil.rmtree(scratch, ignore_errors=True)
             raise
         sync_dir(self.dir)
+
+
+def check_files(directory: Path, files: dict[str, dict], mend: str, contents: bool = True) -> None:
+    """Every listed file is there, of its size and (with `contents`) its checksum. Raises Damaged with the `mend`."""
+    for name, listed in files.items():
+        path = directory / name
+        if not path.is_file():
+            raise Damaged(f"{path}: missing; {mend}")
+        if path.stat().st_size != listed["bytes"]:
+            raise Damaged(f"{path}: has {path.stat().st_size} bytes, was written with {listed['bytes']}; {mend}")
+        if contents and sha256(path) != listed["sha256"]:
+            raise Damaged(f"{path}: is not what was written (sha256); {mend}")
+
+
+def check_shard(path: Path) -> dict:
+    """What `shard.json` says of a shard, after all its files have been checked. Raises Damaged."""
+    shard, mend = read_json(path / "shard.json"), f"delete {path} to make this chunk again"
+    if not isinstance(shard, dict):
+        raise Damaged(f"{path / 'shard.json'}: missing; {mend}")
+    check_files(path, shard.get("files", {}), mend)
+    return shard
 
 
 def shard_dirs(stage_dir: Path) -> list[Path]:

@@ -1,0 +1,90 @@
+"""Whether a run is whole, and what it would redo: python -m flywheel.verify RUN
+
+Reads every file of every stage and compares it with the checksum it was written with, and every
+stage's fingerprint with the recipe, problems, model and stages that are there now. Changes nothing.
+Exits with 1 if anything has to be redone, and says how.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from flywheel import manifest
+from flywheel.errors import UserError, explain
+from flywheel.recipe import Recipe, load
+from flywheel.run import Stage, entries
+from flywheel.shards import check_shard, shard_dirs
+
+
+def verify(run: Path, stages: Callable[[int], Sequence[Stage]], say: Callable[[str], None] = print) -> list[Path]:
+    """Say a line a stage; return what must be deleted for the next launch to redo it. Raises UserError where it is no run."""
+    recipe = run_recipe(run)
+    sources = manifest.source_files(recipe)
+    plan = entries(stages, manifest.last_round(run))
+    redo: dict[Path, str] = {}
+    for entry in plan:
+        round, stage, _ = entry
+        at, directory = (round, stage.name), manifest.stage_dir(run, round, stage.name)
+        if directory in redo:
+            say(f"{manifest.name_of(at):24s} to redo: {redo[directory]}")
+            continue
+        try:
+            if not manifest.check_stage(run, recipe, sources, entry, contents=True):
+                continue
+        except UserError as error:
+            redo[directory] = str(error)
+            say(f"{manifest.name_of(at):24s} to redo: {error}")
+            redo |= {path: f"made from {manifest.name_of(at)}" for later in manifest.made_from(at, plan) if (path := manifest.stage_dir(run, *later)).is_dir()}
+            continue
+        if (made := manifest.load(run, *at)) is not None:
+            say(f"{manifest.name_of(at):24s} whole: {len(made['files'])} files")
+        else:
+            say(f"{manifest.name_of(at):24s} unfinished: {unfinished(directory, redo)}")
+    return list(redo)
+
+
+def unfinished(directory: Path, redo: dict[Path, str]) -> str:
+    """What there is of a stage without a manifest. Its damaged shards alone have to go."""
+    whole, of = 0, 0
+    bad = []
+    for shard in shard_dirs(directory):
+        try:
+            of = check_shard(shard).get("of", 0)
+            whole += 1
+        except UserError as error:
+            redo[shard] = str(error)
+            bad.append(str(error))
+    if not shard_dirs(directory):
+        return "nothing finished in it yet"
+    return f"{whole} whole chunks{f' of {of}' if of else ''}" + "".join(f"; {line}" for line in bad)
+
+
+def run_recipe(run: Path) -> Recipe:
+    if not (run / "recipe.yaml").is_file():
+        raise UserError(f"{run}: not a run (it has no recipe.yaml)")
+    return load(run / "recipe.yaml")
+
+
+def main(argv: Sequence[str] | None = None, stages: str = "flywheel.stages:stages") -> int:
+    from flywheel.isolate import resolve
+
+    parser = argparse.ArgumentParser(prog="python -m flywheel.verify", description=__doc__.split("\n\n")[0])
+    parser.add_argument("run", type=Path)
+    args = parser.parse_args(argv)
+    try:
+        redo = verify(args.run, resolve(stages))
+    except UserError as error:
+        print(f"flywheel: {explain(error)}", file=sys.stderr)
+        return 1
+    if redo:
+        print(f"flywheel: {len(redo)} to redo; then the same launch makes them again: rm -r {' '.join(map(str, redo))}", file=sys.stderr)
+        return 1
+    print("whole: nothing to redo")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
