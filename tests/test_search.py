@@ -385,3 +385,37 @@ def test_a_strategy_whose_model_is_missing_is_refused():
 def test_an_unknown_way_to_select_is_refused():
     with pytest.raises(ValueError, match="best_of_n:2:loudest: no such way to select"):
         Bench({"": SAMPLES}, VALUES).search(BestOfN(2, "loudest"))
+
+
+# ---- odd questions ----
+
+EVERY = [BestOfN(1), BestOfN(1, "majority"), BestOfN(1, "best"), Beam(1, 1), Beam(1, 1, lookahead=1), Revise(1), Revise(1, 1, "majority"), Revise(1, 1, "last")]
+STEPS = {"": ["5 +3 =8\n"], "5 +3 =8\n": ["8 *2 =16\n"], "5 +3 =8\n8 *2 =16\n": ["Answer 16"]}
+
+
+@pytest.mark.parametrize("strategy", EVERY, ids=str)
+def test_a_budget_of_one_is_one_sample_whatever_the_strategy(strategy):
+    bench = Bench(STEPS if isinstance(strategy, Beam) else {"": SAMPLES}, VALUES, {"": SAMPLES})
+    outcome = bench.search(strategy)
+    assert outcome.answer == "16" and len(outcome.candidates) == 1 and outcome.tokens > 0
+
+
+@pytest.mark.parametrize("strategy", [BestOfN(3), BestOfN(3, "majority"), BestOfN(3, "best"), Beam(4, 2), Revise(3), Revise(2, 2, "majority"), Revise(2, 1, "last")], ids=str)
+def test_a_question_of_which_nothing_can_be_read_has_no_answer_and_is_charged(strategy):
+    bench = Bench({"": ["5 +3 =8\n8 *2 =16"], "*": ["8 *2 =16"]}, {"5 +3 =8": 0.5, "8 *2 =16": 0.5}, {"": ["5 +3 =8"], "*": ["5 +3 =8"]})
+    outcome = bench.search(strategy)
+    assert outcome.answer is None and outcome.tokens > 0 and all(c.solution.answer is None and c.score == 0 for c in outcome.candidates)
+
+
+def test_where_all_scores_are_equal_the_vote_decides_and_then_the_first():
+    level = dict.fromkeys(VALUES, 0.5)
+    assert Bench({"": SAMPLES}, level).search(BestOfN(3)).answer == "16"  # two of three
+    assert Bench({"": SAMPLES[:2]}, level).search(BestOfN(2)).answer == "16"  # one each
+    assert Bench({"": SAMPLES}, dict.fromkeys(VALUES, 0.0)).search(BestOfN(3)).answer in ("16", "18")
+    assert Bench({"": SAMPLES[1::-1]}, level).search(BestOfN(2, "best")).answer == "18"
+
+
+@pytest.mark.parametrize("value", [float("nan"), 1.5, -0.1])
+def test_a_value_that_is_none_names_the_question_and_the_model(value):
+    with pytest.raises(ValueError, match="question q1: prm_1 gave the value"):
+        Bench({"": SAMPLES}, dict.fromkeys(VALUES, value)).search(BestOfN(2))
