@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: setup demo test test-slow lint clean
+.PHONY: setup demo test test-slow chaos lint clean
 
 setup: $(VENV)/.ready
 
@@ -24,6 +24,9 @@ test: setup
 
 test-slow: setup
 	$(BIN)/python -m pytest -m "slow and not gpu"
+
+chaos: setup
+	$(BIN)/python tests/chaos/kills.py --kills 100
 
 lint: setup
 	$(BIN)/ruff check flywheel data eval tests

@@ -112,6 +112,8 @@ class Loop:
         todo = [entry for entry in plan if manifest.load(self.run, entry[0], entry[1].name) is None]
         rounds = sorted({entry[0] for entry in todo} | {r for r in range(self.args.round + 1) if not self.reported(r).is_file()})
         if not rounds:
+            self.launch = Launch(self.run, self.ranks)  # the other ranks wait for a word
+            self.dismiss()
             return self.nothing_to_do(len(plan))
         isolate.start_server(self.ranks.local_world, self.preload)
         self.launch = Launch(self.run, self.ranks)
@@ -122,12 +124,16 @@ class Loop:
                     self.lead_stage(entry, sources)
             if not self.after_round(round):
                 unreported.append(round)
-        self.launch.order(do="end")
-        self.launch.wait_for_all()  # a slower rank may be in a sampling stage still; it must not find rank 0 gone
+        self.dismiss()
         print(f"{self.run} is at the end of round {self.args.round}", flush=True)
         if unreported:
             raise UserError(f"the stages are done, but not the report of round {unreported[0]}; the same command makes it again")
         return 0
+
+    def dismiss(self) -> None:
+        """Tell the other ranks that it is over, and wait: a slower one may be in a sampling stage still, and must not find rank 0 gone."""
+        self.launch.order(do="end")
+        self.launch.wait_for_all()
 
     def check_model(self) -> None:
         """Ask the stages' `preflight`, in a process of its own. A model of the Hub is not fetched for a dry run."""

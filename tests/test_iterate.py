@@ -374,6 +374,12 @@ def test_another_number_of_ranks_continues(project, finished):
     assert kept.items() <= stamps(project).items() and project.tables() == finished.tables()
 
 
+def test_ranks_of_a_finished_run_all_end_at_once(copy):
+    ranks = start_ranks(copy, "--round", "2")
+    output = [process.communicate(timeout=60) for process in ranks]  # they would wait 180 s for a rank 0 that is gone
+    assert [process.returncode for process in ranks] == [0, 0] and "nothing to do" in output[0][0]
+
+
 def test_files_of_an_older_launch_are_not_believed(project):
     launch = project.run_dir / ".launch"
     (launch / "old").mkdir(parents=True)
