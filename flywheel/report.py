@@ -175,7 +175,7 @@ def _bins(now: dict, before: dict | None):
     old = {b["bin"]: b for b in before.get("fixed_bins", [])}
     for b in now.get("fixed_bins", []):
         was, new = old.get(b["bin"], {}).get("pass@1"), b.get("pass@1")
-        gain = _number(new - was, "+") if was is not None and new is not None else ""
+        gain = _gain(b.get("gain_from_last_round")) or (_number(new - was, "+") if was is not None and new is not None else "")
         table.add_row(str(b["bin"]), str(b.get("n", "")), _number(was), _value(b, "pass@1"), gain, _gain(b.get("gain")))
     return table
 

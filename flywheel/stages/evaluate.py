@@ -51,8 +51,10 @@ def finish(ctx: Context) -> dict:
     put(f"majority@{k}", [answer_is_right(majority([s.answer for s in solutions[q]]), solutions[q], correct) for q in questions], policy)
     policy["verdicts"] = verdict_counts([g for group in grades.values() for g in group])
 
+    seed = ctx.seed("bootstrap") % 2**31
     start_bins = fixed_bins(test_rates(ctx, 0, "bin"), edges)
     start = test_rates(ctx, 0)
+    last = test_rates(ctx, ctx.round - 1) if ctx.round else start
     table = []
     for b in range(1, count + 1):
         inside = [q for q in questions if start_bins[q] == b]
@@ -60,12 +62,11 @@ def finish(ctx: Context) -> dict:
         if inside:
             put("pass@1", [now[q] for q in inside], row)
             if ctx.round:
-                row["gain"] = list(paired_gain([start[q] for q in inside], [now[q] for q in inside], seed=ctx.seed("bootstrap") % 2**31))
+                for key, before in (("gain", start), ("gain_from_last_round", last)):
+                    row[key] = list(paired_gain([before[q] for q in inside], [now[q] for q in inside], seed=seed))
         table.append(row)
     figures = {"policy": policy, "fixed_bins": table}
     if ctx.round:
-        last = test_rates(ctx, ctx.round - 1)
-        seed = ctx.seed("bootstrap") % 2**31
         figures |= {
             "migration": migration(start_bins, fixed_bins(now, edges), count),
             "migration_last": migration(fixed_bins(last, edges), fixed_bins(now, edges), count),
