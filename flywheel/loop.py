@@ -174,7 +174,8 @@ class Loop:
         made_from = manifest.fingerprint(self.recipe, stage, sources, reads, self.run)
         directory.mkdir(parents=True, exist_ok=True)
         write_json(directory / manifest.FINGERPRINT, made_from)
-        before = sum(read_json(shard / "shard.json")["seconds"] for shard in shard_dirs(directory))
+        # of an earlier launch: what its finished chunks took, drawn side by side as they are now
+        before = sum(read_json(shard / "shard.json")["seconds"] for shard in shard_dirs(directory)) / (self.ranks.world * self.processes(stage))
         started, port = time.monotonic(), free_port()
         self.launch.order(do="stage", round=round, stage=stage.name, port=port)
         with Progress(f"round {round}  {stage.name}") as progress:
@@ -218,14 +219,24 @@ class Loop:
 
     # ---- all ranks ----
 
+    @property
+    def cores(self) -> list[int]:
+        """This rank's share of the cores that the launch may use."""
+        every = sorted(os.sched_getaffinity(0))
+        return every[self.ranks.local_rank :: self.ranks.local_world] or every
+
+    def processes(self, stage: Stage) -> int:
+        """How many this rank starts for `stage`."""
+        return 1 if stage.train else min(len(self.cores), self.recipe.engine.workers or workers(self.recipe.model.base, len(self.cores)))
+
     def stage_child(self, round: int, stage: Stage, port: int, tell=lambda done, total, figures: None) -> dict[str, Any]:
         """This rank's part of a stage, in processes of its own: one for a training, perhaps several for sampling.
 
         The first one's figures count; the others only draw chunks. Whatever ends one of them ends all.
         """
         self.at = f"round_{round}/{stage.name}"
-        cores = sorted(os.sched_getaffinity(0))[self.ranks.local_rank :: self.ranks.local_world] or sorted(os.sched_getaffinity(0))
-        count = 1 if stage.train else min(len(cores), self.recipe.engine.workers or workers(self.recipe.model.base, len(cores)))
+        cores = self.cores
+        count = self.processes(stage)
         over = threading.Event()
 
         def watch() -> None:
