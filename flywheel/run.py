@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from flywheel import manifest
-from flywheel.engines.base import ModelRef
+from flywheel.engines.base import EngineDied, ModelRef
 from flywheel.errors import UserError
 from flywheel.ledger import Ledger
 from flywheel.recipe import Recipe
@@ -206,18 +206,55 @@ def chunks(items: Sequence[str], size: int) -> list[list[str]]:
 
 
 def fill(ctx: Context) -> None:
-    """Draw missing chunks and write their shards until all exist. The tools open at the first one."""
+    """Draw missing chunks and write their shards until all exist. The tools open at the first one.
+
+    An engine that dies is opened again, once a chunk; what it had spent stays in the ledger.
+    Raises EngineDied with the questions of the chunk if it dies again.
+    """
     shards = Shards(ctx.dir, chunks(ctx.stage.items(ctx), ctx.recipe.engine.chunk))
-    tools: Any = None
-    opened = False
     with ExitStack() as stack:
         stack.callback(shards.close)
+        tools = stack.enter_context(Tools(ctx))
         for index in shards.claims(idle=lambda: ctx._at_chunk(shards, 0)):
-            started = time.monotonic()
-            if not opened and ctx.stage.tools:
-                tools = stack.enter_context(ctx.stage.tools(ctx))
-            opened = True
-            ctx._at_chunk(shards, len(shards.chunks[index]))
-            records = ctx.stage.work(ctx, tools, shards.chunks[index])
-            shards.write(index, records, ctx.ledger.take, lambda begun=started: time.monotonic() - begun)
+            started, chunk = time.monotonic(), shards.chunks[index]
+
+            def write(index: int = index, started: float = started, chunk: Sequence[str] = chunk) -> None:
+                ctx._at_chunk(shards, len(chunk))
+                shards.write(index, ctx.stage.work(ctx, tools.open(), chunk), ctx.ledger.take, lambda: time.monotonic() - started)
+
+            try:
+                write()
+            except EngineDied as first:
+                print(f"{first}; opened again for {len(chunk)} questions from {chunk[0]}", flush=True)
+                tools.drop()
+                try:
+                    write()
+                except EngineDied as second:
+                    raise EngineDied(f"{second} (twice, on questions {' '.join(chunk[:20])}{' ...' if len(chunk) > 20 else ''})") from second
         ctx._at_chunk(shards, 0)
+
+
+class Tools:
+    """A stage's tools, opened when they are first wanted and again after a `drop`."""
+
+    def __init__(self, ctx: Context):
+        self.ctx, self.stack, self.tools = ctx, ExitStack(), None
+
+    def __enter__(self) -> Tools:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stack.close()
+
+    def open(self) -> Any:
+        if self.tools is None and self.ctx.stage.tools:
+            self.tools = self.stack.enter_context(self.ctx.stage.tools(self.ctx))
+        return self.tools
+
+    def drop(self) -> None:
+        """Close what is open. What a dead engine says as it closes is noted and changes nothing."""
+        stack, self.stack, self.tools = self.stack, ExitStack(), None
+        try:
+            stack.close()
+        except Exception as error:
+            print(f"while it was closed: {type(error).__name__}: {error}", flush=True)

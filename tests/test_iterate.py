@@ -242,6 +242,25 @@ def test_a_bug_in_a_stage_is_one_line_and_a_log(project):
     assert "Traceback" in log.read_text() and "toy_stages.py" in log.read_text()
 
 
+def test_an_engine_that_dies_is_opened_again_once_and_its_chunk_is_the_same(project, finished):
+    done = project.run("--round", "2", TOY_FAULT="sample:train04:engine once")
+    assert done.returncode == 0, done.stderr
+    tables = {name: data for name, data in finished.tables().items() if "ledger" not in name}
+    assert {name: data for name, data in project.tables().items() if "ledger" not in name} == tables
+    log = (project.stage(1, "sample") / "rank_0.log").read_text()
+    assert "the toy engine died; opened again for 2 questions from train04" in log
+    assert len(project.logged("tools:sample")) == 4  # once in each round, and again after each death
+    spent = [name for name, data in project.tables().items() if "ledger" in name and data != finished.tables()[name]]
+    assert spent == [], "the toy's engine dies before it has drawn anything of its chunk"
+
+
+def test_an_engine_that_dies_again_fails_with_its_questions(project):
+    done = project.run("--round", "1", TOY_FAULT="sample:train05:engine")
+    line = one_line(done.stderr)
+    assert done.returncode == 1 and "the toy engine died (twice, on questions train04 train05)" in line
+    assert len(project.shards()) == 2 and project.run("--round", "1").returncode == 0
+
+
 def test_a_failed_report_loses_nothing(project):
     done = project.run("--round", "0", TOY_FAULT="report")
     assert done.returncode == 1 and "no way to the tracker" in done.stderr and "report of round 0; the same command makes it again" in done.stderr

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from flywheel.engines.base import EngineDied
 from flywheel.errors import UserError
 from flywheel.records import Beam, BestOfN, Finish, Grade, Solution, Split, Step, Strategy, Verdict
 from flywheel.run import Context, Stage
@@ -48,6 +49,11 @@ def fault(ctx: Context, chunk: str) -> None:
             raise KeyError("toy bug")
         case "kill":
             os.kill(os.getpid(), signal.SIGKILL)
+        case "engine" | "engine once":
+            died = ctx.dir / ".died"
+            if kind == "engine" or not died.exists():
+                died.touch()
+                raise EngineDied("the toy engine died")
         case "orphan":  # a grandchild that would outlive everyone
             subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
             time.sleep(600)
