@@ -137,7 +137,7 @@ def test_the_studies_read_a_finished_run(finished):
 
 def test_the_claims_are_measured_on_a_finished_run(finished, tmp_path):
     run, _ = finished
-    sizes = ["--questions", "4", "--oracle", "8", "--judged", "4", "--pool", "8", "--budgets", "4", "--chunk", "2"]
+    sizes = ["--questions", "5", "--oracle", "8", "--judged", "4", "--pool", "8", "--budgets", "4", "--chunk", "2"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     early = subprocess.run([sys.executable, "-m", "eval.claims", str(run), *sizes], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert early.returncode == 1 and "python -m eval.study" in early.stderr and not list(tmp_path.iterdir())
