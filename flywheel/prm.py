@@ -2,8 +2,7 @@
 
 A PRM is a causal model that puts its mass on two label tokens after a step (Snell et al.
 2024, section 5.1 and appendix D; the label form of Math-Shepherd). Its value of a prefix is
-P(good) / (P(good) + P(bad)) as the next token, so any engine serves it with one forward
-pass, and the prefix cache keeps what an earlier step has already paid for.
+P(good) / (P(good) + P(bad)) as the next token, so any engine serves it.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ from flywheel.records import Question, Step
 from flywheel.steps import one_token
 
 T = TypeVar("T")
-Known = dict[tuple[int, ...], "asyncio.Future[float]"]  # prefix -> its value, perhaps still under way
 
 
 class Prm:
@@ -34,37 +32,28 @@ class Prm:
         self.engine, self.prompts, self.aggregate = engine, prompts, aggregate
         self.labels = label_ids(prompts.tokenizer, labels)
 
-    async def values(
-        self, question: Question, steps: Sequence[Step], *, purpose: str = "verify", known: Known | None = None
-    ) -> tuple[float, ...]:
-        """The value in [0, 1] after each of `steps`, asked for all at once.
+    async def values(self, question: Question, steps: Sequence[Step], *, purpose: str = "verify") -> tuple[float, ...]:
+        """The value in [0, 1] after each of `steps`.
 
-        `known` holds prefixes asked for already, so that solutions with a common beginning
-        pay for it once. Raises TooLong, naming the question, where the text does not fit the model.
+        Raises TooLong, naming the question, where the text does not fit the model.
         """
         tokens, reads = encode(self.prompts, question, steps)
-        known = {} if known is None else known
-        asked = []
-        for read in reads:
-            prefix = tuple(tokens[:read])
-            if prefix not in known:
-                known[prefix] = asyncio.ensure_future(self._read(question, prefix, purpose))
-            asked.append(known[prefix])
-        return tuple(await together(asked))
+        return await self._read(question, tokens, reads, purpose)
 
     async def value(self, question: Question, steps: Sequence[Step], *, purpose: str = "verify") -> float:
         """The value in [0, 1] after the last of `steps`; 0.0 if there are none."""
         tokens, reads = encode(self.prompts, question, steps)
-        return await self._read(question, tokens[: reads[-1]], purpose) if reads else 0.0
+        return (await self._read(question, tokens, reads[-1:], purpose))[0] if reads else 0.0
 
-    async def _read(self, question: Question, prefix: Sequence[int], purpose: str) -> float:
+    async def _read(self, question: Question, tokens: Sequence[int], reads: Sequence[int], purpose: str) -> tuple[float, ...]:
         try:
-            value = await self.engine.score(prefix, self.labels, purpose=purpose)
+            values = await self.engine.score(tokens, reads, self.labels, purpose=purpose)
         except TooLong as error:
             raise TooLong(f"question {question.id}: {error}") from None
-        if not 0 <= value <= 1:  # NaN too
-            raise ValueError(f"question {question.id}: {self.engine.name} gave the value {value}")
-        return value
+        for value in values:
+            if not 0 <= value <= 1:  # NaN too
+                raise ValueError(f"question {question.id}: {self.engine.name} gave the value {value}")
+        return tuple(values)
 
 
 async def together(work: Iterable[Awaitable[T]]) -> list[T]:

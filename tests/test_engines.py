@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections import Counter
 from copy import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -33,7 +34,8 @@ def weights(tmp_path_factory):
 @pytest.fixture(scope="module")
 def models(weights):
     base, adapter = weights
-    return {Role.POLICY: ModelRef("policy_0", base), Role.PRM: ModelRef("prm_1", base, adapter), "base": ModelRef("policy_0", base)}
+    prm = ModelRef("prm_1", base, adapter)
+    return {Role.POLICY: ModelRef("policy_0", base), Role.PRM: prm, "base": ModelRef("policy_0", base), "judge": replace(prm, name="judge_1", labels=LABELS)}
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +76,7 @@ def test_the_seconds_of_a_device_are_shared_out_among_what_it_made(vllm):
 
     async def work(prompt):
         await backend.engine(Role.POLICY).generate(prompt, Sampling(8, 1.0, 1.0, frozenset()), purpose="sample", n=3)
-        await backend.engine(Role.PRM).score(prompt, LABELS, purpose="verify")
+        await backend.engine(Role.PRM).score(prompt, [len(prompt)], LABELS, purpose="verify")
 
     results(backend, range(len(PROMPTS)), lambda i: work(PROMPTS[i]))
     for row in ledger.rows():
@@ -132,14 +134,17 @@ def test_scores_with_a_merged_adapter_equal_peft_s(kind, weights, request):
     backend, _ = request.getfixturevalue(kind)
 
     async def work(i):
-        return [await backend.engine(role).score(PROMPTS[i], LABELS, purpose="check") for role in (Role.PRM, "base")]
+        reads = [*range(1, len(PROMPTS[i]), 3), len(PROMPTS[i])]
+        return [await backend.engine(role).score(PROMPTS[i], reads, LABELS, purpose="check") for role in ("judge", Role.PRM, "base")]
 
     found = results(backend, range(6), work)
-    for k, adapted in enumerate((True, False)):
+    for k, adapted in enumerate((True, True, False)):  # by a classifier in one pass, and by a token generated for each read
         model = reference(weights, adapted)
-        expected = [next_logits(model, prompt)[list(LABELS)].softmax(-1)[0].item() for prompt in PROMPTS]
-        assert [found[i][k] for i in range(6)] == pytest.approx(expected, abs=1e-4)
-    assert any(abs(adapted - bare) > 0.05 for adapted, bare in found.values())  # the adapter is not lost
+        for i, prompt in enumerate(PROMPTS):
+            reads = [*range(1, len(prompt), 3), len(prompt)]
+            expected = [next_logits(model, prompt[:read])[list(LABELS)].softmax(-1)[0].item() for read in reads]
+            assert found[i][k] == pytest.approx(expected, abs=1e-4)
+    assert any(abs(adapted[-1] - bare[-1]) > 0.05 for _, adapted, bare in found.values())  # the adapter is not lost
 
 
 @pytest.mark.parametrize("kind", ["vllm", "plain"])
@@ -196,7 +201,7 @@ def test_what_does_not_fit_raises_and_is_not_cut(kind, request):
         await engine.generate(long, Sampling(29), purpose="x")
 
     async def too_long_to_score(_):
-        await engine.score(long + long[:28], LABELS, purpose="x")
+        await engine.score(long + long[:28], [128], LABELS, purpose="x")
 
     async def twice_the_same(_):
         await engine.generate(long, Sampling(5, temperature=0.0), purpose="x", n=2)
@@ -224,7 +229,7 @@ def test_dependent_calls_over_two_engines_interleave(vllm):
         tokens = list(PROMPTS[i])
         for step in range(3):
             drawn = await policy.generate(tokens, Sampling(4), purpose="beam", n=3)
-            values = await asyncio.gather(*(prm.score([*tokens, *one.tokens], LABELS, purpose="judge") for one in drawn))
+            values = await asyncio.gather(*(prm.score([*tokens, *one.tokens], [len(tokens) + len(one.tokens)], LABELS, purpose="judge") for one in drawn))
             best = max(range(3), key=values.__getitem__)
             tokens += drawn[best].tokens
             log.append((i, step))
@@ -257,7 +262,9 @@ def test_the_ledger_holds_what_the_engines_computed(vllm, monkeypatch):
         sequences.update(policy_0=5, prm_1=2)
         prompt = PROMPTS[i % 6] * 3
         drawn = await engine.generate(prompt, Sampling(10 + i), purpose="sample", n=5)
-        await asyncio.gather(judge.score(prompt, LABELS, purpose="judge"), judge.score(prompt[:-1], LABELS, purpose="judge"))
+        await judge.score(prompt, [len(prompt) - 1, len(prompt)], LABELS, purpose="judge")
+        for reads in ([3, len(prompt)], [len(prompt)]):  # all in one pass, and the last alone
+            await backend.engine("judge").score(prompt, reads, LABELS, purpose="judge")
         return drawn
 
     results(backend, range(12), work)
@@ -389,7 +396,7 @@ def test_the_script_is_played_alike_in_any_order(scripted):
 
         async def work(i):
             drawn = await backend.engine(Role.POLICY).generate(prompts[i], Sampling(50), purpose="s", n=3)
-            return drawn, await backend.engine(Role.PRM).score([*prompts[i], *drawn[0].tokens], (9, 10), purpose="v")
+            return drawn, await backend.engine(Role.PRM).score([*prompts[i], *drawn[0].tokens], [len(prompts[i]), len(prompts[i]) + len(drawn[0].tokens)], (9, 10), purpose="v")
 
         return results(backend, order, work, in_flight)
 
@@ -408,7 +415,7 @@ def test_the_script_continues_what_was_begun(scripted):
         step = await policy.generate([*head, *begun], Sampling(50, 0.0, stop=frozenset({newline})), purpose="s")
         cut = await policy.generate(head, Sampling(2), purpose="s")
         right, wrong = tokenizer.encode("1 + 2 = 3"), tokenizer.encode("1 + 2 = 4")
-        values = [await prm.score([*head, *tail], (9, 10), purpose="v") for tail in (right, wrong, begun)]
+        values = [(await prm.score([*head, *tail], [len(head) + len(tail)], (9, 10), purpose="v"))[0] for tail in (right, wrong, begun)]
         return rest, step, cut, values
 
     rest, [step], [cut], values = results(backend, [0], work)[0]

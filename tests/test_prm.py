@@ -28,7 +28,7 @@ STEPS = [READER.steps(TOKENIZER.encode(f"{i} + {i} = {2 * i} \n {2 * i} + 1 = {2
 def served(tmp_path_factory):
     folder = tmp_path_factory.mktemp("prm")
     base = micro.model(folder / "base", seed=3)
-    ref = ModelRef("prm_1", base, micro.adapter(base, folder / "adapter", seed=4))
+    ref = ModelRef("prm_1", base, micro.adapter(base, folder / "adapter", seed=4), labels=tuple(TOKENIZER.convert_tokens_to_ids(["ok", "no"])))
     ledger = Ledger("test", 1)
     spec = EngineSpec(dtype="float32", max_model_len=64, kv_cache_mb=16)
     backend = open_backend(spec, {Role.PRM: ref}, ledger, 0, folder / "scratch")
@@ -55,8 +55,8 @@ def test_values_through_vllm_equal_a_direct_forward_pass(served):
         assert len(values) == 3 and values == pytest.approx(expected, abs=1e-3)
         assert last == pytest.approx(expected[-1], abs=1e-3)
     [row] = ledger.rows()
-    assert row["purpose"] == "verify" and row["generated"] == 4 * 4
-    assert row["scored"] == sum(sum(reads) + reads[-1] for reads in (encode(PROMPTS, q, s)[1] for q, s in zip(QUESTIONS, STEPS)))
+    assert row["purpose"] == "verify" and row["generated"] == 0
+    assert row["scored"] == sum(2 * reads[-1] for reads in (encode(PROMPTS, q, s)[1] for q, s in zip(QUESTIONS, STEPS)))
 
 
 def test_a_value_is_read_before_the_separator_that_ends_the_step():

@@ -39,10 +39,13 @@ class Say:
     With a plain list, the lines in order whatever the prompt.
     """
 
+    one_pass = True
+
     def __init__(self, lines: dict[str, list[str]] | list[str] | None = None, values: dict[str, float] | None = None):
         self.lines, self.values = lines or {}, values or {}
         self.dealt: Counter[str] = Counter()
         self.asked: list[str] = []
+        self.read: list[str] = []  # what the judge was asked to value
         self.waiting: list[tuple[asyncio.Future, Drawn]] = []
 
     def submit(self, prompt, ask, adapter) -> asyncio.Future:
@@ -54,7 +57,9 @@ class Say:
             drawn = self.drawn(lines[self.dealt[key] % len(lines)], ask)
             self.dealt[key] += 1
         else:
-            drawn = Drawn((0,), Finish.LENGTH, False, value=self.values[said.strip().split("\n")[-1]])
+            lines = [TOKENIZER.decode(list(prompt[:read])).split("Check", 1)[1].strip().split("\n")[-1] for read in ask.reads]
+            self.read += lines
+            drawn = Drawn((), Finish.LENGTH, False, values=tuple(self.values[line] for line in lines))
         future = asyncio.get_running_loop().create_future()
         self.waiting.append((future, drawn))
         return future
@@ -133,15 +138,8 @@ def test_a_majority_asks_no_verifier():
 def test_only_the_values_that_the_aggregation_needs_are_asked_for(how, score, reads):
     bench = Bench({"": SAMPLES[:1]}, VALUES, how=how)
     [candidate] = bench.search(BestOfN(1)).candidates
-    assert candidate.score == pytest.approx(score) and len(candidate.values) == len(bench.judged()) == reads
-
-
-def test_a_beginning_that_solutions_share_is_judged_once():
-    bench = Bench({"": ["5 +3 =8\n8 *2 =16\nAnswer 16", "5 +3 =8\n8 *2 =18\nAnswer 18"]}, {**VALUES, "8 *2 =18": 0.1}, how="min")
-    outcome = bench.search(BestOfN(2))
-    assert [c.score for c in outcome.candidates] == [0.4, 0.1]
-    assert len(bench.judged()) == 5  # not 6: both begin with 5 +3 =8
-    assert bench.ledger.tokens() == outcome.tokens == sum(c.cost + c.score_cost for c in outcome.candidates)
+    assert candidate.score == pytest.approx(score) and len(candidate.values) == len(bench.devices[Role.PRM].read) == reads
+    assert len(bench.judged()) == 1  # one request, however many reads
 
 
 BEAM = {
@@ -312,7 +310,7 @@ def test_best_of_n_is_charged_prompt_and_samples_and_scores():
     outcome = bench.search(BestOfN(3))
     head, check = len(ids("Q 5 +3 *2 ?\nTry ")), len(ids("Q 5 +3 *2 ?\nCheck "))
     sample = len(ids(SAMPLES[0]))  # as long as the other two
-    scored = check + sample + 1  # the label token is generated
+    scored = check + sample  # a judge makes no token
     assert outcome.tokens == 3 * (head + sample + 1) + 2 * scored  # EOS is generated; two are distinct
     assert [c.score_cost for c in outcome.candidates] == [scored, scored, 0]
 

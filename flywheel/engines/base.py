@@ -65,8 +65,15 @@ class Engine(Protocol):
         """
         ...
 
-    async def score(self, prompt: Sequence[int], labels: tuple[int, int], *, purpose: str) -> float:
-        """P(labels[0]) / (P(labels[0]) + P(labels[1])) as the next token after `prompt`."""
+    async def score(self, prompt: Sequence[int], reads: Sequence[int], labels: tuple[int, int], *, purpose: str) -> list[float]:
+        """P(labels[0]) / (P(labels[0]) + P(labels[1])) as the next token after each prefix of `prompt`.
+
+        `reads` are the prefixes' lengths, ascending; what lies behind the last is not read.
+        """
+        ...
+
+    def score_tokens(self, reads: Sequence[int]) -> int:
+        """The most that `score` charges for these reads."""
         ...
 
 
@@ -86,8 +93,13 @@ class Backend(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ModelRef:
-    """A frozen base plus at most one LoRA adapter, under the name that every figure quotes."""
+    """A frozen base plus at most one LoRA adapter, under the name that every figure quotes.
+
+    With `labels`, the token ids of a good and a bad label, it is asked for `Engine.score` with
+    these labels alone, which lets an engine read all prefixes of a text in one pass.
+    """
 
     name: str
     base: str
     adapter: str | None = None
+    labels: tuple[int, int] | None = None

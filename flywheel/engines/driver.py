@@ -25,24 +25,36 @@ Labels = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
+class Reading:
+    """The values of a text after each prefix of a length in `reads`; the last is the whole text."""
+
+    labels: Labels
+    reads: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Drawn:
     """One sequence from a device. `tokens` are all that the model made, EOS included.
 
-    `cached` are the prompt tokens that the prefix cache served; `value` answers a
-    question for labels, as in `Engine.score`.
+    `cached` are the prompt tokens that the prefix cache served; `values` answer a `Reading`.
     """
 
     tokens: tuple[int, ...]
     finish: Finish
     eos: bool
     cached: int = 0
-    value: float = float("nan")
+    values: tuple[float, ...] = ()
 
 
 class Device(Protocol):
-    """Whatever makes tokens in batches. One device may serve several roles."""
+    """Whatever makes tokens in batches. One device may serve several roles.
 
-    def submit(self, prompt: Sequence[int], ask: Sampling | Labels, adapter: Any) -> asyncio.Future[Drawn]:
+    one_pass: whether a `Reading` may have more than one read.
+    """
+
+    one_pass: bool
+
+    def submit(self, prompt: Sequence[int], ask: Sampling | Reading, adapter: Any) -> asyncio.Future[Drawn]:
         """Queue one sequence; the future is resolved in a later `step`. A cancelled future is dropped."""
         ...
 
@@ -77,7 +89,8 @@ class Served:
 
     Charged is what the device counted: the prompt once for each sample, the tokens of it
     that the prefix cache served as `cached` beside, and EOS among the generated ones. A
-    `score` charges its prompt as scored, and the one token that the engine makes.
+    `score` charges its text as scored: once, where the device reads it in one pass; else the
+    prefix of each read, and the one token that the device makes behind it.
     """
 
     def __init__(
@@ -98,14 +111,22 @@ class Served:
         self._charge(purpose, prompt=n * len(prompt), cached=sum(d.cached for d in drawn), generated=generated, seconds=sum(took))
         return [Completion(d.tokens[:-1] if d.eos else d.tokens, d.finish, d.eos) for d in drawn]
 
-    async def score(self, prompt: Sequence[int], labels: Labels, *, purpose: str) -> float:
+    async def score(self, prompt: Sequence[int], reads: Sequence[int], labels: Labels, *, purpose: str) -> list[float]:
+        if not reads:
+            return []
+        prompt = prompt[: reads[-1]]
         self._check(prompt, 1)
+        asked = [tuple(reads)] if self.device.one_pass else [(read,) for read in reads]
         took: list[float] = []
-        drawn = await self._submit(prompt, labels, took)
-        self._charge(purpose, scored=len(prompt), cached=drawn.cached, generated=len(drawn.tokens), seconds=sum(took))
-        return drawn.value
+        drawn = await asyncio.gather(*(self._submit(prompt[: part[-1]], Reading(labels, part), took) for part in asked))
+        scored, generated = sum(part[-1] for part in asked), sum(len(d.tokens) for d in drawn)
+        self._charge(purpose, scored=scored, cached=sum(d.cached for d in drawn), generated=generated, seconds=sum(took))
+        return [value for d in drawn for value in d.values]
 
-    def _submit(self, prompt: Sequence[int], ask: Sampling | Labels, took: list[float]) -> asyncio.Future[Drawn]:
+    def score_tokens(self, reads: Sequence[int]) -> int:
+        return max(reads, default=0) if self.device.one_pass else sum(read + 1 for read in reads)
+
+    def _submit(self, prompt: Sequence[int], ask: Sampling | Reading, took: list[float]) -> asyncio.Future[Drawn]:
         """Queue one sequence; its share of the device's seconds is added to `took` when it is done."""
         self.asked(prompt)
         future = self.device.submit(prompt, ask, self._adapter)

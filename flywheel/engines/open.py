@@ -112,6 +112,26 @@ def load_merged(ref: ModelRef, dtype: str):
     return model.to(getattr(torch, dtype)).eval()
 
 
+def load_judge(ref: ModelRef, dtype: str):
+    """The merged model as a classifier of its two labels: its output matrix is the labels' rows of the language model's.
+
+    The softmax over the two is then `Engine.score`'s value.
+    """
+    from copy import deepcopy
+
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    model = load_merged(ref, "float32")
+    config = deepcopy(model.config)
+    config.num_labels, config.tie_word_embeddings = 2, False
+    judge = AutoModelForSequenceClassification.from_config(config)
+    judge.base_model.load_state_dict(model.base_model.state_dict())
+    with torch.no_grad():
+        judge.score.weight.copy_(model.get_output_embeddings().weight[list(ref.labels)])
+    return judge.to(getattr(torch, dtype)).eval()
+
+
 def usable_threads() -> int:
     """This process's share of the cores it may run on: all of them over the ranks on this machine."""
     return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

@@ -28,7 +28,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from flywheel.engines.base import Backend, EngineDied, ModelRef, Sampling
-from flywheel.engines.driver import Drawn, Driver, Labels, Served
+from flywheel.engines.driver import Drawn, Driver, Reading, Served
 from flywheel.engines.open import NotAModel, load_tokenizer
 from flywheel.ledger import Ledger
 from flywheel.recipe import EngineSpec
@@ -50,6 +50,8 @@ def open_backend(spec: EngineSpec, models: Mapping[str, ModelRef], ledger: Ledge
 class ScriptedDevice:
     """See `flywheel.engines.driver.Device`."""
 
+    one_pass = True
+
     def __init__(self, base: str, identity: tuple[int, str, str], batch: int):
         self._tokenizer = load_tokenizer(base)
         try:
@@ -70,17 +72,23 @@ class ScriptedDevice:
     def _encode(self, text: str) -> tuple[int, ...]:
         return tuple(self._tokenizer.encode(text, add_special_tokens=False))
 
-    def submit(self, prompt: Sequence[int], ask: Sampling | Labels, adapter: None) -> asyncio.Future[Drawn]:
+    def submit(self, prompt: Sequence[int], ask: Sampling | Reading, adapter: None) -> asyncio.Future[Drawn]:
         if self._dies_after is not None and self._asked.total() >= self._dies_after:
             raise EngineDied(f"the script of {self._identity[2]} says that it dies after {self._dies_after} sequences")
         prompt, kind = tuple(prompt), "sample" if isinstance(ask, Sampling) else "score"
-        draw = (*self._identity, kind, prompt, self._asked[kind, prompt] if kind == "sample" else 0)
+        if isinstance(ask, Sampling):
+            drawn = self._play(prompt, ask, self._chance(kind, prompt, self._asked[kind, prompt]))
+        else:
+            values = tuple(self._judge(part, self._chance(kind, part, 0)) for part in (prompt[:read] for read in ask.reads))
+            drawn = Drawn((), Finish.LENGTH, False, 0, values)
         self._asked[kind, prompt] += 1
-        chance = random.Random(int.from_bytes(sha256(repr(draw).encode()).digest()))
         future = asyncio.get_running_loop().create_future()
-        drawn = self._play(prompt, ask, chance) if isinstance(ask, Sampling) else self._judge(prompt, chance)
         self._waiting.append((future, drawn))
         return future
+
+    def _chance(self, kind: str, prompt: tuple[int, ...], asked: int) -> random.Random:
+        draw = (*self._identity, kind, prompt, asked)
+        return random.Random(int.from_bytes(sha256(repr(draw).encode()).digest()))
 
     def seed(self, seed: int) -> None:
         """Nothing to do: draws are seeded by what is asked."""
@@ -123,8 +131,8 @@ class ScriptedDevice:
                 return Drawn(tuple(tokens[: i + 1]), Finish.STOP, i == len(tokens) - 1)
         return Drawn(tuple(tokens[: ask.max_tokens]), Finish.LENGTH, False)
 
-    def _judge(self, prompt: tuple[int, ...], chance: random.Random) -> Drawn:
+    def _judge(self, prompt: tuple[int, ...], chance: random.Random) -> float:
         begun, lines = self._known(prompt)
         right = begun > 0 and any(right for _, _, right in lines)
         value = (self._right if right else self._wrong) + self._noise * (chance.random() - 0.5)
-        return Drawn((self._tokenizer.eos_token_id,), Finish.LENGTH, False, 0, min(1.0, max(0.0, value)))
+        return min(1.0, max(0.0, value))

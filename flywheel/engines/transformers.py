@@ -10,7 +10,7 @@ import torch
 from transformers import GenerationConfig
 
 from flywheel.engines.base import Backend, EngineDied, ModelRef, Sampling
-from flywheel.engines.driver import Drawn, Driver, Labels, Served
+from flywheel.engines.driver import Drawn, Driver, Reading, Served
 from flywheel.engines.open import check_length, load_merged, load_tokenizer, parameters, usable_threads
 from flywheel.ledger import Ledger
 from flywheel.recipe import EngineSpec
@@ -37,15 +37,17 @@ def open_backend(spec: EngineSpec, models: Mapping[str, ModelRef], ledger: Ledge
 class TransformersDevice:
     """One model in memory; see `flywheel.engines.driver.Device`. A step answers up to `batch` like requests."""
 
+    one_pass = True
+
     def __init__(self, model, tokenizer, name: str, batch: int):
         self._model, self._name, self._batch = model, name, batch
         ends = model.generation_config.eos_token_id
         self._eos = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
         self._pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
         model.generation_config = GenerationConfig()  # else the model's own top_k or penalties would apply
-        self._waiting: list[tuple[asyncio.Future[Drawn], list[int], Sampling | Labels]] = []
+        self._waiting: list[tuple[asyncio.Future[Drawn], list[int], Sampling | Reading]] = []
 
-    def submit(self, prompt: Sequence[int], ask: Sampling | Labels, adapter: None) -> asyncio.Future[Drawn]:
+    def submit(self, prompt: Sequence[int], ask: Sampling | Reading, adapter: None) -> asyncio.Future[Drawn]:
         future = asyncio.get_running_loop().create_future()
         self._waiting.append((future, list(prompt), ask))
         return future
@@ -59,12 +61,13 @@ class TransformersDevice:
 
     def step(self) -> None:
         waiting = [item for item in self._waiting if not item[0].done()]
+        alike = lambda ask: ask if isinstance(ask, Sampling) else ask.labels  # noqa: E731
         ask = waiting[0][2]
-        batch = [item for item in waiting if item[2] == ask][: self._batch]
+        batch = [item for item in waiting if alike(item[2]) == alike(ask)][: self._batch]
         prompts = [prompt for _, prompt, _ in batch]
         try:
             with torch.inference_mode():
-                drawn = self._sample(prompts, ask) if isinstance(ask, Sampling) else self._label(prompts, ask)
+                drawn = self._sample(prompts, ask) if isinstance(ask, Sampling) else self._label(prompts, [ask for _, _, ask in batch])
         except Exception as error:
             raise EngineDied(f"transformers failed while it served {self._name}: {type(error).__name__}: {error}") from error
         for (future, _, _), one in zip(batch, drawn, strict=True):
@@ -97,13 +100,17 @@ class TransformersDevice:
                 return Drawn(tuple(row[: i + 1]), Finish.STOP, token in self._eos)
         return Drawn(tuple(row), Finish.LENGTH, False)
 
-    def _label(self, prompts: Sequence[Sequence[int]], ask: Labels) -> list[Drawn]:
-        inputs = self._padded(prompts)
+    def _label(self, prompts: Sequence[Sequence[int]], asked: Sequence[Reading]) -> list[Drawn]:
+        inputs, (good, bad) = self._padded(prompts), asked[0].labels
+        width = inputs["input_ids"].shape[1]
+        columns = [[width - len(prompt) + read - 1 for read in ask.reads] for prompt, ask in zip(prompts, asked)]
+        read = sorted({column for row in columns for column in row})  # a vocabulary of logits for these alone
         positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-        logits = self._model(**inputs, position_ids=positions, use_cache=False, logits_to_keep=1).logits[:, -1].float()
-        values = (logits[:, ask[0]] - logits[:, ask[1]]).sigmoid().tolist()
-        tokens = logits.argmax(-1).tolist()  # vLLM makes one token to score a prompt; charged alike here
-        return [Drawn((token,), Finish.LENGTH, False, 0, value) for token, value in zip(tokens, values)]
+        keep = torch.tensor(read, device=inputs["input_ids"].device)
+        logits = self._model(**inputs, position_ids=positions, use_cache=False, logits_to_keep=keep).logits.float()
+        values = (logits[..., good] - logits[..., bad]).sigmoid().tolist()
+        at = {column: i for i, column in enumerate(read)}
+        return [Drawn((), Finish.LENGTH, False, 0, tuple(row[at[c]] for c in wanted)) for row, wanted in zip(values, columns)]
 
     def close(self) -> None:
         self._model, self._waiting = None, []

@@ -1,7 +1,9 @@
 """vLLM in this process: no worker process, no server; the driver calls `LLMEngine.step()`.
 
 On a CPU every model (base with its adapter merged in) has an engine of its own: runtime
-LoRA is eight times slower there. On a GPU one engine serves a base with all its adapters.
+LoRA is eight times slower there; and a model that only judges is served as a classifier of
+every token, so that one pass reads all steps of a solution (less than half the time of a
+request a step). On a GPU one engine serves a base with all its adapters.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ import torch  # noqa: E402
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", FutureWarning)
-    from vllm import EngineArgs, LLMEngine, SamplingParams, ir
+    from vllm import EngineArgs, LLMEngine, PoolingParams, SamplingParams, ir
     from vllm.inputs.engine import tokens_input
     from vllm.lora.request import LoRARequest
     from vllm.platforms import current_platform
@@ -42,8 +44,8 @@ with warnings.catch_warnings():
     from vllm.utils.torch_utils import set_random_seed
 
 from flywheel.engines.base import Backend, EngineDied, ModelRef, Sampling  # noqa: E402
-from flywheel.engines.driver import Drawn, Driver, Labels, Served  # noqa: E402
-from flywheel.engines.open import adapter_config, check_length, load_merged, load_tokenizer, parameters, usable_threads  # noqa: E402
+from flywheel.engines.driver import Drawn, Driver, Reading, Served  # noqa: E402
+from flywheel.engines.open import adapter_config, check_length, load_judge, load_merged, load_tokenizer, parameters, usable_threads  # noqa: E402
 from flywheel.ledger import Ledger  # noqa: E402
 from flywheel.recipe import EngineSpec  # noqa: E402
 from flywheel.records import Finish  # noqa: E402
@@ -61,9 +63,10 @@ def open_backend(spec: EngineSpec, models: Mapping[str, ModelRef], ledger: Ledge
         torch.compiler.set_stance("force_eager")  # one count in vLLM's sampler would be compiled: 0.7 s and a C++ compiler
     for base in {ref.base for ref in models.values()}:
         check_length(base, spec.max_model_len)
+    one_of = lambda ref: (ref.base, ref.adapter, ref.labels) if on_cpu else ref.base  # noqa: E731
     groups: dict[Any, list[ModelRef]] = {}
     for ref in models.values():
-        groups.setdefault((ref.base, ref.adapter) if on_cpu else ref.base, []).append(ref)
+        groups.setdefault(one_of(ref), []).append(ref)
     devices = {}
     try:
         for key, refs in groups.items():
@@ -74,7 +77,7 @@ def open_backend(spec: EngineSpec, models: Mapping[str, ModelRef], ledger: Ledge
         raise
     engines = {}
     for role, ref in models.items():
-        device = devices[(ref.base, ref.adapter) if on_cpu else ref.base]
+        device = devices[one_of(ref)]
         engines[role] = Served(
             role, ref.name, parameters(ref), spec.max_model_len, device, ledger, adapter=device.loras.get(ref.adapter)
         )
@@ -92,13 +95,16 @@ def cpu_dtype(spec: EngineSpec) -> str:
 def _start_merged(spec: EngineSpec, ref: ModelRef, seed: int, scratch: Path) -> VllmDevice:
     dtype = cpu_dtype(spec)
     options = {"dtype": dtype, "block_size": CPU_BLOCK, "kv_cache_memory_bytes": spec.kv_cache_mb << 20, "ir_op_priority": cpu_norms()}
-    if ref.adapter is None:
+    if ref.labels is not None:
+        options["runner"] = "pooling"
+    elif ref.adapter is None:
         return _start(spec, ref.base, ref.name, seed, options, {})
     Path(scratch).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="merged-", dir=scratch) as folder:  # read once, at the start
-        load_merged(ref, dtype).save_pretrained(folder)
+        (load_merged(ref, dtype) if ref.labels is None else load_judge(ref, dtype)).save_pretrained(folder)
         load_tokenizer(ref.base).save_pretrained(folder)
-        return _start(spec, folder, ref.name, seed, options, {})
+        device = _start(spec, folder, ref.name, seed, options, {})
+    return device if ref.labels is None else VllmJudge(device.llm, ref.name, ref.labels)
 
 
 @functools.cache
@@ -193,15 +199,17 @@ def _held_back_stderr() -> Iterator[None]:
 class VllmDevice:
     """One LLMEngine; see `flywheel.engines.driver.Device`."""
 
+    one_pass = False
+
     def __init__(self, engine: LLMEngine, name: str, loras: dict[str, LoRARequest]):
         self.llm, self.name, self.loras = engine, name, loras
-        self._waiting: dict[str, tuple[asyncio.Future[Drawn], Sampling | Labels]] = {}
+        self._waiting: dict[str, tuple[asyncio.Future[Drawn], Sampling | Reading]] = {}
         self._count = 0
 
-    def submit(self, prompt: Sequence[int], ask: Sampling | Labels, adapter: LoRARequest | None) -> asyncio.Future[Drawn]:
+    def submit(self, prompt: Sequence[int], ask: Sampling | Reading, adapter: LoRARequest | None) -> asyncio.Future[Drawn]:
         self._count += 1
         id, future = str(self._count), asyncio.get_running_loop().create_future()
-        self.llm.add_request(id, tokens_input(list(prompt)), _params(ask), lora_request=adapter)
+        self.llm.add_request(id, tokens_input(list(prompt)), self._params(ask), lora_request=adapter)
         self._waiting[id] = (future, ask)
         future.add_done_callback(functools.partial(self._drop, id))
         return future
@@ -228,7 +236,10 @@ class VllmDevice:
                 if not future.done():
                     future.set_result(self._drawn(output, ask))
 
-    def _drawn(self, output, ask: Sampling | Labels) -> Drawn:
+    def _params(self, ask: Sampling | Reading) -> SamplingParams | PoolingParams:
+        return _sampling(ask)
+
+    def _drawn(self, output, ask: Sampling | Reading) -> Drawn:
         done, cached = output.outputs[0], output.num_cached_tokens or 0
         tokens = tuple(done.token_ids)
         match done.finish_reason:
@@ -243,8 +254,8 @@ class VllmDevice:
                 raise EngineDied(f"vLLM ended a sequence of {self.name} with {reason!r}")
         if isinstance(ask, Sampling):
             return drawn
-        good, bad = (done.logprobs[0][label].logprob for label in ask)
-        return Drawn(drawn.tokens, drawn.finish, drawn.eos, cached, 1 / (1 + math.exp(min(bad - good, 700.0))))
+        good, bad = (done.logprobs[0][label].logprob for label in ask.labels)
+        return Drawn(drawn.tokens, drawn.finish, drawn.eos, cached, (1 / (1 + math.exp(min(bad - good, 700.0))),))
 
     def close(self) -> None:
         # It collects all garbage, twice: a second of this heap, for nothing where the process ends with it.
@@ -252,13 +263,36 @@ class VllmDevice:
             self.llm.engine_core.shutdown()
 
 
+class VllmJudge(VllmDevice):
+    """An engine of `load_judge`'s model: it makes no token, and one pass answers all reads of a text.
+
+    A lone read may use the prefix cache, as beam search's do; vLLM keeps it from a request that wants every token's.
+    """
+
+    one_pass = True
+
+    def __init__(self, engine: LLMEngine, name: str, labels: tuple[int, int]):
+        super().__init__(engine, name, {})
+        self._labels = labels
+
+    def _params(self, ask: Sampling | Reading) -> PoolingParams:
+        if isinstance(ask, Sampling) or ask.labels != self._labels:
+            raise ValueError(f"{self.name} was opened to judge by the labels {self._labels}, and is asked for {ask}")
+        return PoolingParams(task="classify" if len(ask.reads) == 1 else "token_classify")
+
+    def _drawn(self, output, ask: Reading) -> Drawn:
+        good = output.outputs.data.view(-1, 2)[:, 0].tolist()
+        values = good if len(ask.reads) == 1 else [good[read - 1] for read in ask.reads]
+        return Drawn((), Finish.LENGTH, False, output.num_cached_tokens or 0, tuple(values))
+
+
 @functools.lru_cache(maxsize=1024)
-def _params(ask: Sampling | Labels) -> SamplingParams:
+def _sampling(ask: Sampling | Reading) -> SamplingParams:
     # skip_clone: else vLLM deep-copies them for every request, which costs as much as two tokens
     if isinstance(ask, Sampling):
         chosen = dict(max_tokens=ask.max_tokens, temperature=ask.temperature, top_p=ask.top_p, stop_token_ids=sorted(ask.stop))
     else:
-        chosen = dict(max_tokens=1, temperature=0.0, logprob_token_ids=list(ask))
+        chosen = dict(max_tokens=1, temperature=0.0, logprob_token_ids=list(ask.labels))
     return SamplingParams(**chosen, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY, skip_clone=True)
 
 

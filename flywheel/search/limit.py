@@ -68,9 +68,12 @@ class Limited:
 
         return await together(one() for _ in range(n))
 
-    async def score(self, prompt: Sequence[int], labels: tuple[int, int], *, purpose: str) -> float:
-        async with self.allowance.hold(len(prompt) + 1):
-            return await self.engine.score(prompt, labels, purpose=purpose)
+    async def score(self, prompt: Sequence[int], reads: Sequence[int], labels: tuple[int, int], *, purpose: str) -> list[float]:
+        async with self.allowance.hold(self.engine.score_tokens(reads)):
+            return await self.engine.score(prompt, reads, labels, purpose=purpose)
+
+    def score_tokens(self, reads: Sequence[int]) -> int:
+        return self.engine.score_tokens(reads)
 
 
 def limited(tools: Tools, limit: int) -> Tools:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from flywheel.engines.base import Engine, Sampling
 from flywheel.ledger import metered
-from flywheel.prm import Known, Prm, aggregate, together
+from flywheel.prm import Prm, aggregate, together
 from flywheel.prompts import Prompts
 from flywheel.recipe import SampleSpec
 from flywheel.records import Beam, BestOfN, Candidate, Question, Revise, Solution, Strategy
@@ -96,20 +96,18 @@ async def attempt(
 async def judged(question: Question, candidates: Sequence[Candidate], prm: Prm, kept: Kept | None = None) -> tuple[Candidate, ...]:
     """The candidates with PRM values. One without an answer is not judged: it cannot win.
 
-    Equal solutions, and equal beginnings of solutions, are judged once, and the first of them
-    bears the cost. Where the last step's value is the score, it alone is asked for.
+    Equal solutions are judged once, and the first of them bears the cost. Where the last
+    step's value is the score, it alone is asked for.
     """
     first: dict[tuple[int, ...], Solution] = {}
     for candidate in candidates:
         if candidate.solution.answer is not None:
             first.setdefault(candidate.solution.tokens, candidate.solution)
 
-    known: Known = {}
-
     async def judge(solution: Solution) -> tuple[tuple[float, ...], int]:
         with metered() as spent:
             last_only = prm.aggregate == "last"
-            values = (await prm.value(question, solution.steps),) if last_only else await prm.values(question, solution.steps, known=known)
+            values = (await prm.value(question, solution.steps),) if last_only else await prm.values(question, solution.steps)
         if kept:
             kept.judged[solution.tokens] = (values, aggregate(values, prm.aggregate))
         return values, spent.tokens

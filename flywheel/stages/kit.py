@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -107,8 +107,10 @@ def kit(ctx: Context, models: Mapping[str, ModelRef], *splits: Split) -> Iterato
     """Open the engines of `models` for questions of `splits`; everything is closed at the end."""
     prompts, reader = text_tools(ctx)
     problems = {p.id: p for p in ctx.problems(*splits)}
+    labels = label_ids(prompts.tokenizer, ctx.recipe.prm.labels)
+    models = {key: replace(ref, labels=labels) if key.partition(":")[0] == Role.PRM else ref for key, ref in models.items()}
     with TemporaryDirectory(prefix="flywheel-") as scratch, Grader(ctx.recipe.problems) as grader:
-        backend = open_backend(ctx.recipe.engine, dict(models), ctx.ledger, ctx.seed("engine") % 2**31, Path(scratch))
+        backend = open_backend(ctx.recipe.engine, models, ctx.ledger, ctx.seed("engine") % 2**31, Path(scratch))
         try:
             yield Kit(ctx, backend, prompts, reader, grader, problems)
         finally:
