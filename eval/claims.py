@@ -1,8 +1,9 @@
-"""The paper's claims on a finished run: python -m eval.claims RUN [--round 1] (after eval.study with the same sizes)
+"""The paper's claims on finished runs: python -m eval.claims RUN [RUN ...] [--round 1] (after eval.study of each, same sizes)
 
-Snell et al. 2024, one row a claim: what the paper has, what this run has with its 95% interval,
-and whether it holds. Writes eval/results/claims.json and CLAIMS.md. Intervals are a bootstrap
-over test questions; a plan is always chosen on one half of the questions and scored on the other.
+Snell et al. 2024, one row a claim: what the paper has, what these runs (seeds) have with the 95%
+interval, and whether it holds. Writes eval/results/claims.json, CLAIMS.md and pictures. Runs are
+averaged question by question, and the interval is a bootstrap over questions; a plan is always
+chosen on one half of the questions and scored on the other.
 
 A claim `holds` if its whole interval is on the claim's side, `fails` if it is wholly on the other
 side, and is `undecided` otherwise.
@@ -18,19 +19,26 @@ from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
+from scipy.stats import spearmanr
 
+from eval import pictures, seeds
 from eval.study import Difficult, Drawn, Tried, arguments, parts, read
-from flywheel.bins import quantile_bins
+from flywheel.bins import fixed_bins, quantile_bins
+from flywheel.engines.base import ModelRef
+from flywheel.engines.open import parameters
 from flywheel.errors import UserError, explain
+from flywheel.history import History
 from flywheel.recipe import load
-from flywheel.search.plan import Trial, held_out, most_right
+from flywheel.search.plan import KINDS, Trial, held_out, most_right, name
 from flywheel.search.select import argmax, majority, weighted
 from flywheel.stats import bootstrap_mean
 
 RESULTS = Path("eval/results")
 BINS = 5
 PROBE = 4  # samples
+SERVED = (100, 10_000, 1_000_000)  # questions
 Select = Callable[[Sequence[Drawn]], str | None]
+GRADES = ("oracle", "predicted", "probe", "prompt", "label")  # of difficulty, by falling cost
 SELECT: dict[str, Select] = {
     "weighted": lambda group: weighted([d.answer for d in group], [d.score for d in group]),
     "majority": lambda group: majority([d.answer for d in group]),
@@ -50,6 +58,7 @@ class Claim:
     high: float
     verdict: str
     unit: str
+    runs: list[float]  # each run alone
     command: str
 
 
@@ -113,9 +122,22 @@ class Study:
 
     # ---- difficulty and plans ----
 
+    def ease(self, grade: str) -> dict[str, float]:
+        """What the grade says of each question: more is easier."""
+        rate = {
+            "oracle": lambda d: d.right / d.samples,
+            "predicted": lambda d: d.seen,
+            "probe": lambda d: self.probe(d.question_id),
+            "prompt": lambda d: -d.said,
+            "label": lambda d: -d.level,
+        }[grade]
+        return {q: float(rate(d)) for q, d in self.difficult.items()}
+
     def bins(self, grade: str) -> np.ndarray:
-        rate = {"oracle": lambda d: d.right / d.samples, "predicted": lambda d: d.seen, "probe": lambda d: self.probe(d.question_id)}[grade]
-        found = quantile_bins({q: rate(d) for q, d in self.difficult.items()}, BINS)
+        """Quantile bins, 1 the easiest; the prompt's own bins as they were said."""
+        if grade == "prompt":
+            return np.array([self.difficult[q].said for q in self.questions])
+        found = quantile_bins(self.ease(grade), BINS)
         return np.array([found[q] for q in self.questions])
 
     def probe(self, question: str) -> float:
@@ -126,7 +148,8 @@ class Study:
         """What each question pays for its bin: never shared with others."""
         if grade == "probe":
             return np.array([sum(d.cost + d.score_cost for d in self.pools[q][:PROBE]) for q in self.questions], dtype=float)
-        return np.array([float(d.tokens if grade == "oracle" else d.judged_tokens) for d in (self.difficult[q] for q in self.questions)])
+        paid = {"oracle": lambda d: d.tokens, "predicted": lambda d: d.judged_tokens, "prompt": lambda d: d.said_tokens, "label": lambda d: 0}[grade]
+        return np.array([float(paid(self.difficult[q])) for q in self.questions])
 
     def compute_optimal(self, budget: int, kinds: Sequence[str], grade: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(accuracy, tokens, tokens with the bin paid for) of each question under the plan chosen without it.
@@ -158,35 +181,85 @@ class Study:
         part = (at - grid[high - 1]) / (grid[high] - grid[high - 1])
         return (1 - part) * self.best_of_n(self.sizes[high - 1], select) + part * self.best_of_n(self.sizes[high], select)
 
+    def tokens_for(self, accuracy: float, select: str = "weighted") -> float:
+        """Mean tokens at which best-of-N first reaches this mean accuracy, on a log scale; infinity if it does not within the pool."""
+        cost = [self.best_of_n_tokens(n, select).mean() for n in self.sizes]
+        right = [self.best_of_n(n, select).mean() for n in self.sizes]
+        for i, reached in enumerate(right):
+            if reached >= accuracy:
+                if i == 0:
+                    return cost[0]
+                part = (accuracy - right[i - 1]) / (reached - right[i - 1])
+                return float(np.exp(np.log(cost[i - 1]) + part * (np.log(cost[i]) - np.log(cost[i - 1]))))
+        return float("inf")
+
+    def cheapest(self, target: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[str]]:
+        """(accuracy less `target`'s, tokens) of each question, by the cheapest strategy whose accuracy reaches it on the other half."""
+        options = {f"best_of_n:{n}:{how}": (self.best_of_n(n, how), self.best_of_n_tokens(n, how)) for n in self.sizes for how in ("weighted", "majority")}
+        options |= {name: (self.row(b, name), self.row(b, name, "tokens")) for b, name in self.tried}
+        ahead, tokens, chosen = np.zeros(len(target)), np.zeros(len(target)), []
+        order = np.random.default_rng(self.seed).permutation(len(target))
+        for fit, use in ((order[::2], order[1::2]), (order[1::2], order[::2])):
+            fitting = {name: t[fit].mean() for name, (right, t) in options.items() if right[fit].mean() >= target[fit].mean()}
+            name = min(fitting, key=fitting.__getitem__)
+            right, spent = options[name]
+            ahead[use], tokens[use] = right[use] - target[use], spent[use]
+            chosen.append(name)
+        return ahead, tokens, chosen
+
 
 def judge(low: float, high: float, zero: float = 0.0) -> str:
     return "holds" if low > zero else "fails" if high < zero else "undecided"
 
 
+@dataclass(frozen=True)
+class Row:
+    """A claim that the mean of `values` over questions is above `zero`; NaN questions do not count."""
+
+    claim: str
+    paper: str
+    values: np.ndarray
+    unit: str
+    zero: float
+
+
 class Table:
-    def __init__(self, study: Study, command: str):
-        self.study, self.command, self.claims = study, command, []
+    """One run's rows by claim id."""
+
+    def __init__(self):
+        self.rows: dict[str, Row] = {}
 
     def add(self, id: str, claim: str, paper: str, values: np.ndarray, unit: str = "accuracy", zero: float = 0.0) -> None:
-        """A claim that the mean of `values` over questions is above `zero`; NaN questions do not count."""
-        values = np.asarray(values, dtype=float)
-        values = values[~np.isnan(values)]
-        if not len(values):
-            return
-        mean, low, high = bootstrap_mean(values, seed=self.study.seed)
-        self.claims.append(Claim(id, claim, paper, mean, low, high, judge(low, high, zero), unit, self.command))
+        self.rows[id] = Row(claim, paper, np.asarray(values, dtype=float), unit, zero)
 
 
-def measure(study: Study, command: str) -> tuple[list[Claim], dict]:
+def combine(tables: Sequence[Table], command: str, seed: int = 0) -> list[Claim]:
+    """Each claim over all runs: the mean of those that speak of a question, then a bootstrap over questions."""
+    claims = []
+    for id in dict.fromkeys(id for table in tables for id in table.rows):
+        rows = [table.rows[id] for table in tables if id in table.rows]
+        speaking = np.array([row.values for row in rows])
+        some = ~np.isnan(speaking).all(axis=0)
+        if not some.any():
+            continue
+        mean, low, high = bootstrap_mean(np.nanmean(speaking[:, some], axis=0), seed=seed)
+        runs = [float(np.nanmean(values)) for values in speaking if not np.isnan(values).all()]
+        first = rows[0]
+        claims.append(Claim(id, first.claim, first.paper, mean, low, high, judge(low, high, first.zero), first.unit, runs, command))
+    return claims
+
+
+def measure(study: Study) -> tuple[Table, dict]:
     """All claims that one run's study can speak to, and the tables behind them."""
-    table, s = Table(study, command), study
+    table, s = Table(), study
     top, most = s.budgets[-1], s.sizes[-1]
     oracle = s.bins("oracle")
     only = lambda values, *bins: np.where(np.isin(oracle, bins), values, np.nan)  # noqa: E731
     behind: dict = {"best_of_n": {how: {n: s.best_of_n(n, how).mean() for n in s.sizes} for how in SELECT}, "strategies": [], "compute_optimal": []}
+    behind["best_of_n_tokens"] = {n: s.best_of_n_tokens(n, "weighted").mean() for n in s.sizes}
 
     for budget in s.budgets:
-        for strategy in [name for b, name in s.tried if b == budget]:
+        for strategy in [tried for b, tried in s.tried if b == budget]:
             right, by_bin = s.row(budget, strategy), []
             by_bin = [float(right[oracle == b].mean()) for b in range(1, BINS + 1)]
             odd = [t.odd for t in s.tried[budget, strategy].values()]
@@ -197,11 +270,11 @@ def measure(study: Study, command: str) -> tuple[list[Claim], dict]:
             )  # fmt: skip
 
     # 1, 2: compute-optimal against best-of-N; 3: predicted bins
-    for number, title, kinds in (("1", "search", ["beam"]), ("2", "revisions", ["revise"])):
-        if not s.names(top, kinds[0]):
+    for number, title, kinds in (("1", "search", ["beam"]), ("2", "revisions", ["revise"]), ("1+2", "of all strategies", ["beam", "revise", "adaptive"])):
+        if not s.names(top, kinds[0]) or (number == "1+2" and not s.names(top, "revise")):
             continue
         for budget in s.budgets:
-            gross = {grade: s.compute_optimal(budget, kinds, grade) for grade in ("oracle", "predicted", "probe")}
+            gross = {grade: s.compute_optimal(budget, kinds, grade) for grade in GRADES}
             right = gross["oracle"][0]
             table.add(f"{number}.gross@{budget}", f"Compute-optimal {title} of {budget} is ahead of best-of-{budget} weighted (oracle bins, difficulty free)", "ahead",
                       right - s.best_of_n(budget, "weighted"))  # fmt: skip
@@ -211,10 +284,23 @@ def measure(study: Study, command: str) -> tuple[list[Claim], dict]:
             for grade, (right, tokens, paid) in gross.items():
                 table.add(f"{number}.net-{grade}@{budget}", f"The same, net of {grade} bins: ahead of best-of-N weighted at the same tokens", "not charged in the paper",
                           right - s.at_tokens(paid.mean()))  # fmt: skip
-                behind["compute_optimal"].append({"of": title, "budget": budget, "grade": grade, "accuracy": right.mean(), "tokens": tokens.mean(),
-                                                  "net_tokens": paid.mean(), "best_of_n_at_net": s.at_tokens(paid.mean()).mean()})  # fmt: skip
+                behind["compute_optimal"].append({"of": title, "budget": budget, "grade": grade, "accuracy": right.mean(), "tokens": tokens.mean(), "net_tokens": paid.mean(),
+                                                  "best_of_n_at_net": s.at_tokens(paid.mean()).mean(), "best_of_n_needs": s.tokens_for(right.mean())})  # fmt: skip
             table.add(f"3.{title}@{budget}", "Predicted bins give nearly what oracle bins give (within 0.02)", "largely overlapping",
                       gross["predicted"][0] - gross["oracle"][0] + 0.02)  # fmt: skip
+
+    # adaptive sampling bins nothing: what it spends is all it costs
+    for budget in s.budgets:
+        for tried in s.names(budget, "adaptive"):
+            spent = s.row(budget, tried, "tokens").mean()
+            table.add(f"adaptive:{tried}", f"{tried}: ahead of best-of-N weighted at the same tokens", "left open", s.row(budget, tried) - s.at_tokens(spent))
+    if 64 in s.sizes:
+        target = s.best_of_n(64, "weighted")
+        ahead, tokens, chosen = s.cheapest(target)
+        share = tokens / s.best_of_n_tokens(64, "weighted").mean()
+        table.add("goal.accuracy", "The cheapest strategy that reaches best-of-64 weighted on one half of the questions matches it on the other (within 0.02)", "our goal", ahead + 0.02)
+        table.add("goal.tokens", "and costs at most a quarter of its tokens (a quarter less its share)", "our goal", 0.25 - share, "share of tokens")
+        behind["goal"] = {"strategies": chosen, "share": float(share.mean())}
 
     # 4, 5: beam against best-of-N
     for budget in s.budgets:
@@ -269,23 +355,121 @@ def measure(study: Study, command: str) -> tuple[list[Claim], dict]:
     at_most = {f"best_of_n:{most}:weighted": s.best_of_n(most, "weighted"), **{n: s.row(b, n) for b, n in s.tried if b == top}}
     best = max(at_most, key=lambda n: at_most[n][oracle == BINS].mean())
     table.add("14.hardest", f"In bin 5 even the best method ({best}) stays below 0.1", "no meaningful progress", 0.1 - only(at_most[best], BINS))
-    behind["bins"] = {grade: s.bins(grade).tolist() for grade in ("oracle", "predicted", "probe")}
-    behind["agreement"] = {grade: float(np.corrcoef(s.bins(grade), oracle)[0, 1]) for grade in ("predicted", "probe")}
-    return table.claims, behind
+    truth = [s.ease("oracle")[q] for q in s.questions]
+    behind["difficulty"] = [
+        {
+            "grade": grade,
+            "spearman": float(spearmanr([s.ease(grade)[q] for q in s.questions], truth).statistic),
+            "same_bin": float((s.bins(grade) == oracle).mean()),
+            "tokens": float(s.grade_tokens(grade).mean()),
+            "confusion": [[int(((oracle == a) & (s.bins(grade) == b)).sum()) for b in range(1, BINS + 1)] for a in range(1, BINS + 1)],
+        }
+        for grade in GRADES
+    ]
+    return table, behind
 
 
-def markdown(claims: Sequence[Claim], behind: dict, about: str) -> str:
-    lines = ["# The paper's claims, measured", "", about, "", "| claim | paper | ours [95% interval] | verdict |", "|---|---|---|---|"]
-    lines += [f"| {c.id}: {c.claim} | {c.paper} | {c.ours:+.3f} [{c.low:+.3f}, {c.high:+.3f}] {c.unit} | **{c.verdict}** |" for c in claims]
+# ---- what is paid once, and what rounds change ---------------------------------------------
+
+
+def fixed_tokens(run: Path, round: int) -> dict[str, float]:
+    """What a round pays once, in tokens of inference (FLOPs over 2N): the PRM, the reviser, the calibration."""
+    recipe = load(run / "recipe.yaml")
+    each = 2 * parameters(ModelRef("base", recipe.model.base))
+    parts = {"prm": ("label", "train_prm"), "reviser": ("train_reviser", "choose_reviser"), "calibrate": ("calibrate",)}
+    rows = [row for row in History.of(run).ledger if row["round"] == round]
+    return {part: sum(row["flops"] for row in rows if row["stage"] in stages) / each for part, stages in parts.items()}
+
+
+def amortise(behind: dict, fixed: dict[str, float]) -> None:
+    """Net tokens a question at 10^2, 10^4 and 10^6 questions served, and where a plan breaks even.
+
+    Compared with best-of-N weighted, which needs a PRM too: what comes on top is the calibration, and
+    the reviser where a plan may use it. A question's own difficulty is paid in full by each.
+    """
+    for row in behind["compute_optimal"]:
+        once = fixed["calibrate"] + (fixed["reviser"] if row["of"] != "search" else 0.0)
+        row["net_by_served"] = {str(served): row["net_tokens"] + once / served for served in SERVED}
+        saved = row["best_of_n_needs"] - row["net_tokens"]
+        row["break_even"] = 0.0 if saved == float("inf") else once / saved if saved > 0 else float("inf")
+
+
+def routing(run: Path) -> list[dict]:
+    """Claim 16: by round, what the plan at the search budget adds to single samples in each fixed bin of round 0, and the plan."""
+    history, out = History.of(run), []
+    edges = load(run / "recipe.yaml").calibrate.edges
+    last = max(history.rounds)
+    reader = seeds.context(run, last)
+    start = fixed_bins(seeds.test_rates(reader, 0, "bin"), edges)
+    for r in range(1, last + 1):
+        single, found = seeds.test_rates(reader, r - 1), seeds.answers(reader, r)
+        method = next(m for m in found if m.startswith("compute_optimal") and m.endswith("oracle"))
+        inside = [[q for q in found[method] if start[q] == b] for b in range(1, len(edges) + 2)]
+        mean = lambda values, questions: float(np.mean([values[q] for q in questions] or [np.nan]))  # noqa: E731
+        plan = {e["bin"]: name(KINDS[e["strategy"]["kind"]](**{k: v for k, v in e["strategy"].items() if k != "kind"})) for e in history.figures("calibrate", r)["serve"]["entries"] if e["budget"] == int(method.split("@")[1].split("_")[0])}
+        out.append({"round": r, "single": [mean(single, q) for q in inside], "searched": [mean(found[method], q) for q in inside], "plan": list(plan.values())})
+    return out
+
+
+def multiplier(times: float, ratio: float) -> float:
+    """How many times the inference FLOPs a small model may spend to match a model `times` its size (Snell et al., 7).
+
+    A model of M N parameters costs 6 M N D_pre + 2 M N D_inf; the small one, 6 N D_pre + m 2 N D_inf. With
+    R = D_inf / D_pre = `ratio`, m = M + 3 (M - 1) / R.
+    """
+    return times + 3 * (times - 1) / ratio
+
+
+# ---- what a person reads -------------------------------------------------------------------
+
+
+def number(value: float) -> str:
+    return "never" if value == float("inf") else f"{value:,.0f}"
+
+
+def markdown(claims: Sequence[Claim], behind: Sequence[dict], about: str) -> str:
+    """The claims over all runs; the tables behind them are the first run's."""
+    first = behind[0]
+    lines = ["# The paper's claims, measured", "", about, "", "| claim | paper | ours [95% interval] | each run | verdict |", "|---|---|---|---|---|"]
+    for c in claims:
+        runs = " ".join(f"{x:+.3f}" for x in c.runs)
+        lines.append(f"| {c.id}: {c.claim} | {c.paper} | {c.ours:+.3f} [{c.low:+.3f}, {c.high:+.3f}] {c.unit} | {runs} | **{c.verdict}** |")
+    lines += ["", "The tables below are of the first run.", "", "## Difficulty", "", "| grade | Spearman with oracle | same bin | tokens a question | confusion (row: oracle bin) |", "|---|---|---|---|---|"]
+    lines += [f"| {r['grade']} | {r['spearman']:.3f} | {r['same_bin']:.2f} | {r['tokens']:,.0f} | {' / '.join(' '.join(map(str, row)) for row in r['confusion'])} |" for r in first["difficulty"]]
     lines += ["", "## Strategies at each budget", "", "| budget | strategy | accuracy | by bin, easy to hard | tokens | odd candidates | odd winners |", "|---|---|---|---|---|---|---|"]
-    for r in behind["strategies"]:
+    for r in first["strategies"]:
         by_bin = " ".join(f"{x:.2f}" for x in r["by_bin"])
         lines.append(f"| {r['budget']} | {r['strategy']} | {r['accuracy']:.3f} | {by_bin} | {r['tokens']:,.0f} | {r['odd_candidates']:.2f} | {r['odd_winners']:.2f} |")
-    lines += ["", "## Best-of-N", "", "| N | " + " | ".join(behind["best_of_n"]) + " |", "|---" * (1 + len(behind["best_of_n"])) + "|"]
-    for n in next(iter(behind["best_of_n"].values())):
-        lines.append(f"| {n} | " + " | ".join(f"{curve[n]:.3f}" for curve in behind["best_of_n"].values()) + " |")
-    lines += ["", "## Compute-optimal, gross and net of difficulty", "", "| of | budget | bins | accuracy | tokens | net tokens | best-of-N weighted at net tokens |", "|---|---|---|---|---|---|---|"]
-    lines += [f"| {r['of']} | {r['budget']} | {r['grade']} | {r['accuracy']:.3f} | {r['tokens']:,.0f} | {r['net_tokens']:,.0f} | {r['best_of_n_at_net']:.3f} |" for r in behind["compute_optimal"]]
+    lines += ["", "## Best-of-N", "", "| N | " + " | ".join(first["best_of_n"]) + " | tokens (weighted) |", "|---" * (2 + len(first["best_of_n"])) + "|"]
+    for n in next(iter(first["best_of_n"].values())):
+        lines.append(f"| {n} | " + " | ".join(f"{curve[n]:.3f}" for curve in first["best_of_n"].values()) + f" | {first['best_of_n_tokens'][n]:,.0f} |")
+    lines += [
+        "", "## Compute-optimal, gross and net of difficulty", "",
+        "Tokens a question. `needs`: what best-of-N weighted spends for the same accuracy. Net of its bin for every question; calibration and the",
+        "reviser's training are shared by the questions served. `break-even`: served questions from which the plan is cheaper than best-of-N.", "",
+        "| of | budget | bins | accuracy | gross | net | needs | ratio, gross | ratio, net | net at 10^2 | 10^4 | 10^6 | break-even |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for r in first["compute_optimal"]:
+        served = " | ".join(number(r["net_by_served"][str(n)]) for n in SERVED)
+        ratio = lambda tokens: "above 256" if r["best_of_n_needs"] == float("inf") else f"{r['best_of_n_needs'] / tokens:.2f}"  # noqa: B023, E731
+        lines.append(
+            f"| {r['of']} | {r['budget']} | {r['grade']} | {r['accuracy']:.3f} | {r['tokens']:,.0f} | {r['net_tokens']:,.0f} | {number(r['best_of_n_needs'])} |"
+            f" {ratio(r['tokens'])} | {ratio(r['net_tokens'])} | {served} | {number(r['break_even'])} |"
+        )
+    lines += ["", "## Paid once", "", "In tokens of inference of the same FLOPs: " + ", ".join(f"{part} {tokens:,.0f}" for part, tokens in first["fixed"].items()) + "."]
+    if "goal" in first:
+        lines += ["", f"Best-of-64 weighted's accuracy at {first['goal']['share']:.3f} of its tokens, by {' and '.join(first['goal']['strategies'])} (chosen on the other half of the questions)."]
+    if "best_ratio_by_bin" in first:
+        lines += ["", "## Sequential to parallel", "", "| budget | best ratio by oracle bin, easy to hard |", "|---|---|"]
+        lines += [f"| {budget} | {' '.join(n.split(':')[1] for n in best)} |" for budget, best in first["best_ratio_by_bin"].items()]
+    if "pass@1_by_attempt" in first:
+        lines += ["", "pass@1 along the longest chain: " + " ".join(f"{x:.2f}" for x in first["pass@1_by_attempt"])]
+    lines += ["", "## Routing and capability, by round (claim 16)", "", "| round | single samples, by fixed bin | compute-optimal (oracle bins) | added | plan, easiest bin first |", "|---|---|---|---|---|"]
+    row = lambda values: " ".join(f"{x:.2f}" for x in values)  # noqa: E731
+    for r in first["routing"]:
+        added = " ".join(f"{b - a:+.2f}" for a, b in zip(r["single"], r["searched"]))
+        lines.append(f"| {r['round']} | {row(r['single'])} | {row(r['searched'])} | {added} | {', '.join(r['plan'])} |")
     return "\n".join(lines) + "\n"
 
 
@@ -294,18 +478,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = arguments(argv, "python -m eval.claims", __doc__.split("\n\n")[0])
     command = f"python -m eval.study {' '.join(argv)} && python -m eval.claims {' '.join(argv)}"
     try:
-        rows = [read(args.run, args.round, title, kind) for title, (kind, _) in parts(args).items()]
-        study = Study(*rows, seed=load(args.run / "recipe.yaml").seed)
-        claims, behind = measure(study, command)
+        measured = []
+        for run in args.runs:
+            rows = [read(run, args.round, title, kind) for title, (kind, _) in parts(args).items()]
+            table, behind = measure(Study(*rows, seed=load(run / "recipe.yaml").seed))
+            behind["fixed"], behind["routing"] = fixed_tokens(run, args.round), routing(run)
+            amortise(behind, behind["fixed"])
+            measured.append((table, behind))
+        claims = combine([table for table, _ in measured], command)
     except UserError as error:
         print(explain(error), file=sys.stderr)
         return 1
-    about = f"{len(study.questions)} test questions, one training seed, round {args.round} of `{args.run}`. Written by `{command}`."
+    behind = [behind for _, behind in measured]
+    names = ", ".join(f"`{run.name}`" for run in args.runs)
+    questions = len(next(iter(measured[0][0].rows.values())).values)
+    about = f"{questions} test questions; {len(args.runs)} training {'seed' if len(args.runs) == 1 else 'seeds'} ({names}), round {args.round}. Written by `{command}`."
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / "claims.json").write_text(json.dumps([asdict(c) for c in claims], indent=1) + "\n", encoding="utf-8")
     (RESULTS / "behind.json").write_text(json.dumps(behind, indent=1) + "\n", encoding="utf-8")
     text = markdown(claims, behind, about)
     (RESULTS / "CLAIMS.md").write_text(text, encoding="utf-8")
+    pictures.draw(behind[0], RESULTS)
     print(text, end="")
     return 0
 

@@ -1,6 +1,6 @@
-"""Draw once what the claims are measured on: python -m eval.study RUN [--round 1] [--oracle 512] [--pool 256] [--budgets 4 16 64]
+"""Draw once what the claims are measured on: python -m eval.study RUN [RUN ...] [--round 1] [--oracle 512] [--pool 256] [--budgets 4 16 64]
 
-On the test questions of a finished run, with the policy, PRM and reviser that search in that round:
+On the test questions of each finished run (all of the problem set's, more than a loop measures on), with the policy, PRM and reviser that search in that round:
 
 - difficulty: `--oracle` samples a question that only bin it; the PRM judges the first `--judged`;
 - pool: `--pool` judged samples a question, for every curve of best-of-N;
@@ -13,7 +13,9 @@ one over the same draws is free. Processes share the chunks, one a core for a sm
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -23,10 +25,13 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from eval import prompt_head
+from flywheel.engines.base import ModelRef, Sampling
 from flywheel.errors import UserError, explain
 from flywheel.loop import workers
+from flywheel.prm import together
 from flywheel.recipe import load
-from flywheel.records import Beam, BestOfN, Candidate, Outcome, Revise, Solution, Split, Strategy
+from flywheel.records import Adaptive, Beam, BestOfN, Candidate, Outcome, Problem, Revise, Solution, Split, Strategy
 from flywheel.run import Context, Stage, fill, read_table
 from flywheel.search.plan import LONGEST, name
 from flywheel.search.run import search, smaller
@@ -34,6 +39,7 @@ from flywheel.search.tools import judged
 from flywheel.shards import shard_dirs
 from flywheel.stages.kit import Kit, answer_is_right, ids, kit, search_tools, searchers
 
+SURE = (0.99, 0.95, 0.9, 0.8, 0.7)  # of adaptive sampling: the surest first, which holds the others
 READS = ("train_prm", "choose_reviser", "gate@-1?", "distill@-1?")
 
 
@@ -48,6 +54,9 @@ class Difficult:
     judged: int
     tokens: int  # of the samples
     judged_tokens: int  # of the judged ones, with their judging
+    level: float  # what the problem set says: the laboratory's number of operations, MATH's level; 0 where it says nothing
+    said: int  # the bin that the prompt alone gave (eval.prompt_head), 1 the easiest
+    said_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,19 +106,32 @@ def usual_steps(ctx: Context, text: str) -> int | None:
     return len(parse_question(text)[1]) + 1
 
 
+def level(ctx: Context, problem: Problem) -> float:
+    """The first number in the label that the problem set carries; in the laboratory the number of steps."""
+    number = re.search(r"\d+", problem.level)
+    return float(number[0]) if number else float(usual_steps(ctx, problem.question.text) or 0)
+
+
 # ---- what is drawn -----------------------------------------------------------------------
 
 
 def difficulty(ctx: Context, kit: Kit, questions: Sequence[str], *, oracle: int, judge: int) -> Iterator[Difficult]:
-    async def one(question: str) -> tuple[list[Candidate], list[Candidate]]:
+    async def one(question: str) -> tuple[list[Candidate], list[Candidate], int, int]:
         item, tools = kit.problems[question].question, search_tools(kit)
         drawn = await search(BestOfN(oracle, "majority"), item, tools, tag=f"r{ctx.round}/oracle")
-        return list(drawn.candidates), list(await judged(item, drawn.candidates[:judge], tools.prm))
+        prompt = kit.prompts.solve(item)
+        [word] = await kit.engine("head").generate(prompt, Sampling(1, 0.0), purpose="head")
+        said = words.index(word.tokens[0]) + 1 if word.tokens and word.tokens[0] in words else (len(words) + 1) // 2
+        return list(drawn.candidates), list(await judged(item, drawn.candidates[:judge], tools.prm)), said, len(prompt) + 1
 
-    for question, (drawn, seen) in kit.each(questions, one):
+    words = prompt_head.words(kit.prompts.tokenizer)
+    for question, (drawn, seen, said, said_tokens) in kit.each(questions, one):
         right = sum(g.correct for g in kit.grade([c.solution for c in drawn]))
         tokens = sum(c.cost for c in drawn)
-        yield Difficult(question, right, len(drawn), sum(c.score for c in seen) / len(seen), len(seen), tokens, sum(c.cost + c.score_cost for c in seen))
+        judged_tokens = sum(c.cost + c.score_cost for c in seen)
+        yield Difficult(
+            question, right, len(drawn), sum(c.score for c in seen) / len(seen), len(seen), tokens, judged_tokens, level(ctx, kit.problems[question]), said, said_tokens
+        )
 
 
 def pool(ctx: Context, kit: Kit, questions: Sequence[str], *, size: int) -> Iterator[Drawn]:
@@ -124,12 +146,14 @@ def pool(ctx: Context, kit: Kit, questions: Sequence[str], *, size: int) -> Iter
 
 
 def wanted(budgets: Sequence[int], reviser: bool) -> list[tuple[int, Strategy]]:
-    """Beams of width 4 and sqrt, lookahead 1 and 3 at equal budget, and every sequential : parallel ratio in powers of four."""
+    """Beams of width 4 and sqrt, lookahead 1 and 3 at equal budget, adaptive sampling, every sequential : parallel ratio in powers of four."""
     out: list[tuple[int, Strategy]] = []
     for budget in sorted(budgets, reverse=True):
         root = int(budget**0.5)
         out += [(budget, Beam(budget, width)) for width in {min(4, budget), root}]
         out += [(budget, Beam(budget // (k + 1), min(4, budget // (k + 1)), lookahead=k)) for k in (1, 3) if budget >= 4 * (k + 1)]
+        makers = ("policy", "reviser") if reviser else ("policy",)
+        out += [(budget, Adaptive(budget, sure, maker)) for maker in makers for sure in SURE] if budget > 4 else []
         ratios = [4**i for i in range(10) if budget % 4**i == 0 and 4**i <= min(budget, LONGEST)] if reviser else []
         out += [(budget, Revise(a, budget // a, select)) for a in ratios for select in ("weighted", "majority", "last")]
     return list(dict.fromkeys(out))
@@ -139,10 +163,16 @@ def trials(ctx: Context, kit: Kit, questions: Sequence[str], *, budgets: Sequenc
     tools = search_tools(kit)
     asked = wanted(budgets, tools.reviser is not None)
 
+    kinds = [[item for item in asked if type(item[1]) is kind] for kind in dict.fromkeys(type(strategy) for _, strategy in asked)]
+
     async def one(question: str) -> list[tuple[int, Strategy, Outcome]]:
+        # the kinds at once: a step of the engine costs little more for more sequences
+        return [item for group in await together(each(question, kind) for kind in kinds) for item in group]
+
+    async def each(question: str, kind: list[tuple[int, Strategy]]) -> list[tuple[int, Strategy, Outcome]]:
         runs: dict[Strategy, Outcome] = {}
         out = []
-        for budget, strategy in asked:
+        for budget, strategy in kind:
             outcome = next((o for o in (smaller(done, run, strategy) for done, run in runs.items()) if o), None)
             if outcome is None:
                 outcome = runs[strategy] = await search(strategy, kit.problems[question].question, tools, tag=f"r{ctx.round}/study/{name(strategy)}")
@@ -179,14 +209,22 @@ def parts(args: argparse.Namespace) -> dict[str, tuple[type, Stage]]:
         f"pool_{args.pool}": (Drawn, partial(pool, size=args.pool)),
         "trials_" + "_".join(map(str, sorted(args.budgets))): (Tried, partial(trials, budgets=args.budgets)),
     }
-    tools = lambda ctx: kit(ctx, searchers(ctx), Split.TEST)  # noqa: E731
+    tools = lambda ctx: kit(ctx, {**searchers(ctx), "head": head(ctx)}, Split.TEST)  # noqa: E731
     items = lambda ctx: ids(ctx, Split.TEST)[: args.questions]  # noqa: E731
     return {title: (kind, Stage(title, (), READS, items=items, tools=tools, work=work, test_split=True)) for title, (kind, work) in drawn.items()}
 
 
+def head(ctx: Context) -> ModelRef:
+    return ModelRef("prompt_head", ctx.recipe.model.base, str(prompt_head.folder(ctx.run, ctx.round) / "adapter"))
+
+
 def context(run: Path, round: int, stage: Stage, chunk: int) -> Context:
+    """The run's own recipe, but for the size of chunks, and all of the test split: more questions than the loop measures on."""
     recipe = load(run / "recipe.yaml")
-    recipe = recipe.model_copy(update={"engine": recipe.engine.model_copy(update={"chunk": chunk})})
+    limits = {split: n for split, n in recipe.problems.limits.items() if split != Split.TEST}
+    recipe = recipe.model_copy(
+        update={"engine": recipe.engine.model_copy(update={"chunk": chunk}), "problems": recipe.problems.model_copy(update={"limits": limits})}
+    )
     ctx = Context(recipe, run, round, stage)
     ctx.dir = run / "studies" / f"round_{round}" / stage.name  # a study is no stage: it stays out of the rounds
     return ctx
@@ -202,7 +240,7 @@ def read(run: Path, round: int, title: str, kind: type) -> list:
 
 def arguments(argv: Sequence[str] | None, program: str, about: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog=program, description=about)
-    parser.add_argument("run", type=Path)
+    parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--round", type=int, default=1)
     parser.add_argument("--questions", type=int, help="the first so many test questions (all)")
     parser.add_argument("--oracle", type=int, default=512, help="samples that bin a question")
@@ -221,11 +259,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     args = arguments(argv, "python -m eval.study", __doc__.split("\n\n")[0])
     try:
-        if not (args.run / "recipe.yaml").is_file():
-            raise UserError(f"{args.run}: not a run (it has no recipe.yaml)")
+        for run in args.runs:
+            if not (run / "recipe.yaml").is_file():
+                raise UserError(f"{run}: not a run (it has no recipe.yaml)")
         if args.worker is None:
             cores = sorted(os.sched_getaffinity(0))
-            recipe = load(args.run / "recipe.yaml")
+            recipe = load(args.runs[0] / "recipe.yaml")
+            for run in args.runs:
+                if not (prompt_head.folder(run, args.round) / "adapter" / "adapter_model.safetensors").is_file():
+                    subprocess.run([sys.executable, "-m", "eval.prompt_head", str(run), "--round", str(args.round)], check=True, stdout=sys.stderr)
             count = min(len(cores), recipe.engine.workers or workers(recipe.model.base, len(cores)))
             others = [subprocess.Popen([sys.executable, "-m", "eval.study", *argv, "--worker", f"{i}/{count}"]) for i in range(1, count)]
             mine = 0
@@ -235,8 +277,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if count > 1:
             os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[mine::count])
         with redirect_stdout(sys.stderr):
-            for _, stage in parts(args).values():
-                ctx = context(args.run, args.round, stage, args.chunk)
+            for run, (_, stage) in itertools.product(args.runs, parts(args).values()):
+                ctx = context(run, args.round, stage, args.chunk)
                 if (ctx.dir / "finished").is_file():
                     continue
                 ctx.dir.mkdir(parents=True, exist_ok=True)

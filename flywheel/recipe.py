@@ -144,7 +144,14 @@ class ReviseSpec(Spec):
     context: Positive = 4
 
 
-StrategySpec = Annotated[BestOfNSpec | BeamSpec | ReviseSpec, Field(discriminator="kind")]
+class AdaptiveSpec(Spec):
+    kind: Literal["adaptive"]
+    sure: Annotated[float, Field(gt=0.5, lt=1)] = 0.95  # of the leading answer, to stop
+    maker: Literal["policy", "reviser"] = "policy"
+    step: Positive = 4
+
+
+StrategySpec = Annotated[BestOfNSpec | BeamSpec | ReviseSpec | AdaptiveSpec, Field(discriminator="kind")]
 
 
 class CalibrateSpec(Spec):

@@ -198,7 +198,20 @@ class Revise:
     context: int = 4
 
 
-Strategy = BestOfN | Beam | Revise
+@dataclass(frozen=True, slots=True)
+class Adaptive:
+    """Up to `n` independent samples, `step` at a time, until the weighted vote is decided: `sure` is a probability.
+
+    `maker` is `policy`, or `reviser` for its first attempts, which see no context.
+    """
+
+    n: int
+    sure: float = 0.95
+    maker: str = "policy"
+    step: int = 4
+
+
+Strategy = BestOfN | Beam | Revise | Adaptive
 
 
 @dataclass(frozen=True, slots=True)

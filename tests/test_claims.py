@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from eval.claims import Study, judge, measure
+from eval import pictures
+from eval.claims import Study, Table, amortise, combine, judge, markdown, measure, multiplier
 from eval.study import Difficult, Drawn, Tried, shape, wanted
 from flywheel.errors import UserError
-from flywheel.records import Beam, Finish, Revise, Solution, Step
+from flywheel.records import Adaptive, Beam, Finish, Revise, Solution, Step
 from flywheel.search.plan import name
 
 EASY, HARD = [f"q{i:02d}" for i in range(40)], [f"q{i:02d}" for i in range(40, 100)]  # two bins, and three
@@ -20,7 +21,7 @@ def drawn(question: str, answers: str, scores: list[float], gold: str = "a") -> 
 
 def study(tried: list[Tried] | None = None) -> Study:
     """Best-of-4 answers the easy questions and the beam the hard ones; pools of eight."""
-    difficult = [Difficult(q, 100 - i, 100, 1 - i / 100, 4, 100, 60) for i, q in enumerate(EASY + HARD)]
+    difficult = [Difficult(q, 100 - i, 100, 1 - i / 100, 4, 100, 60, i // 10, 1 + i // 20, 9) for i, q in enumerate(EASY + HARD)]
     pool = [d for q in EASY for d in drawn(q, "aab-aaab", [0.9, 0.8, 0.95, 0, 0.9, 0.8, 0.1, 0.95])]
     pool += [d for q in HARD for d in drawn(q, "bbbbbbba", [0.5] * 8)]
     beams = [Tried(q, "beam:4:4", 4, q in HARD, q in HARD, 70, 0.5, "short") for q in EASY + HARD]
@@ -61,12 +62,59 @@ def test_accuracy_at_a_number_of_tokens_lies_between_the_measured_sizes():
 
 def test_a_claim_is_judged_by_its_whole_interval():
     assert [judge(0.01, 0.2), judge(-0.2, -0.01), judge(-0.1, 0.1), judge(0.0, 0.1)] == ["holds", "fails", "undecided", "undecided"]
-    claims, behind = measure(study(), "command")
-    found = {c.id: c for c in claims}
+    table, behind = measure(study())
+    found = {c.id: c for c in combine([table], "command")}
     assert found["1.gross@4"].verdict == "holds" and found["1.gross@4"].ours == pytest.approx(0.6)
     assert found["4.low:beam:4:4"].ours == pytest.approx(0.2)  # ahead on 60 questions, behind on 40
     assert found["14.hardest"].verdict == "fails" and "beam:4:4" in found["14.hardest"].claim
     assert [row["odd_winners"] for row in behind["strategies"]] == [1.0]
+    agree = {row["grade"]: row for row in behind["difficulty"]}
+    assert agree["predicted"]["spearman"] == pytest.approx(1.0) and agree["prompt"]["same_bin"] == 1.0 and agree["prompt"]["tokens"] == 9
+    assert agree["label"]["confusion"] == [[20 if a == b else 0 for b in range(5)] for a in range(5)] and agree["label"]["tokens"] == 0
+
+
+def test_seeds_are_averaged_question_by_question():
+    one, two = Table(), Table()
+    one.add("x", "claim", "paper", [1.0, float("nan"), 0.0, float("nan")])
+    two.add("x", "claim", "paper", [0.0, 1.0, float("nan"), float("nan")])
+    [claim] = combine([one, two], "command")
+    assert claim.ours == pytest.approx((0.5 + 1.0 + 0.0) / 3) and claim.runs == [0.5, 0.5] and claim.low <= claim.ours <= claim.high
+
+
+def test_what_is_paid_once_is_shared_by_the_questions_served():
+    rows = [
+        {"of": "search", "net_tokens": 50.0, "best_of_n_needs": 150.0}, {"of": "revisions", "net_tokens": 50.0, "best_of_n_needs": 40.0},
+        {"of": "revisions", "net_tokens": 50.0, "best_of_n_needs": float("inf")},
+    ]  # fmt: skip
+    amortise({"compute_optimal": rows}, {"prm": 7.0, "reviser": 9000.0, "calibrate": 1000.0})
+    assert rows[0]["net_by_served"] == {"100": 60.0, "10000": 50.1, "1000000": 50.001} and rows[0]["break_even"] == 10.0
+    assert rows[1]["net_by_served"]["100"] == 150.0 and rows[1]["break_even"] == float("inf") and rows[2]["break_even"] == 0.0
+
+
+def test_the_paper_s_multiplier_of_inference():
+    assert [round(multiplier(14, r)) for r in (0.16, 0.79, 22)] == [258, 63, 16]
+
+
+def test_the_accuracy_of_a_plan_costs_best_of_n_so_many_tokens():
+    s = study()
+    assert s.tokens_for(0.0) == 15.0 and s.tokens_for(0.99) == float("inf")
+    assert [s.best_of_n(n, "weighted").mean() for n in (1, 2, 4)] == pytest.approx([0.325, 0.2, 0.4])  # at 15, 30 and 60 tokens
+    assert s.tokens_for(0.35) == pytest.approx(30 * 2**0.75)
+
+
+def test_the_cheapest_strategy_is_chosen_on_the_other_half():
+    s = study()
+    ahead, tokens, chosen = s.cheapest(s.best_of_n(4, "weighted"))
+    assert chosen == ["best_of_n:4:majority"] * 2 and set(tokens) == {40.0} and ahead.mean() == pytest.approx(0.0)
+
+
+def test_a_study_is_written_out_and_drawn(tmp_path):
+    table, behind = measure(study())
+    behind["fixed"], behind["routing"] = {"prm": 1.0, "reviser": 0.0, "calibrate": 10.0}, []
+    amortise(behind, behind["fixed"])
+    text = markdown(combine([table], "command"), [behind], "about")
+    assert "| 1.gross@4: Compute-optimal search of 4 is ahead of best-of-4 weighted" in text and "| search | 4 | oracle | 1.000 | 58 | 158 | never |" in text
+    assert {p.name for p in pictures.draw(behind, tmp_path)} == {"figure_3_search.png", "figure_4_8_compute_optimal.png", "net_cost.png"}
 
 
 def test_parts_of_different_questions_are_refused():
@@ -76,7 +124,7 @@ def test_parts_of_different_questions_are_refused():
 
 def test_every_budget_is_spent_in_full_by_every_strategy():
     asked = wanted([4, 64], True)
-    cost = lambda s: s.n * (s.lookahead + 1) if isinstance(s, Beam) else s.length * s.chains  # noqa: E731
+    cost = lambda s: s.n * (s.lookahead + 1) if isinstance(s, Beam) else s.n if isinstance(s, Adaptive) else s.length * s.chains  # noqa: E731
     assert all(cost(strategy) == budget for budget, strategy in asked)
     names = [name(s) for _, s in asked]
     assert {"beam:64:4", "beam:64:8", "beam:32:4:lookahead1", "beam:16:4:lookahead3", "revise:16x4:weighted", "revise:1x64:last"} <= set(names)

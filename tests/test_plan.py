@@ -7,7 +7,7 @@ import pytest
 
 from flywheel.errors import UserError
 from flywheel.recipe import CalibrateSpec
-from flywheel.records import Beam, BestOfN, Revise
+from flywheel.records import Adaptive, Beam, BestOfN, Revise
 from flywheel.search.plan import Plan, Trial, harvest_plan, held_out, left_out, name, serve_plan, strategies, table
 
 MODELS = {"policy": "policy_0", "prm": "prm_1", "reviser": "reviser_1"}
@@ -26,15 +26,16 @@ def test_a_recipe_is_expanded_into_strategies():
     spec = CalibrateSpec(
         strategies=[
             {"kind": "best_of_n"}, {"kind": "best_of_n", "select": "majority"}, {"kind": "beam", "width": 4},
-            {"kind": "beam", "width": "sqrt", "max_rounds": 9}, {"kind": "revise", "context": 2},
+            {"kind": "beam", "width": "sqrt", "max_rounds": 9}, {"kind": "revise", "context": 2}, {"kind": "adaptive", "sure": 0.8},
         ],
         budgets=[16, 2],
     )  # fmt: skip
     assert strategies(spec) == [
-        (2, BestOfN(2)), (2, BestOfN(2, "majority")), (2, Beam(2, 1, 9)), (2, Revise(2, 1, "weighted", 2)),
-        (16, BestOfN(16)), (16, BestOfN(16, "majority")), (16, Beam(16, 4)), (16, Beam(16, 4, 9)), (16, Revise(16, 1, "weighted", 2)),
+        (2, BestOfN(2)), (2, BestOfN(2, "majority")), (2, Beam(2, 1, 9)), (2, Revise(2, 1, "weighted", 2)), (2, Adaptive(2, 0.8)),
+        (16, BestOfN(16)), (16, BestOfN(16, "majority")), (16, Beam(16, 4)), (16, Beam(16, 4, 9)), (16, Revise(16, 1, "weighted", 2)), (16, Adaptive(16, 0.8)),
     ]  # fmt: skip
     assert left_out(spec) == ["beam of width 4 left out at budget 2: it has only 2 beams"]
+    assert name(Adaptive(16, 0.9, "reviser", 2)) == "adaptive:16:0.9:reviser:step2"
     assert [name(s) for s in (BIG, BEAM, Revise(8, 2, "majority"))] == ["best_of_n:16:weighted", "beam:16:4", "revise:8x2:majority"]
     assert len({name(s) for _, s in strategies(spec)}) == len(strategies(spec))  # names tell them all apart
 

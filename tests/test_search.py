@@ -19,7 +19,7 @@ from flywheel.ledger import Ledger, metered
 from flywheel.prm import Prm
 from flywheel.prompts import Prompts
 from flywheel.recipe import PromptSpec, SampleSpec
-from flywheel.records import Beam, BestOfN, Finish, Question, Revise, Role
+from flywheel.records import Adaptive, Beam, BestOfN, Finish, Question, Revise, Role
 from flywheel.search import Tools, search, smaller
 from flywheel.steps import Reader
 
@@ -284,7 +284,7 @@ def test_the_best_one_and_the_last_ones():
     assert Bench(reviser=lines).search(Revise(2, chains=3, select="majority")).answer == "5"
 
 
-STRATEGIES = [BestOfN(5, "best"), Beam(4, 2, lookahead=1), Revise(2, 2, "last"), BestOfN(5), BestOfN(3, "majority"), Beam(4, 2), Revise(4), Revise(2, 2, "majority")]
+STRATEGIES = [BestOfN(5, "best"), Beam(4, 2, lookahead=1), Revise(2, 2, "last"), BestOfN(5), BestOfN(3, "majority"), Beam(4, 2), Revise(4), Revise(2, 2, "majority"), Adaptive(4, 0.9, step=2), Adaptive(5, 0.7, "reviser", 2)]
 
 
 def test_every_token_of_every_question_in_flight_is_charged_to_that_question():
@@ -368,6 +368,34 @@ def test_a_smaller_strategy_is_read_off_a_larger_one():
         (Revise(4), Revise(4, 2)), (Revise(4), Revise(2, context=2)),
     ]:  # fmt: skip
         assert smaller(done, whole, wanted) is None
+
+
+def test_adaptive_sampling_stops_when_the_vote_is_decided():
+    sure = Bench({"": ["Answer 16"]}, {"Answer 16": 1.0}).search(Adaptive(16, 0.95))
+    # equal solutions are judged once and all of them vote: Beta(1 + 4, 1) above 1/2 with 1 - 1/32 = 0.969
+    assert sure.answer == "16" and len(sure.candidates) == 4 and sure.extra == {"drawn": 4}
+    assert [bool(c.score_cost) for c in sure.candidates] == [True, False, False, False]
+    torn = Bench({"": ["Answer 16", "Answer 18"]}, {"Answer 16": 0.5, "Answer 18": 0.4}).search(Adaptive(10, 0.95, step=4))
+    assert len(torn.candidates) == 10 and torn.answer == "16" and torn.generations == 10
+    doubtful = Bench({"": ["Answer 16"]}, {"Answer 16": 0.1}).search(Adaptive(64, 0.9, step=2))
+    # votes of 0.1: 1 - 0.5 ** (1 + 0.1 n) reaches 0.9 at n = 23.2, so after 24
+    assert len(doubtful.candidates) == 24
+    assert len(Bench({"": ["5 +3 =8\n"]}, VALUES).search(Adaptive(8)).candidates) == 8  # no answer decides nothing
+
+
+def test_what_is_sooner_sure_is_read_off_what_is_later():
+    lines = {"": SAMPLES[:4]}
+    whole = Bench(lines, VALUES).search(Adaptive(16, 0.99, step=2))
+    for wanted in (Adaptive(16, 0.6, step=2), Adaptive(4, 0.99, step=2), Adaptive(3, 0.99, step=2)):
+        fresh, read = Bench(lines, VALUES).search(wanted), smaller(Adaptive(16, 0.99, step=2), whole, wanted)
+        assert (read.answer, read.tokens, len(read.candidates), read.strategy) == (fresh.answer, fresh.tokens, len(fresh.candidates), fresh.strategy)
+    assert len(read.candidates) == 3 and smaller(Adaptive(4), whole, Adaptive(8)) is None
+    assert smaller(Adaptive(16, 0.9, step=2), whole, Adaptive(16, 0.99, step=2)) is None
+
+
+def test_the_reviser_s_first_attempts_can_be_what_is_drawn():
+    bench = Bench({"": ["Answer 18"]}, VALUES, {"*": ["Answer 16"]})
+    assert bench.search(Adaptive(2, maker="reviser")).answer == "16" and not bench.devices[Role.POLICY].asked
 
 
 def test_a_strategy_whose_model_is_missing_is_refused():

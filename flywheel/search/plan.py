@@ -16,13 +16,13 @@ from math import isqrt
 from pathlib import Path
 
 from flywheel.errors import UserError
-from flywheel.recipe import BeamSpec, BestOfNSpec, CalibrateSpec, ReviseSpec
-from flywheel.records import Beam, BestOfN, Revise, Strategy
+from flywheel.recipe import AdaptiveSpec, BeamSpec, BestOfNSpec, CalibrateSpec, ReviseSpec, StrategySpec
+from flywheel.records import Adaptive, Beam, BestOfN, Revise, Strategy
 
 SCHEMA = 1
 ENOUGH = 5  # questions that a bin needs to choose for itself
 LONGEST = 64  # attempts in a revision chain (Snell et al., 6.2)
-KINDS: dict[str, type] = {"best_of_n": BestOfN, "beam": Beam, "revise": Revise}
+KINDS: dict[str, type] = {"best_of_n": BestOfN, "beam": Beam, "revise": Revise, "adaptive": Adaptive}
 
 
 def name(strategy: Strategy) -> str:
@@ -37,13 +37,16 @@ def name(strategy: Strategy) -> str:
             return f"beam:{n}:{width}" + (f":rounds{rounds}" if rounds != Beam(n).max_rounds else "") + (f":lookahead{k}" if k else "")
         case Revise(length=length, chains=chains, select=select, context=context):
             return f"revise:{length}x{chains}:{select}" + (f":context{context}" if context != Revise(length).context else "")
+        case Adaptive(n=n, sure=sure, maker=maker, step=step):
+            return f"adaptive:{n}:{sure:g}:{maker}" + (f":step{step}" if step != Adaptive(n).step else "")
 
 
 def strategies(spec: CalibrateSpec) -> list[tuple[int, Strategy]]:
     """Every distinct (budget, strategy) that a recipe asks for, by rising budget.
 
     A budget is in the paper's unit, final answers generated: N beams that look k steps ahead
-    spend N (k + 1) of it (5.2), and revisions spend it on chains x attempts. Beam's width is a
+    spend N (k + 1) of it (5.2), revisions spend it on chains x attempts, and adaptive sampling
+    at most all of it. Beam's width is a
     number or `sqrt` of the number of beams. What a budget does not allow is left out
     (`left_out` says so).
     """
@@ -56,11 +59,11 @@ def left_out(spec: CalibrateSpec) -> list[str]:
     return [f"{why[0]} left out at budget {budget}: {why[1]}" for budget, kind in _asked(spec) if (why := _unfit(kind, budget))]
 
 
-def _asked(spec: CalibrateSpec) -> list[tuple[int, BestOfNSpec | BeamSpec | ReviseSpec]]:
+def _asked(spec: CalibrateSpec) -> list[tuple[int, StrategySpec]]:
     return [(budget, kind) for budget in sorted(set(spec.budgets)) for kind in spec.strategies]
 
 
-def _unfit(spec: BestOfNSpec | BeamSpec | ReviseSpec, budget: int) -> tuple[str, str] | None:
+def _unfit(spec: StrategySpec, budget: int) -> tuple[str, str] | None:
     """What cannot spend `budget`, and why; None if it can."""
     match spec:
         case BeamSpec(lookahead=k) if budget % (k + 1):
@@ -74,7 +77,7 @@ def _unfit(spec: BestOfNSpec | BeamSpec | ReviseSpec, budget: int) -> tuple[str,
     return None
 
 
-def _expand(spec: BestOfNSpec | BeamSpec | ReviseSpec, budget: int) -> Strategy:
+def _expand(spec: StrategySpec, budget: int) -> Strategy:
     match spec:
         case BestOfNSpec(select=select):
             return BestOfN(budget, select)
@@ -83,6 +86,8 @@ def _expand(spec: BestOfNSpec | BeamSpec | ReviseSpec, budget: int) -> Strategy:
             return Beam(beams, isqrt(beams) if width == "sqrt" else width, rounds, k)
         case ReviseSpec(chains=chains, select=select, context=context):
             return Revise(budget // chains, chains, select, context)
+        case AdaptiveSpec(sure=sure, maker=maker, step=step):
+            return Adaptive(budget, sure, maker, step)
 
 
 @dataclass(frozen=True, slots=True)

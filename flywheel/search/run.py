@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from flywheel.ledger import metered
-from flywheel.records import Beam, BestOfN, Candidate, Outcome, Question, Revise, Strategy
+from flywheel.records import Adaptive, Beam, BestOfN, Candidate, Outcome, Question, Revise, Strategy
+from flywheel.search.adaptive import adaptive, stopped
 from flywheel.search.beam import beam
 from flywheel.search.best_of_n import best_of_n
 from flywheel.search.limit import OutOfTokens, limited
@@ -38,6 +39,8 @@ async def search(strategy: Strategy, question: Question, tools: Tools, *, tag: s
                     found = await beam(strategy, question, tools, tag=tag)
                 case Revise():
                     found = await revise(strategy, question, tools, tag=tag)
+                case Adaptive():
+                    found = await adaptive(strategy, question, tools, tag=tag)
         except OutOfTokens:
             found, cut = Found(tools.kept.found(), {"cut_off": 1}), True
     blind = cut and judges(strategy) and not any(c.values for c in found.candidates)
@@ -54,7 +57,7 @@ def select(strategy: Strategy, candidates: Sequence[Candidate]) -> str | None:
     match strategy:
         case BestOfN(select="majority") | Revise(select="majority"):
             return majority(answers)
-        case BestOfN(select="weighted") | Beam():
+        case BestOfN(select="weighted") | Beam() | Adaptive():
             return weighted(answers, scores)
         case BestOfN(select="best"):
             return argmax(answers, scores)
@@ -70,10 +73,14 @@ def select(strategy: Strategy, candidates: Sequence[Candidate]) -> str | None:
 def smaller(done: Strategy, outcome: Outcome, wanted: Strategy) -> Outcome | None:
     """What `wanted` would have found on the same draws, or None where `outcome` does not hold it.
 
-    N samples hold the first n < N, chains the first of them and their own beginnings, and a
-    judged set a vote without its judge; tokens are those of the part alone.
+    N samples hold the first n < N, and what a search of them that is sooner sure would have
+    drawn; chains the first of them and their own beginnings; and a judged set a vote without
+    its judge. Tokens are those of the part alone.
     """
     match done, wanted:
+        case Adaptive(), Adaptive() if wanted.n <= done.n and wanted.sure <= done.sure and (wanted.maker, wanted.step) == (done.maker, done.step):
+            part = stopped(wanted, outcome.candidates)
+            return Outcome(outcome.question_id, name(wanted), part, select(wanted, part), len(part), sum(c.cost + c.score_cost for c in part), {"drawn": len(part)})
         case BestOfN(), BestOfN() if wanted.n <= done.n:
             part = outcome.candidates[: wanted.n]
         case Revise(), Revise() if wanted.length <= done.length and wanted.chains <= done.chains and wanted.context == done.context:
