@@ -228,8 +228,9 @@ def plan_models(ctx: Context) -> dict[str, str]:
     return {str(role): ref.name for role, ref in searchers(ctx).items()}
 
 
-def search_tools(kit: Kit) -> Tools:
-    reviser = kit.engine(Role.REVISER) if Role.REVISER in searchers(kit.ctx) else None
+def search_tools(kit: Kit, reviser: bool = True) -> Tools:
+    """The kit's engines as a search wants them; `reviser`: whether the round's reviser, if it has one, is among them."""
+    reviser = kit.engine(Role.REVISER) if reviser and Role.REVISER in searchers(kit.ctx) else None
     return Tools(kit.engine(), kit.prm(), reviser, kit.prompts, kit.reader, kit.ctx.recipe.sample)
 
 
