@@ -112,10 +112,18 @@ class Study:
         judge = select != "majority"
         return np.array([n * np.mean([d.cost + judge * d.score_cost for d in self.pools[q]]) for q in self.questions])
 
+    def best_of_n_computed(self, n: int) -> float:
+        """Mean tokens of n judged samples without what the prefix cache served."""
+        return float(np.mean([n * np.mean([d.cost + d.score_cost - d.cached for d in self.pools[q]]) for q in self.questions]))
+
     # ---- the other strategies ----
 
     def row(self, budget: int, strategy: str, what: str = "correct") -> np.ndarray:
         return np.array([float(getattr(self.tried[budget, strategy][q], what)) for q in self.questions])
+
+    def computed(self, budget: int, strategy: str) -> float:
+        """Mean tokens without what the prefix cache served."""
+        return float((self.row(budget, strategy, "tokens") - self.row(budget, strategy, "cached")).mean())
 
     def names(self, budget: int, kind: str) -> list[str]:
         return [s for b, s in self.tried if b == budget and s.startswith(kind)]
@@ -173,9 +181,12 @@ class Study:
                     paid[i] -= sum(d.cost + judged * d.score_cost for d in first)
         return right, tokens, tokens + paid
 
-    def at_tokens(self, tokens: float, select: str = "weighted") -> np.ndarray:
-        """Best-of-N's accuracy of each question for a mean of so many tokens, between the measured N on a log scale."""
-        grid = np.log([self.best_of_n_tokens(n, select).mean() for n in self.sizes])
+    def at_tokens(self, tokens: float, select: str = "weighted", computed: bool = False) -> np.ndarray:
+        """Best-of-N's accuracy of each question for a mean of so many tokens (`computed`: of those that no cache served).
+
+        Between the measured N on a log scale.
+        """
+        grid = np.log([self.best_of_n_computed(n) if computed else self.best_of_n_tokens(n, select).mean() for n in self.sizes])
         at = np.clip(np.log(tokens), grid[0], grid[-1])
         high = int(np.clip(np.searchsorted(grid, at), 1, len(grid) - 1))
         part = (at - grid[high - 1]) / (grid[high] - grid[high - 1])
@@ -266,7 +277,7 @@ def measure(study: Study) -> tuple[Table, dict]:
             winners = [t.winner not in ("", "none") for t in s.tried[budget, strategy].values()]
             behind["strategies"].append(
                 {"budget": budget, "strategy": strategy, "accuracy": right.mean(), "by_bin": by_bin, "tokens": s.row(budget, strategy, "tokens").mean(),
-                 "odd_candidates": float(np.mean(odd)), "odd_winners": float(np.mean(winners))}
+                 "computed": s.computed(budget, strategy), "odd_candidates": float(np.mean(odd)), "odd_winners": float(np.mean(winners))}
             )  # fmt: skip
 
     # 1, 2: compute-optimal against best-of-N; 3: predicted bins
@@ -308,6 +319,10 @@ def measure(study: Study) -> tuple[Table, dict]:
             ahead = s.row(budget, beam) - s.best_of_n(budget, "weighted")
             if budget == s.budgets[0]:
                 table.add(f"4.low:{beam}", f"{beam} is ahead of best-of-{budget} weighted at low budget", "ahead", ahead)
+            spent = s.row(budget, beam, "tokens").mean()
+            table.add(f"4.tokens:{beam}", f"{beam} is ahead of best-of-N weighted at the same tokens", "not charged in the paper", s.row(budget, beam) - s.at_tokens(spent))
+            spent = s.computed(budget, beam)
+            table.add(f"4.computed:{beam}", "and at the same tokens that no prefix cache served", "not charged in the paper", s.row(budget, beam) - s.at_tokens(spent, computed=True))
             table.add(f"4.bins3-4:{beam}", f"{beam} is ahead of best-of-{budget} weighted in bins 3 and 4", "ahead", only(ahead, 3, 4))
     low = s.budgets[0]
     if len(s.budgets) > 1:
@@ -436,10 +451,10 @@ def markdown(claims: Sequence[Claim], behind: Sequence[dict], about: str) -> str
         lines.append(f"| {c.id}: {c.claim} | {c.paper} | {c.ours:+.3f} [{c.low:+.3f}, {c.high:+.3f}] {c.unit} | {runs} | **{c.verdict}** |")
     lines += ["", "The tables below are of the first run.", "", "## Difficulty", "", "| grade | Spearman with oracle | same bin | tokens a question | confusion (row: oracle bin) |", "|---|---|---|---|---|"]
     lines += [f"| {r['grade']} | {r['spearman']:.3f} | {r['same_bin']:.2f} | {r['tokens']:,.0f} | {' / '.join(' '.join(map(str, row)) for row in r['confusion'])} |" for r in first["difficulty"]]
-    lines += ["", "## Strategies at each budget", "", "| budget | strategy | accuracy | by bin, easy to hard | tokens | odd candidates | odd winners |", "|---|---|---|---|---|---|---|"]
+    lines += ["", "## Strategies at each budget", "", "| budget | strategy | accuracy | by bin, easy to hard | tokens | of them computed | odd candidates | odd winners |", "|---|---|---|---|---|---|---|---|"]
     for r in first["strategies"]:
         by_bin = " ".join(f"{x:.2f}" for x in r["by_bin"])
-        lines.append(f"| {r['budget']} | {r['strategy']} | {r['accuracy']:.3f} | {by_bin} | {r['tokens']:,.0f} | {r['odd_candidates']:.2f} | {r['odd_winners']:.2f} |")
+        lines.append(f"| {r['budget']} | {r['strategy']} | {r['accuracy']:.3f} | {by_bin} | {r['tokens']:,.0f} | {r['computed']:,.0f} | {r['odd_candidates']:.2f} | {r['odd_winners']:.2f} |")
     lines += ["", "## Best-of-N", "", "| N | " + " | ".join(first["best_of_n"]) + " | tokens (weighted) |", "|---" * (2 + len(first["best_of_n"])) + "|"]
     for n in next(iter(first["best_of_n"].values())):
         lines.append(f"| {n} | " + " | ".join(f"{curve[n]:.3f}" for curve in first["best_of_n"].values()) + f" | {first['best_of_n_tokens'][n]:,.0f} |")

@@ -69,6 +69,7 @@ class Drawn:
     correct: bool
     cost: int
     score_cost: int
+    cached: int
     shape: str
 
 
@@ -82,6 +83,7 @@ class Tried:
     correct: bool
     covered: bool
     tokens: int
+    cached: int  # of them, what the prefix cache served
     odd: float
     winner: str
     by_attempt: tuple[bool, ...] = ()
@@ -142,7 +144,7 @@ def pool(ctx: Context, kit: Kit, questions: Sequence[str], *, size: int) -> Iter
         usual = usual_steps(ctx, kit.problems[question].question.text)
         right = {g.solution_id: g.correct for g in kit.grade([c.solution for c in outcome.candidates])}
         for c in outcome.candidates:
-            yield Drawn(question, c.solution.answer, c.score, right[c.solution.id], c.cost, c.score_cost, shape(c.solution, usual))
+            yield Drawn(question, c.solution.answer, c.score, right[c.solution.id], c.cost, c.score_cost, c.cached, shape(c.solution, usual))
 
 
 def wanted(budgets: Sequence[int], reviser: bool) -> list[tuple[int, Strategy]]:
@@ -193,6 +195,7 @@ def trials(ctx: Context, kit: Kit, questions: Sequence[str], *, budgets: Sequenc
                 bool(answer_is_right(o.answer, solutions, right)),
                 any(right[s.id] for s in solutions),
                 o.tokens,
+                o.cached,
                 sum(bool(shape(s, usual)) for s in solutions) / len(solutions),
                 shape(max(winners, key=lambda c: c.score).solution, usual) if winners else "none",
                 tuple(right[s.id] for s in solutions) if isinstance(strategy, Revise) and strategy.chains == 1 else (),

@@ -43,7 +43,7 @@ def planned_tokens(recipe: Recipe, counts: dict[str, int], stage: str, round: in
     train, calibrate, validation, test = (counts.get(split, 0) for split in ("train", "calibrate", "validation", "test"))
     solution = recipe.sample.max_tokens / 2
     drawn = solution * 1.25  # and its prompt
-    judged = drawn * 2.25  # scored by a PRM besides
+    judged = drawn * 2.25  # scored by a PRM besides, which beam search does at every step
     steps = max(1.0, min(recipe.sample.max_steps, solution / 8))
     labelled = min(train, recipe.label.questions or train) * recipe.label.solutions
     budgets = sum(recipe.calibrate.budgets) * len(recipe.calibrate.strategies)
@@ -58,7 +58,7 @@ def planned_tokens(recipe: Recipe, counts: dict[str, int], stage: str, round: in
         "distill": train * recipe.harvest.keep / 2 * drawn * recipe.distill.epochs * round,
         "gate": calibrate * recipe.sample.calibrate * drawn,
         "evaluate": test * recipe.evaluate.samples * drawn * (2 if round == 0 else 1),
-        "search": test * (2 * recipe.evaluate.samples + 4 * recipe.evaluate.budget + 2 * recipe.evaluate.revise_attempts) * judged,
+        "search": test * (recipe.evaluate.samples + (4 + steps) * recipe.evaluate.budget + 2 * recipe.evaluate.revise_attempts) * drawn,
     }
     return int(one_round.get(stage, 0))
 

@@ -229,6 +229,7 @@ class Candidate:
     score: float = 0.0
     cost: int = 0
     score_cost: int = 0
+    cached: int = 0  # of both, what the prefix cache served
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,6 +248,7 @@ class Outcome:
     generations: int
     tokens: int
     extra: dict[str, float] = field(default_factory=dict)
+    cached: int = 0  # of `tokens`, what the prefix cache served
 
 
 @dataclass(frozen=True, slots=True)

@@ -170,8 +170,8 @@ def _bins(now: dict, before: dict | None):
             table.add_row(str(b["bin"]), str(b.get("n", "")), _value(b, "pass@1"))
         return table
     old_name = (before.get("policy") or {}).get("name", "the last policy")
-    title = f"round {now['round']}: {old_name} before, {name} after, on test questions"
-    table = _table(title, "fixed bin", "questions", "pass@1 before", "after, 95% interval", "gain", "gain since round 0")
+    title = f"round {now['round']}: pass@1 by fixed bin on n test questions, {old_name} before, {name} after"
+    table = _table(title, "bin", "n", "before", "after, 95% interval", "gain", "gain since round 0")  # in 100 columns
     old = {b["bin"]: b for b in before.get("fixed_bins", [])}
     for b in now.get("fixed_bins", []):
         was, new = old.get(b["bin"], {}).get("pass@1"), b.get("pass@1")

@@ -16,7 +16,7 @@ EASY, HARD = [f"q{i:02d}" for i in range(40)], [f"q{i:02d}" for i in range(40, 1
 
 
 def drawn(question: str, answers: str, scores: list[float], gold: str = "a") -> list[Drawn]:
-    return [Drawn(question, answer if answer != "-" else None, score, answer == gold, 10, 5, "") for answer, score in zip(answers, scores)]
+    return [Drawn(question, answer if answer != "-" else None, score, answer == gold, 10, 5, 3, "") for answer, score in zip(answers, scores)]
 
 
 def study(tried: list[Tried] | None = None) -> Study:
@@ -24,7 +24,7 @@ def study(tried: list[Tried] | None = None) -> Study:
     difficult = [Difficult(q, 100 - i, 100, 1 - i / 100, 4, 100, 60, i // 10, 1 + i // 20, 9) for i, q in enumerate(EASY + HARD)]
     pool = [d for q in EASY for d in drawn(q, "aab-aaab", [0.9, 0.8, 0.95, 0, 0.9, 0.8, 0.1, 0.95])]
     pool += [d for q in HARD for d in drawn(q, "bbbbbbba", [0.5] * 8)]
-    beams = [Tried(q, "beam:4:4", 4, q in HARD, q in HARD, 70, 0.5, "short") for q in EASY + HARD]
+    beams = [Tried(q, "beam:4:4", 4, q in HARD, q in HARD, 70, 20, 0.5, "short") for q in EASY + HARD]
     return Study(difficult, pool, tried or beams)
 
 
@@ -119,7 +119,7 @@ def test_a_study_is_written_out_and_drawn(tmp_path):
 
 def test_parts_of_different_questions_are_refused():
     with pytest.raises(UserError, match="different questions"):
-        study([Tried("q00", "beam:4:4", 4, True, True, 70, 0.0, "")])
+        study([Tried("q00", "beam:4:4", 4, True, True, 70, 20, 0.0, "")])
 
 
 def test_every_budget_is_spent_in_full_by_every_strategy():

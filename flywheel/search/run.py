@@ -48,7 +48,7 @@ async def search(strategy: Strategy, question: Question, tools: Tools, *, tag: s
     if cut and answer is None:
         answer = majority([c.solution.answer for c in found.candidates])
     generations = len(found.candidates) * (1 + getattr(strategy, "lookahead", 0))
-    return Outcome(question.id, name(strategy), found.candidates, answer, generations, spent.tokens, found.extra)
+    return Outcome(question.id, name(strategy), found.candidates, answer, generations, spent.tokens, found.extra, spent.cached)
 
 
 def select(strategy: Strategy, candidates: Sequence[Candidate]) -> str | None:
@@ -80,7 +80,6 @@ def smaller(done: Strategy, outcome: Outcome, wanted: Strategy) -> Outcome | Non
     match done, wanted:
         case Adaptive(), Adaptive() if wanted.n <= done.n and wanted.sure <= done.sure and (wanted.maker, wanted.step) == (done.maker, done.step):
             part = stopped(wanted, outcome.candidates)
-            return Outcome(outcome.question_id, name(wanted), part, select(wanted, part), len(part), sum(c.cost + c.score_cost for c in part), {"drawn": len(part)})
         case BestOfN(), BestOfN() if wanted.n <= done.n:
             part = outcome.candidates[: wanted.n]
         case Revise(), Revise() if wanted.length <= done.length and wanted.chains <= done.chains and wanted.context == done.context:
@@ -91,6 +90,6 @@ def smaller(done: Strategy, outcome: Outcome, wanted: Strategy) -> Outcome | Non
         part = tuple(replace(c, values=(), score=0.0, score_cost=0) for c in part)
     elif not judges(done):
         return None
-    tokens = sum(c.cost + c.score_cost for c in part)
-    duplicates = len(part) - len({c.solution.tokens for c in part})
-    return Outcome(outcome.question_id, name(wanted), part, select(wanted, part), len(part), tokens, {"duplicates": duplicates})
+    tokens, cached = sum(c.cost + c.score_cost for c in part), sum(c.cached for c in part)
+    extra = {"drawn": len(part)} if isinstance(wanted, Adaptive) else {"duplicates": len(part) - len({c.solution.tokens for c in part})}
+    return Outcome(outcome.question_id, name(wanted), part, select(wanted, part), len(part), tokens, extra, cached)

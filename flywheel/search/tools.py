@@ -87,7 +87,7 @@ async def attempt(
     with metered() as spent:
         [done] = await engine.generate(prompt, tools.sampling(), purpose=purpose)
     solution = tools.reader.solution(done.tokens, done.finish, id=id, question_id=question.id, origin=f"{origin}:{engine.name}", parent=parent, attempt=attempt)
-    made = Candidate(solution, cost=spent.tokens)
+    made = Candidate(solution, cost=spent.tokens, cached=spent.cached)
     if tools.kept:
         tools.kept.candidates[id] = made
     return made
@@ -104,21 +104,22 @@ async def judged(question: Question, candidates: Sequence[Candidate], prm: Prm, 
         if candidate.solution.answer is not None:
             first.setdefault(candidate.solution.tokens, candidate.solution)
 
-    async def judge(solution: Solution) -> tuple[tuple[float, ...], int]:
+    async def judge(solution: Solution) -> tuple[tuple[float, ...], int, int]:
         with metered() as spent:
             last_only = prm.aggregate == "last"
             values = (await prm.value(question, solution.steps),) if last_only else await prm.values(question, solution.steps)
         if kept:
             kept.judged[solution.tokens] = (values, aggregate(values, prm.aggregate))
-        return values, spent.tokens
+        return values, spent.tokens, spent.cached
 
     found = dict(zip(first, await together(map(judge, first.values()))))
     out = []
     for candidate in candidates:
         solution = candidate.solution
         if solution.answer is not None:
-            values, cost = found[solution.tokens]
-            cost = cost if first[solution.tokens] is solution else 0
-            candidate = Candidate(solution, values, aggregate(values, prm.aggregate), candidate.cost, cost)
+            values, cost, cached = found[solution.tokens]
+            if first[solution.tokens] is not solution:
+                cost = cached = 0
+            candidate = Candidate(solution, values, aggregate(values, prm.aggregate), candidate.cost, cost, candidate.cached + cached)
         out.append(candidate)
     return tuple(out)
