@@ -31,7 +31,7 @@ from flywheel.errors import UserError, explain
 from flywheel.loop import workers
 from flywheel.prm import together
 from flywheel.recipe import load
-from flywheel.records import Adaptive, Beam, BestOfN, Candidate, Outcome, Problem, Revise, Solution, Split, Strategy
+from flywheel.records import Adaptive, Beam, BestOfN, Candidate, Outcome, Problem, Refine, Revise, Solution, Split, Strategy
 from flywheel.run import Context, Stage, fill, read_table
 from flywheel.search.plan import LONGEST, name
 from flywheel.search.run import search, smaller
@@ -156,6 +156,7 @@ def wanted(budgets: Sequence[int], reviser: bool) -> list[tuple[int, Strategy]]:
         out += [(budget, Beam(budget // (k + 1), min(4, budget // (k + 1)), lookahead=k)) for k in (1, 3) if budget >= 4 * (k + 1)]
         makers = ("policy", "reviser") if reviser else ("policy",)
         out += [(budget, Adaptive(budget, sure, maker)) for maker in makers for sure in SURE] if budget > 4 else []
+        out += [(budget, Refine(budget, width)) for width in (1, 4) if reviser and budget > 4]
         ratios = [4**i for i in range(10) if budget % 4**i == 0 and 4**i <= min(budget, LONGEST)] if reviser else []
         out += [(budget, Revise(a, budget // a, select)) for a in ratios for select in ("weighted", "majority", "last")]
     return list(dict.fromkeys(out))

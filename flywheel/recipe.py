@@ -151,7 +151,13 @@ class AdaptiveSpec(Spec):
     step: Positive = 4
 
 
-StrategySpec = Annotated[BestOfNSpec | BeamSpec | ReviseSpec | AdaptiveSpec, Field(discriminator="kind")]
+class RefineSpec(Spec):
+    kind: Literal["refine"]
+    width: Positive = 4  # attempts at a time
+    context: Positive = 4  # of the best so far
+
+
+StrategySpec = Annotated[BestOfNSpec | BeamSpec | ReviseSpec | AdaptiveSpec | RefineSpec, Field(discriminator="kind")]
 
 
 class CalibrateSpec(Spec):

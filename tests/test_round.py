@@ -128,6 +128,11 @@ def test_the_studies_read_a_finished_run(finished):
     assert [row["round"] for row in loop["rounds"]] == [0, 1] and loop["questions"] == 8
     low, high = loop["rounds"][1]["pass@1"]["ci"]
     assert low <= loop["rounds"][1]["pass@1"]["mean"] <= high
+    same = studied("eval.compare", run, run, "--without", "label", "train_prm")
+    course, against = same["runs"][str(run)], same["first_less_others"][str(run)]
+    assert [row["round"] for row in course] == [0, 1] and course[0]["flops"] == 0 < course[1]["flops"]
+    assert course[1]["pass@1"][0] == pytest.approx(loop["rounds"][1]["pass@1"]["mean"]) and against["pass@1"] == [0, 0, 0]
+    assert against["flops_of_first_over_other"] > 1  # the PRM's and its labels' are left out of the other's
     verifiers = studied("eval.verifiers", run)
     assert {"majority@8", "base:product", "monte_carlo:product", "true_steps:product"} <= verifiers["accuracy"].keys()
     search = manifest(run, 1, "search")["figures"]["search"]  # the same samples and the same PRM, by another path
@@ -149,8 +154,8 @@ def test_the_claims_are_measured_on_a_finished_run(finished, tmp_path):
     assert all(c["low"] <= c["ours"] <= c["high"] and c["verdict"] in ("holds", "fails", "undecided") for c in claims.values())
 
 
-def studied(module: str, run: Path) -> dict:
-    done = subprocess.run([sys.executable, "-m", module, str(run)], cwd=ROOT, capture_output=True, text=True)
+def studied(module: str, *arguments: str | Path) -> dict:
+    done = subprocess.run([sys.executable, "-m", module, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

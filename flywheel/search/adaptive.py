@@ -8,12 +8,11 @@ spent on seeing the difficulty is spent on the answer too.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from flywheel.grading import answer_key
 from flywheel.prm import together
 from flywheel.records import Adaptive, Candidate, Question
-from flywheel.search.tools import Found, Tools, attempt, judged
+from flywheel.search.tools import Found, Tools, attempt, judged_anew
 
 
 async def adaptive(strategy: Adaptive, question: Question, tools: Tools, *, tag: str) -> Found:
@@ -27,11 +26,7 @@ async def adaptive(strategy: Adaptive, question: Question, tools: Tools, *, tag:
         drawn = await together(
             attempt(maker, prompt, tools, question, purpose="adaptive", id=f"{question.id}/{tag}/{i}", origin=f"adaptive:{strategy.n}") for i in places
         )
-        seen = {c.solution.tokens: c for c in candidates}
-        fresh = iter(await judged(question, [c for c in drawn if c.solution.tokens not in seen], tools.prm, tools.kept))
-        for c in drawn:  # an equal solution is not judged twice
-            before = seen.get(c.solution.tokens)
-            candidates.append(replace(c, values=before.values, score=before.score) if before else next(fresh))
+        candidates += await judged_anew(question, drawn, candidates, tools)
     return Found(tuple(candidates), {"drawn": len(candidates)})
 
 

@@ -16,13 +16,13 @@ from math import isqrt
 from pathlib import Path
 
 from flywheel.errors import UserError
-from flywheel.recipe import AdaptiveSpec, BeamSpec, BestOfNSpec, CalibrateSpec, ReviseSpec, StrategySpec
-from flywheel.records import Adaptive, Beam, BestOfN, Revise, Strategy
+from flywheel.recipe import AdaptiveSpec, BeamSpec, BestOfNSpec, CalibrateSpec, RefineSpec, ReviseSpec, StrategySpec
+from flywheel.records import Adaptive, Beam, BestOfN, Refine, Revise, Strategy
 
 SCHEMA = 1
 ENOUGH = 5  # questions that a bin needs to choose for itself
 LONGEST = 64  # attempts in a revision chain (Snell et al., 6.2)
-KINDS: dict[str, type] = {"best_of_n": BestOfN, "beam": Beam, "revise": Revise, "adaptive": Adaptive}
+KINDS: dict[str, type] = {"best_of_n": BestOfN, "beam": Beam, "revise": Revise, "adaptive": Adaptive, "refine": Refine}
 
 
 def name(strategy: Strategy) -> str:
@@ -37,6 +37,8 @@ def name(strategy: Strategy) -> str:
             return f"beam:{n}:{width}" + (f":rounds{rounds}" if rounds != Beam(n).max_rounds else "") + (f":lookahead{k}" if k else "")
         case Revise(length=length, chains=chains, select=select, context=context):
             return f"revise:{length}x{chains}:{select}" + (f":context{context}" if context != Revise(length).context else "")
+        case Refine(n=n, width=width, context=context):
+            return f"refine:{n}:{width}" + (f":context{context}" if context != Refine(n).context else "")
         case Adaptive(n=n, sure=sure, maker=maker, step=step):
             return f"adaptive:{n}:{sure:g}:{maker}" + (f":step{step}" if step != Adaptive(n).step else "")
 
@@ -86,6 +88,8 @@ def _expand(spec: StrategySpec, budget: int) -> Strategy:
             return Beam(beams, isqrt(beams) if width == "sqrt" else width, rounds, k)
         case ReviseSpec(chains=chains, select=select, context=context):
             return Revise(budget // chains, chains, select, context)
+        case RefineSpec(width=width, context=context):
+            return Refine(budget, min(width, budget), context)
         case AdaptiveSpec(sure=sure, maker=maker, step=step):
             return Adaptive(budget, sure, maker, step)
 

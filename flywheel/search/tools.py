@@ -10,7 +10,7 @@ from flywheel.ledger import metered
 from flywheel.prm import Prm, aggregate, together
 from flywheel.prompts import Prompts
 from flywheel.recipe import SampleSpec
-from flywheel.records import Adaptive, Beam, BestOfN, Candidate, Question, Revise, Solution, Strategy
+from flywheel.records import Adaptive, Beam, BestOfN, Candidate, Question, Refine, Revise, Solution, Strategy
 from flywheel.steps import Reader
 
 
@@ -49,7 +49,7 @@ class Tools:
         match strategy:
             case BestOfN() | Beam() | Adaptive(maker="policy"):
                 maker = self.policy
-            case Revise() | Adaptive():
+            case Revise() | Refine() | Adaptive():
                 maker = self.reviser
         return maker is not None and (self.prm is not None or not judges(strategy))
 
@@ -60,7 +60,7 @@ class Tools:
 
 def judges(strategy: Strategy) -> bool:
     """Whether `strategy` needs the PRM's scores; a vote does not."""
-    return isinstance(strategy, Beam | Adaptive) or strategy.select not in ("majority", "last")
+    return isinstance(strategy, Beam | Adaptive | Refine) or strategy.select not in ("majority", "last")
 
 
 @dataclass(frozen=True)
@@ -123,3 +123,10 @@ async def judged(question: Question, candidates: Sequence[Candidate], prm: Prm, 
             candidate = Candidate(solution, values, aggregate(values, prm.aggregate), candidate.cost, cost, candidate.cached + cached)
         out.append(candidate)
     return tuple(out)
+
+
+async def judged_anew(question: Question, drawn: Sequence[Candidate], before: Sequence[Candidate], tools: Tools) -> list[Candidate]:
+    """`drawn`, judged; one that equals a solution judged `before` takes its score and costs nothing."""
+    seen = {c.solution.tokens: c for c in before}
+    fresh = iter(await judged(question, [c for c in drawn if c.solution.tokens not in seen], tools.prm, tools.kept))
+    return [replace(c, values=seen[c.solution.tokens].values, score=seen[c.solution.tokens].score) if c.solution.tokens in seen else next(fresh) for c in drawn]
