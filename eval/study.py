@@ -215,7 +215,10 @@ def parts(args: argparse.Namespace) -> dict[str, tuple[type, Stage]]:
     }
     tools = lambda ctx: kit(ctx, {**searchers(ctx), "head": head(ctx)}, Split.TEST)  # noqa: E731
     items = lambda ctx: ids(ctx, Split.TEST)[: args.questions]  # noqa: E731
-    return {title: (kind, Stage(title, (), READS, items=items, tools=tools, work=work, test_split=True)) for title, (kind, work) in drawn.items()}
+    part = f"_first_{args.questions}" if args.questions else ""
+    return {
+        title + part: (kind, Stage(title + part, (), READS, items=items, tools=tools, work=work, test_split=True)) for title, (kind, work) in drawn.items()
+    }
 
 
 def head(ctx: Context) -> ModelRef:
