@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flywheel.errors import UserError
+from flywheel.overlap import SHARE, WORDS, near
 from flywheel.recipe import ProblemSpec
 from flywheel.records import Problem, Question, Split
 from flywheel.steps import last_boxed
@@ -45,9 +46,10 @@ def load(spec: ProblemSpec, notes: list[str] | None = None) -> dict[Split, list[
 
     A split that the files do not hold is drawn from the training questions by a hash of the
     text, so it stays the same when rows are added. What was dropped or drawn is appended to
-    `notes`, one line each. Raises UserError (one line) for anything wrong with the files.
+    `notes`, one line each, and so are near duplicates across splits. Raises UserError (one line) for anything wrong with the files.
     """
-    notes = [] if notes is None else notes
+    wanted = notes is not None
+    notes = notes if wanted else []
     own = spec.format == "jsonl"
     match spec.format:
         case "jsonl":
@@ -69,6 +71,11 @@ def load(spec: ProblemSpec, notes: list[str] | None = None) -> dict[Split, list[
         if limit and limit < len(problems[Split(split)]):
             notes.append(f"{split}: the first {limit} of {len(problems[Split(split)])} (problems.limits)")
             problems[Split(split)] = problems[Split(split)][:limit]
+    if wanted and (found := near(problems)):
+        notes.append(
+            f"{len(found)} of {len(problems[Split.TEST])} test questions are near duplicates of others' ({SHARE:.0%} of their runs of {WORDS} words),"
+            f" the nearest {found[0].question_id} of {found[0].other} ({found[0].share:.0%}); kept"
+        )
     return problems
 
 

@@ -154,7 +154,7 @@ class Context:
         """The model of `role` after `round` (this one if None).
 
         A policy stands until a later round's gate lets another pass, so policy_1 may still be
-        the policy of round 3. Raises UserError if a gate on the way is not finished.
+        the policy of round 3. A PRM that was refused leaves the un-finetuned base to judge. Raises UserError if a gate on the way is not finished.
         """
         round, base = self.round if round is None else round, self.recipe.model.base
         match role:
@@ -166,6 +166,8 @@ class Context:
                         return ModelRef(f"policy_{r}", base, str(self.path("distill", r) / "adapter"))
                 return ModelRef("policy_0", base)
             case Role.PRM:
+                if (trained := manifest.load(self.run, round, "train_prm")) and trained["figures"].get("refused"):
+                    return ModelRef("policy_0", base)
                 return ModelRef(f"prm_{round}", base, str(self.path("train_prm", round) / "adapter"))
             case Role.REVISER:
                 return ModelRef(f"reviser_{round}", base, str(self.path("choose_reviser", round) / "adapter"))

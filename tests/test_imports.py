@@ -19,7 +19,7 @@ PARTS = [
     {"stages", "report", "tracking", "pictures", "export", "history"},
     {"search", "training"},
     {"engines", "prm"},
-    {"prompts", "steps", "grading", "check_worker", "bins", "stats", "ledger", "run", "recipe", "isolate", "launch", "manifest", "estimate", "shards", "store", "problems"},
+    {"prompts", "steps", "grading", "check_worker", "bins", "stats", "health", "overlap", "ledger", "run", "recipe", "isolate", "launch", "manifest", "estimate", "shards", "store", "problems"},
     {"records", "errors"},
 ]
 # `engines.base` holds protocols and plain records: everything may know it.

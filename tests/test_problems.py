@@ -169,10 +169,23 @@ def test_math_is_read_as_lists_and_as_one_file_a_problem(tmp_path):
     assert "algebra.json:2: not JSON" in fault(tmp_path, format="math")
 
 
+def test_near_duplicates_across_splits_are_reported_and_kept(tmp_path):
+    text = "A shop sells pens at 3 dollars each and Ann buys 12 of them today"  # 15 words, 8 runs of 8
+    rows = [{"question": text, "answer": "36", "split": "train"}, {"question": f"{text.upper()} ?!", "answer": "36", "split": "test"}]
+    rows += [{"question": text.replace("Ann", "Tom"), "answer": "36", "split": "test"}]  # two runs of eight are the same
+    rows += [{"question": f"{i} + {i}", "answer": str(2 * i), "split": split} for i, split in enumerate(["train", "calibrate", "validation", "test"])]
+    rows += [{"question": "Ann buys twelve pens", "answer": "12", "split": "test"}, {"question": "Ann buys twelve pens !", "answer": "12", "split": "train"}]
+    problems, notes = read(write(tmp_path / "own.jsonl", rows))
+    assert len(problems[Split.TEST]) == 4
+    [note] = notes
+    assert note.startswith("1 of 4 test questions are near duplicates of others' (50% of their runs of 8 words), the nearest ") and note.endswith("(100%); kept")
+
+
 @needs_data
 def test_all_of_gsm8k_and_math_are_read():
     gsm8k, notes = read(DATA / "gsm8k", format="gsm8k")
-    assert len(gsm8k[Split.TEST]) == 1319 and sum(map(len, gsm8k.values())) == 7473 + 1319 and len(notes) == 1
+    assert len(gsm8k[Split.TEST]) == 1319 and sum(map(len, gsm8k.values())) == 7473 + 1319 and len(notes) == 2
+    assert notes[1].startswith("1 of 1319 test questions are near duplicates of others'") and "the nearest test-602 of train-1314 (67%)" in notes[1]
     assert all(p.answer.lstrip("-").isdigit() for found in gsm8k.values() for p in found)
     math, notes = read(DATA / "math", format="math")
     assert sum(map(len, math.values())) == 6753 + 747 - 2 - 2 - 1 and len(math[Split.VALIDATION]) == 747

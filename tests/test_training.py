@@ -128,6 +128,42 @@ def token_loss(model, examples) -> float:
 
 
 @pytest.mark.parametrize("kind", ["sft", "prm"])
+def test_out_of_memory_halves_the_micro_batch_and_trains_the_same_model(base, tmp_path, monkeypatch, capsys, kind):
+    """At the second step the device is too small for 8 at once; the trainings differ in nothing but rounding."""
+    import torch
+
+    from flywheel.training import trainer
+
+    whole = lab.run(job(base, tmp_path / "whole", kind, epochs=1, micro_batch_size=4), Ledger("distill", 1))
+    usual, sizes = trainer.SftTrainer.training_step, []
+
+    def small_device(self, model, inputs, *args, **kwargs):
+        sizes.append(len(inputs["input_ids"]))
+        if len(inputs["input_ids"]) > 4 and len(sizes) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return usual(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(trainer.SftTrainer, "training_step", small_device)
+    ledger = Ledger("distill", 1)
+    halved = lab.run(job(base, tmp_path / "halved", kind, epochs=1, micro_batch_size=8), ledger)
+    assert "out of memory at a micro batch of 8; going on with 4, the batch stays 16" in capsys.readouterr().out
+    assert sizes[:4] == [8] * 4 and set(sizes[4:]) == {4}
+    assert halved.steps == whole.steps and apart(tmp_path / "whole/adapter", tmp_path / "halved/adapter") < 1e-4
+    assert [row["trained"] for row in ledger.rows() if row["purpose"] == "train"] == [whole.tokens]
+
+
+def test_out_of_memory_at_a_micro_batch_of_one_is_one_clear_line(base, tmp_path, monkeypatch):
+    from flywheel.training import trainer
+
+    def no_room(self, *args, **kwargs):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
+
+    monkeypatch.setattr(trainer.SftTrainer, "training_step", no_room)
+    with pytest.raises(TrainingError, match="out of memory at a micro batch of 1: "):
+        lab.run(job(base, tmp_path, epochs=1, micro_batch_size=2), Ledger("distill", 1))
+
+
+@pytest.mark.parametrize("kind", ["sft", "prm"])
 def test_accumulation_changes_nothing(base, tmp_path, kind):
     one = lab.run(job(base, tmp_path / "1", kind), Ledger("t", 1))
     two = lab.run(job(base, tmp_path / "2", kind, micro_batch_size=8), Ledger("t", 1))

@@ -3,7 +3,8 @@
 The paper keeps a checkpoint somewhat past the lowest validation loss, because that loss is
 measured off-policy (on the policy's attempts, not the reviser's own). Here every checkpoint
 plays short revision chains on the validation questions, and the best mean pass@1 over its
-attempts after the first is kept; ties go to the earlier one.
+attempts after the first is kept; ties go to the earlier one. A checkpoint that only copies the
+incorrect attempt before it is not fit, and a round all of whose checkpoints do has no reviser.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 from flywheel.engines.base import ModelRef
+from flywheel.health import COPIES, copies
 from flywheel.records import Grade, Revise, Role, Solution, Split
 from flywheel.run import Context, Stage
 from flywheel.search.tools import Tools
@@ -74,10 +76,16 @@ def finish(ctx: Context) -> dict:
             if (rights := [grades[s.id] for s in mine if s.attempt == attempt])
         ]
         later = curve[1:] or curve
-        tried.append({**checkpoint, "pass@1_by_attempt": curve, "score": sum(later) / len(later)})
+        played = [sorted((s for s in mine if s.question_id == q), key=lambda s: s.attempt) for q in dict.fromkeys(s.question_id for s in mine)]
+        copied = copies([(s, grades[s.id]) for s in chain] for chain in played)
+        tried.append({**checkpoint, "pass@1_by_attempt": curve, "score": sum(later) / len(later), "copies": copied})
     if not tried:
         return {"chosen": None, "checkpoints": []}
-    best = max(tried, key=lambda c: (c["score"], -c["step"]))
+    fit = [c for c in tried if c["copies"] <= COPIES]
+    if not fit:
+        least = min(c["copies"] for c in tried)
+        return {"chosen": None, "checkpoints": tried, "why": f"every checkpoint copies: {least:.0%} or more of attempts after an incorrect one are that one again"}
+    best = max(fit, key=lambda c: (c["score"], -c["step"]))
     shutil.copytree(ctx.path("train_reviser") / best["path"], ctx.dir / "adapter", dirs_exist_ok=True)
     return {"model": f"reviser_{ctx.round}", "chosen": best, "checkpoints": tried, "questions": len(chains)}
 

@@ -1,16 +1,18 @@
 """Does policy r replace policy r-1? Asked of the calibration questions, by paired bootstrap.
 
 It does if pass@1 rises (the whole 95% interval above zero) and pass@k does not fall (the
-interval of the difference is not wholly below zero). The old policy's samples are those of
-the sample stage, the new one draws as many.
+interval of the difference is not wholly below zero), and nothing is wrong with what it writes
+(`flywheel.health`). The old policy's samples are those of the sample stage, the new one draws
+as many.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from flywheel import health
 from flywheel.engines.base import ModelRef
-from flywheel.records import Grade, Role, Split
+from flywheel.records import Grade, Role, Solution, Split
 from flywheel.run import Context, Stage
 from flywheel.stages.kit import Kit, by_question, kit, pass_rates
 from flywheel.stats import paired_gain
@@ -49,7 +51,10 @@ def finish(ctx: Context) -> dict:
     gain = paired_gain(mean["before"], mean["after"], seed=ctx.seed("bootstrap") % 2**31)
     reach = paired_gain(reached["before"], reached["after"], seed=ctx.seed("bootstrap") % 2**31)
     k = ctx.recipe.sample.calibrate
-    passed = gain[1] > 0 and reach[2] >= 0
+    asked = set(questions)
+    before_health, after_health = (health.health([s for s in ctx.read(Solution, stage) if s.question_id in asked]) for stage in ("sample", "gate"))
+    faults = health.faults(after_health, before_health)
+    passed = gain[1] > 0 and reach[2] >= 0 and not faults
     return {
         "passed": passed,
         "policy": f"policy_{ctx.round}" if passed else before,
@@ -60,6 +65,8 @@ def finish(ctx: Context) -> dict:
         "gain": list(gain),
         f"pass@{k}": [sum(reached[s]) / len(questions) for s in ("before", "after")],
         f"pass@{k}_gain": list(reach),
+        "health": {"before": health.figures(before_health), "after": health.figures(after_health)},
+        **({"why": "; ".join(faults)} if faults else {}),
     }
 
 

@@ -76,6 +76,9 @@ def train(ctx: Context) -> dict:
             figures[f"auc_within_question_{how}{name}"] = within_question_auc([aggregate(v, how) for v in values], right, names)
         figures[f"auc_within_question{name}"] = within_question_auc([aggregate(v, spec.aggregate) for v in values], right, names)
         figures[f"calibration{name}"] = calibration([aggregate(v, spec.aggregate) for v in values], [float(r) for r in right])
+    ours, bare = figures["auc_within_question"], figures["auc_within_question_base"]
+    if ours < 0.5:  # NaN, where no held-out question has both kinds of solutions, says nothing
+        figures["refused"] = f"worse than chance: within-question AUC {ours:.2f} (the un-finetuned base {bare:.2f}); the base judges this round"
     return {
         "model": f"prm_{ctx.round}",
         "labels_by": ctx.model(Role.POLICY, ctx.round - 1).name,

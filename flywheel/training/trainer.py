@@ -6,6 +6,7 @@ It never sets torch's thread count: that is the launcher's (TRAPS: vLLM re-impor
 
 from __future__ import annotations
 
+import gc
 import math
 import sys
 import time
@@ -99,6 +100,11 @@ class SftTrainer(SFTTrainer):
 
     def _send_telemetry(self):
         """No usage ping."""
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """On a CPU torch has no type for it."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 class PrmTrainer(SftTrainer):
@@ -210,7 +216,8 @@ def fit(
     )  # fmt: skip
     zero = args.deepspeed_plugin
     mark = {
-        "fingerprint": digest(train, validation, base, model.model_dump(), spec.model_dump(), seed, keep, label_tokens),
+        # not the micro batch: it changes memory, not what is learned
+        "fingerprint": digest(train, validation, base, model.model_dump(), spec.model_dump(exclude={"micro_batch_size"}), seed, keep, label_tokens),
         "sharding": zero and f"ZeRO-{zero.zero_stage} on {ranks.num_processes} processes",  # its checkpoints are cut by rank
     }
 
@@ -249,7 +256,27 @@ def fit(
     trainer.label_tokens = label_tokens
     trainer.processing_class = None  # lest every checkpoint hold the tokenizer, and training change the model's config
     trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=resume)
+    try:
+        trainer.train(resume_from_checkpoint=resume)
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        smaller = next((m for m in range(micro // 2, 0, -1) if spec.batch_size % m == 0), None)
+        if smaller is None or ranks.num_processes > 1:  # the other ranks are in a collective that this one will not join
+            section = {"policy": "distill"}.get(role, role)
+            mend = f"set {section}.micro_batch_size below {micro}" if smaller else f"lower {section}.max_length, or train on a larger device"
+            raise TrainingError(f"out of memory at a micro batch of {micro}: {mend}") from error
+        trainer = None
+    else:
+        smaller = None
+    if smaller:  # outside the handler: the traceback holds the tensors of the failed step
+        gc.collect()
+        torch.cuda.empty_cache()
+        print(f"{role}: out of memory at a micro batch of {micro}; going on with {smaller}, the batch stays {spec.batch_size}", flush=True)
+        return fit(
+            kind, train, validation, base=base, model=model, spec=spec.model_copy(update={"micro_batch_size": smaller}), out=out, seed=seed,
+            keep=keep, role=role, ledger=ledger, label_tokens=label_tokens,
+        )  # fmt: skip
     report = None
     if ranks.is_main_process:
         curve, epochs_per_step = curve_of(trainer.state.log_history), spec.batch_size / len(train)
