@@ -27,6 +27,7 @@ test-slow: setup
 
 chaos: setup
 	$(BIN)/python tests/chaos/kills.py --kills 100
+	$(BIN)/python tests/chaos/real.py --kills 10
 
 lint: setup
 	$(BIN)/ruff check flywheel data eval tests
