@@ -154,6 +154,14 @@ def test_the_claims_are_measured_on_a_finished_run(finished, tmp_path):
     assert all(c["low"] <= c["ours"] <= c["high"] and c["verdict"] in ("holds", "fails", "undecided") for c in claims.values())
 
 
+@pytest.mark.slow
+def test_verifiers_with_and_without_the_history_judge_the_same_chains(finished):
+    run, _ = finished
+    found = studied("eval.history_verifier", run, "--attempts", "2")
+    assert found["questions"] == 8 and {"majority", "prm:product", "prm+history:product", "own:last", "own+history:last"} <= found["accuracy"].keys()
+    assert studied("eval.history_verifier", run, "--attempts", "2") == found  # chains and adapters are kept
+
+
 def studied(module: str, *arguments: str | Path) -> dict:
     done = subprocess.run([sys.executable, "-m", module, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
