@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from eval import pictures
+from eval import flops_matched, pictures
 from eval.claims import Study, Table, amortise, combine, judge, markdown, measure, multiplier
 from eval.study import Difficult, Drawn, Tried, shape, wanted
 from flywheel.errors import UserError
@@ -135,3 +135,16 @@ def test_shapes():
     solution = lambda *texts: Solution("s", "q", tuple(Step(t, (i,)) for i, t in enumerate(texts)), Finish.STOP, "1", "")  # noqa: E731
     assert [shape(solution(*"ab"), n) for n in (2, 3, 1, None)] == ["", "short", "long", ""]
     assert shape(solution("a\n", "b", "a"), 3) == "repeated"
+
+
+def test_a_small_model_spends_what_the_larger_one_cost_to_train():
+    """Within 60 tokens best-of-4 answers the easy bins; the beam, which answers the hard ones, takes 70."""
+    s = study()
+    larger = {q: float(q in HARD) for q in EASY + HARD}
+    found = flops_matched.compare(s, larger, answer=1.0, times=4.0)
+    assert [round(row["multiplier"], 2) for row in found["by_ratio"]] == [60.25, 15.39, 4.41]
+    ample, tight, least = found["by_ratio"]
+    assert [row["small"] for row in ample["by_bin"]] == [1, 1, 0.125, 0.125, 0.125] and [row["lead"][0] for row in ample["by_bin"]][:2] == [1, 1]
+    assert tight["by_bin"][0]["small"] == pytest.approx(5 / 8) and least["small"][0] < tight["small"][0] + 1e-9  # a single sample; nothing fits 4 tokens
+    right, chosen = flops_matched.best_within(s, 70)
+    assert right.mean() == 1.0 and chosen[0][2:] == ["beam:4:4"] * 3

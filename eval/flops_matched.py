@@ -1,0 +1,106 @@
+"""Test-time compute or parameters? python -m eval.flops_matched RUN --larger MODEL [--round 1] (after eval.study RUN)
+
+Snell et al., section 7, claim 13. RUN is a finished run of a small model, MODEL a larger one of the same family,
+trained on the same data. The larger answers greedily, once. The small one may spend, on each question, as many
+inference FLOPs as make both models cost the same over training and use: 2 N D_inf times M + 3 (M - 1) / R, with
+R = D_inf / D_pre (`eval.claims.multiplier`). Under that allowance each difficulty bin (oracle bins of the small
+model) gets the strategy that was best on one half of the questions, and is scored on the other.
+
+Prints JSON: M, and for each R the accuracy of both and the small model's lead, over all and by bin, with 95%
+intervals over questions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import numpy as np
+
+from eval.claims import BINS, Study, multiplier
+from eval.study import arguments as sizes
+from eval.study import context, parts, read
+from flywheel.engines.base import ModelRef, Sampling
+from flywheel.engines.open import parameters
+from flywheel.errors import UserError, explain
+from flywheel.records import Split
+from flywheel.run import Stage
+from flywheel.stages.kit import kit
+from flywheel.stats import bootstrap_mean
+
+RATIOS = (0.16, 0.79, 22.0)  # D_inf / D_pre, the paper's
+
+
+def greedy(run: Path, round: int, model: str) -> tuple[dict[str, float], float]:
+    """1.0 by question that `model` answers right at temperature 0, and the mean tokens of an answer, prompt and all."""
+    ctx = context(run, round, Stage("greedy", (), (), items=lambda ctx: [], work=lambda *_: iter(()), test_split=True), 20)
+    sample = ctx.recipe.sample
+    with kit(ctx, {"larger": ModelRef("larger", model)}, Split.TEST) as opened:
+
+        async def one(question: str):
+            prompt = opened.prompts.solve(opened.problems[question].question)
+            [done] = await opened.engine("larger").generate(prompt, Sampling(sample.max_tokens, 0.0, stop=opened.reader.stop), purpose="greedy")
+            return opened.reader.solution(done.tokens, done.finish, id=f"{question}/greedy", question_id=question, origin="larger"), len(prompt) + len(done.tokens) + done.eos
+
+        drawn = [found for _, found in opened.each(list(opened.problems), one)]
+        grades = opened.grade([solution for solution, _ in drawn])
+    return {g.question_id: float(g.correct) for g in grades}, float(np.mean([tokens for _, tokens in drawn]))
+
+
+def best_within(study: Study, tokens: float) -> tuple[np.ndarray, list[list[str]]]:
+    """Accuracy of each question by the strategy that its bin did best with on the other half, of mean cost at most `tokens`."""
+    options = {f"best_of_n:{n}:{how}": (study.best_of_n(n, how), study.best_of_n_tokens(n, how)) for n in study.sizes for how in ("weighted", "majority")}
+    options |= {name: (study.row(b, name), study.row(b, name, "tokens")) for b, name in study.tried}
+    bins, order = study.bins("oracle"), np.random.default_rng(study.seed).permutation(len(study.questions))
+    right, chosen = np.zeros(len(order)), []
+    for fit, use in ((order[::2], order[1::2]), (order[1::2], order[::2])):
+        chosen.append([])
+        for b in range(1, BINS + 1):
+            mine, theirs = fit[bins[fit] == b], use[bins[use] == b]
+            fits = {name: row[mine].mean() for name, (row, cost) in options.items() if cost[mine].mean() <= tokens} or {"best_of_n:1:majority": 0.0}
+            name = max(fits, key=fits.__getitem__)
+            right[theirs] = options[name][0][theirs]
+            chosen[-1].append(name)
+    return right, chosen
+
+
+def compare(study: Study, larger: dict[str, float], answer: float, times: float) -> dict:
+    theirs, bins = np.array([larger[q] for q in study.questions]), study.bins("oracle")
+    out: dict = {"M": times, "larger_greedy": bootstrap_mean(theirs), "tokens_of_an_answer": answer, "by_ratio": []}
+    for ratio in RATIOS:
+        allowed = multiplier(times, ratio) * answer
+        ours, chosen = best_within(study, allowed)
+        lead = ours - theirs
+        out["by_ratio"].append(
+            {"R": ratio, "multiplier": multiplier(times, ratio), "tokens": allowed, "small": bootstrap_mean(ours), "lead": bootstrap_mean(lead),
+             "by_bin": [{"bin": b, "small": ours[bins == b].mean(), "larger": theirs[bins == b].mean(), "lead": bootstrap_mean(lead[bins == b])} for b in range(1, BINS + 1)],
+             "strategies": chosen}
+        )  # fmt: skip
+    return out
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--larger", required=True)
+    mine, rest = parser.parse_known_args(argv)
+    args = sizes(rest, "python -m eval.flops_matched", __doc__.split("\n\n")[0])
+    run = args.runs[0]
+    try:
+        with redirect_stdout(sys.stderr):
+            study = Study(*(read(run, args.round, title, kind) for title, (kind, _) in parts(args).items()))
+            larger, answer = greedy(run, args.round, mine.larger)
+            times = parameters(ModelRef("larger", mine.larger)) / parameters(ModelRef("small", context(run, args.round, next(iter(parts(args).values()))[1], 1).recipe.model.base))
+            found = compare(study, larger, answer, times)
+    except UserError as error:
+        print(explain(error), file=sys.stderr)
+        return 1
+    print(json.dumps(found, indent=1, default=float))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
