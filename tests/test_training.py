@@ -189,6 +189,32 @@ def test_what_is_kept(base, tmp_path):
     assert not (tmp_path / "best/checkpoints").exists()
 
 
+def test_an_altered_checkpoint_is_never_unpickled(base, tmp_path, monkeypatch, caplog):
+    """Its files must be those that were written; the one before it serves."""
+    from flywheel.training import trainer
+
+    saved, save = [], trainer._Timeline.on_save
+
+    def killed(self, args, state, control, **kwargs):
+        save(self, args, state, control, **kwargs)
+        saved.append(state.global_step)
+        if len(saved) == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(trainer._Timeline, "on_save", killed)
+        lab.run(job(base, tmp_path), Ledger("t", 1))
+    last = tmp_path / f"trainer/checkpoint-{saved[1]}"
+    data = bytearray((last / "optimizer.pt").read_bytes())
+    data[len(data) // 2] ^= 1
+    (last / "optimizer.pt").write_bytes(data)
+    resumed_from, train_once = [], trainer.SftTrainer.train
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.SftTrainer, "train", lambda self, resume_from_checkpoint: resumed_from.append(resume_from_checkpoint) or train_once(self, resume_from_checkpoint=resume_from_checkpoint))
+        lab.run(job(base, tmp_path), Ledger("t", 1))
+    assert resumed_from == [str(tmp_path / f"trainer/checkpoint-{saved[0]}")] and f"checkpoint-{saved[1]}: damaged or altered" in caplog.text
+
+
 def test_an_interrupted_training_resumes_to_the_same_adapter(base, tmp_path, monkeypatch):
     from flywheel.training import trainer
 

@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from flywheel.store import sha256
+
 log = logging.getLogger(__name__)
 
 Keep = Literal["best", "last", "all"]
@@ -132,7 +134,8 @@ def standing(out: Path, mark: dict[str, Any]) -> tuple[TrainReport | None, str |
     """What is already there for the training that `mark` identifies, clearing away what is of no use.
 
     Returns (report if it is finished, else trainer checkpoint to resume from or None, seconds
-    spent so far). A checkpoint without its mark was cut off in writing and is deleted, one
+    spent so far). A checkpoint without its mark was cut off in writing and is deleted, as is one
+    whose files are not what they were (torch unpickles them: nothing else may be put there); one
     with another mark (other data, other settings, DeepSpeed with other ranks) ends the lot.
     """
     done = read_json(out / "report.json")
@@ -143,9 +146,13 @@ def standing(out: Path, mark: dict[str, Any]) -> tuple[TrainReport | None, str |
     for path in saved:
         found = read_json(path / MARK)
         if found:
-            seconds = found.pop("seconds")
+            seconds, files = found.pop("seconds"), found.pop("files", None)
             if found == mark:
-                return None, str(path), seconds
+                if sums(path) == files:
+                    return None, str(path), seconds
+                log.warning("%s: damaged or altered since it was written, so it is not used", path)
+                shutil.rmtree(path)
+                continue
             changed = "sharding" if found["fingerprint"] == mark["fingerprint"] else "data or settings"
             log.warning("%s: the %s changed since it was interrupted, so this training starts again", out, changed)
             break
@@ -154,6 +161,12 @@ def standing(out: Path, mark: dict[str, Any]) -> tuple[TrainReport | None, str |
         shutil.rmtree(out / name, ignore_errors=True)
     (out / "report.json").unlink(missing_ok=True)
     return None, None, 0.0
+
+
+def sums(checkpoint: Path) -> dict[str, str]:
+    """sha256 of every file of a trainer's checkpoint but its mark."""
+    files = [path for path in sorted(checkpoint.rglob("*")) if path.is_file() and path.name != MARK]
+    return {str(path.relative_to(checkpoint)): sha256(path) for path in files}
 
 
 def settle(out: Path, keep: Keep, curve: list[dict], epochs_per_step: float) -> tuple[list[Checkpoint], Checkpoint]:

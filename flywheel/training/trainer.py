@@ -39,6 +39,7 @@ from flywheel.training.common import (
     settle,
     share,
     standing,
+    sums,
     write_json,
 )
 from flywheel.training.values import PrmCollator, dtype, label_margins, on_cpu
@@ -155,7 +156,7 @@ class _Timeline(TrainerCallback):
         if self.ranks.is_main_process:
             checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             copy_adapter(checkpoint, self.out / "checkpoints" / f"step-{state.global_step}")
-            write_json(checkpoint / MARK, {**self.mark, "seconds": self.seconds})
+            write_json(checkpoint / MARK, {**self.mark, "seconds": self.seconds, "files": sums(checkpoint)})
         self.ranks.wait_for_everyone()
 
 
