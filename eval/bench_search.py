@@ -13,15 +13,13 @@ one after the other in one process, each all at once. Prints JSON, for each and 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from flywheel.errors import UserError, explain
+from eval.cli import answer
 from flywheel.ledger import total
 from flywheel.recipe import load
 from flywheel.records import Beam, BestOfN, Role, Split, Strategy
@@ -120,14 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--n", type=int, default=16)
     parser.add_argument("--questions", type=int, default=500)
     args = parser.parse_args(argv)
-    try:
-        with redirect_stdout(sys.stderr):
-            found = measure(args.run, args.round, args.n, args.questions)
-    except UserError as error:
-        print(explain(error), file=sys.stderr)
-        return 1
-    print(json.dumps(found, indent=1))
-    return 0
+    return answer(lambda: measure(args.run, args.round, args.n, args.questions))
 
 
 if __name__ == "__main__":

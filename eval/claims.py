@@ -32,6 +32,7 @@ from flywheel.recipe import load
 from flywheel.search.plan import KINDS, Trial, held_out, most_right, name
 from flywheel.search.select import argmax, majority, weighted
 from flywheel.stats import bootstrap_mean
+from flywheel.store import plain
 
 RESULTS = Path("eval/results")
 BINS = 5
@@ -516,7 +517,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     about = f"{questions} test questions; {len(args.runs)} training {'seed' if len(args.runs) == 1 else 'seeds'} ({names}), round {args.round}. Written by `{command}`."
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / "claims.json").write_text(json.dumps([asdict(c) for c in claims], indent=1) + "\n", encoding="utf-8")
-    (RESULTS / "behind.json").write_text(json.dumps(behind, indent=1) + "\n", encoding="utf-8")
+    (RESULTS / "behind.json").write_text(json.dumps(plain(behind), indent=1) + "\n", encoding="utf-8")
     text = markdown(claims, behind, about)
     (RESULTS / "CLAIMS.md").write_text(text, encoding="utf-8")
     pictures.draw(behind[0], RESULTS)

@@ -11,13 +11,13 @@ round of each the paired difference with its 95% interval over questions.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from eval.cli import answer
 from eval.seeds import context
-from flywheel.errors import UserError, explain
+from flywheel.errors import UserError
 from flywheel.history import History
 from flywheel.stages.kit import test_rates
 from flywheel.stats import bootstrap_mean, paired_gain
@@ -61,12 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if len(args.runs) < 2:
         parser.error("two runs at least")
-    try:
-        print(json.dumps(compare(args.runs, args.without), indent=1))
-    except UserError as error:
-        print(explain(error), file=sys.stderr)
-        return 1
-    return 0
+    return answer(lambda: compare(args.runs, args.without))
 
 
 if __name__ == "__main__":

@@ -13,20 +13,19 @@ intervals over questions.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
-from contextlib import redirect_stdout
 from pathlib import Path
 
 import numpy as np
 
 from eval.claims import BINS, Study, multiplier
+from eval.cli import answer
 from eval.study import arguments as sizes
 from eval.study import context, parts, read
 from flywheel.engines.base import ModelRef, Sampling
 from flywheel.engines.open import parameters
-from flywheel.errors import UserError, explain
+from flywheel.recipe import load
 from flywheel.records import Split
 from flywheel.run import Stage
 from flywheel.stages.kit import kit
@@ -68,11 +67,11 @@ def best_within(study: Study, tokens: float) -> tuple[np.ndarray, list[list[str]
     return right, chosen
 
 
-def compare(study: Study, larger: dict[str, float], answer: float, times: float) -> dict:
+def compare(study: Study, larger: dict[str, float], answer_tokens: float, times: float) -> dict:
     theirs, bins = np.array([larger[q] for q in study.questions]), study.bins("oracle")
-    out: dict = {"M": times, "larger_greedy": bootstrap_mean(theirs), "tokens_of_an_answer": answer, "by_ratio": []}
+    out: dict = {"M": times, "larger_greedy": bootstrap_mean(theirs), "tokens_of_an_answer": answer_tokens, "by_ratio": []}
     for ratio in RATIOS:
-        allowed = multiplier(times, ratio) * answer
+        allowed = multiplier(times, ratio) * answer_tokens
         ours, chosen = best_within(study, allowed)
         lead = ours - theirs
         out["by_ratio"].append(
@@ -83,23 +82,21 @@ def compare(study: Study, larger: dict[str, float], answer: float, times: float)
     return out
 
 
+def measure(args: argparse.Namespace, model: str) -> dict:
+    run, round = args.runs[0], args.round
+    study = Study(*(read(run, round, title, kind) for title, (kind, _) in parts(args).items()))
+    right, answer_tokens = greedy(run, round, model)
+    base = load(run / "recipe.yaml").model.base
+    times = parameters(ModelRef("larger", model)) / parameters(ModelRef("small", base))
+    return compare(study, right, answer_tokens, times)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--larger", required=True)
     mine, rest = parser.parse_known_args(argv)
     args = sizes(rest, "python -m eval.flops_matched", __doc__.split("\n\n")[0])
-    run = args.runs[0]
-    try:
-        with redirect_stdout(sys.stderr):
-            study = Study(*(read(run, args.round, title, kind) for title, (kind, _) in parts(args).items()))
-            larger, answer = greedy(run, args.round, mine.larger)
-            times = parameters(ModelRef("larger", mine.larger)) / parameters(ModelRef("small", context(run, args.round, next(iter(parts(args).values()))[1], 1).recipe.model.base))
-            found = compare(study, larger, answer, times)
-    except UserError as error:
-        print(explain(error), file=sys.stderr)
-        return 1
-    print(json.dumps(found, indent=1, default=float))
-    return 0
+    return answer(lambda: measure(args, mine.larger))
 
 
 if __name__ == "__main__":

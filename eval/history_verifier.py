@@ -16,16 +16,14 @@ question), within-question AUC, and paired gains over the first.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
-from contextlib import redirect_stdout
 from pathlib import Path
 
 import numpy as np
 
+from eval.cli import answer
 from eval.verifiers import AGGREGATES, averaged
-from flywheel.errors import UserError, explain
 from flywheel.ledger import Ledger
 from flywheel.prm import aggregate, encode, label_ids
 from flywheel.prompts import Prompts
@@ -33,8 +31,10 @@ from flywheel.recipe import load
 from flywheel.records import Grade, Problem, Revise, Role, Solution, Split
 from flywheel.run import Context, Stage, fill
 from flywheel.search.select import majority, weighted
-from flywheel.stages.kit import answer_is_right, by_question, ids, kit, search_tools, searchers
+from flywheel.shards import shard_dirs
+from flywheel.stages.kit import answer_is_right, by_question, ids, kit, search_tools, searchers, text_tools
 from flywheel.stats import bootstrap_mean, paired_gain
+from flywheel.store import read_table
 from flywheel.training.prm import PrmExample, score_all, train_prm, within_question_auc
 
 READS = ("train_prm", "choose_reviser", "gate@-1?", "distill@-1?")
@@ -59,9 +59,6 @@ def chains(run: Path, round: int, split: Split, strategy: Revise, count: int | N
 
 
 def _read(ctx: Context, kind: type) -> list:
-    from flywheel.shards import shard_dirs
-    from flywheel.store import read_table
-
     return [row for shard in shard_dirs(ctx.dir) for row in read_table(shard / f"{kind.__name__}.parquet", kind)]
 
 
@@ -80,10 +77,7 @@ def study(run: Path, round: int, attempts: int) -> dict[str, dict[str, float]]:
     test, right = chains(run, round, Split.TEST, Revise(attempts, 1, "majority"), None)
     reader = Context(recipe, run, round, Stage("history_verifier", (), READS, train=lambda ctx: {}, test_split=True))
     problems = {p.question.id: p for p in reader.problems(Split.TRAIN, Split.TEST)}
-    with redirect_stdout(sys.stderr):
-        from flywheel.stages.kit import text_tools
-
-        prompts, _ = text_tools(reader)
+    prompts, _ = text_tools(reader)
     labels, base, context = label_ids(prompts.tokenizer, recipe.prm.labels), recipe.model.base, recipe.reviser.context
     spec = recipe.prm.model_copy(update={"target": "value", "max_length": recipe.engine.max_model_len})
     held = set(sorted({chain[0].question_id for chain in train})[::10])
@@ -114,28 +108,23 @@ def study(run: Path, round: int, attempts: int) -> dict[str, dict[str, float]]:
     return results
 
 
+def report(studies: Sequence[dict[str, dict[str, float]]], chosen: str) -> dict:
+    methods, plain = [m for m in studies[0] if not m.startswith("auc:")], f"prm:{chosen}"
+    return {
+        "questions": len(averaged(studies, "majority")),
+        "accuracy": {m: bootstrap_mean(averaged(studies, m)) for m in methods},
+        f"over_{plain}": {m: paired_gain(averaged(studies, plain), averaged(studies, m)) for m in methods if m != plain},
+        "auc_within_question": {m[4:]: float(np.mean([s[m][""] for s in studies])) for m in studies[0] if m.startswith("auc:")},
+    }
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m eval.history_verifier", description=__doc__.split("\n\n")[0])
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--round", type=int, default=1)
     parser.add_argument("--attempts", type=int, default=16)
     args = parser.parse_args(argv)
-    try:
-        with redirect_stdout(sys.stderr):
-            studies = [study(run, args.round, args.attempts) for run in args.runs]
-    except UserError as error:
-        print(explain(error), file=sys.stderr)
-        return 1
-    methods = [m for m in studies[0] if not m.startswith("auc:")]
-    plain = f"prm:{load(args.runs[0] / 'recipe.yaml').prm.aggregate}"
-    found = {
-        "questions": len(averaged(studies, "majority")),
-        "accuracy": {m: bootstrap_mean(averaged(studies, m)) for m in methods},
-        f"over_{plain}": {m: paired_gain(averaged(studies, plain), averaged(studies, m)) for m in methods if m != plain},
-        "auc_within_question": {m[4:]: float(np.mean([s[m][""] for s in studies])) for m in studies[0] if m.startswith("auc:")},
-    }
-    print(json.dumps(found, indent=1))
-    return 0
+    return answer(lambda: report([study(run, args.round, args.attempts) for run in args.runs], load(args.runs[0] / "recipe.yaml").prm.aggregate))
 
 
 if __name__ == "__main__":

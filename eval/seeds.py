@@ -9,15 +9,14 @@ much the seeds differ.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from eval.cli import answer
 from flywheel.bins import fixed_bins, left_bin
-from flywheel.errors import UserError
 from flywheel.history import History
 from flywheel.recipe import load
 from flywheel.records import Answered, Split
@@ -86,12 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m eval.seeds", description=__doc__.split("\n\n")[0])
     parser.add_argument("runs", nargs="+", type=Path)
     args = parser.parse_args(argv)
-    try:
-        print(json.dumps(study(args.runs), indent=1))
-    except UserError as error:
-        print(f"eval.seeds: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return answer(lambda: study(args.runs))
 
 
 if __name__ == "__main__":

@@ -29,12 +29,11 @@ from eval import prompt_head
 from flywheel.engines.base import ModelRef, Sampling
 from flywheel.errors import UserError, explain
 from flywheel.loop import workers
-from flywheel.prm import together
 from flywheel.recipe import load
 from flywheel.records import Adaptive, Beam, BestOfN, Candidate, Outcome, Problem, Refine, Revise, Solution, Split, Strategy
 from flywheel.run import Context, Stage, fill, read_table
 from flywheel.search.plan import LONGEST, name
-from flywheel.search.run import search, smaller
+from flywheel.search.run import search, search_all
 from flywheel.search.tools import judged
 from flywheel.shards import shard_dirs
 from flywheel.stages.kit import Kit, answer_is_right, ids, kit, search_tools, searchers
@@ -166,21 +165,8 @@ def trials(ctx: Context, kit: Kit, questions: Sequence[str], *, budgets: Sequenc
     tools = search_tools(kit)
     asked = wanted(budgets, tools.reviser is not None)
 
-    kinds = [[item for item in asked if type(item[1]) is kind] for kind in dict.fromkeys(type(strategy) for _, strategy in asked)]
-
     async def one(question: str) -> list[tuple[int, Strategy, Outcome]]:
-        # the kinds at once: a step of the engine costs little more for more sequences
-        return [item for group in await together(each(question, kind) for kind in kinds) for item in group]
-
-    async def each(question: str, kind: list[tuple[int, Strategy]]) -> list[tuple[int, Strategy, Outcome]]:
-        runs: dict[Strategy, Outcome] = {}
-        out = []
-        for budget, strategy in kind:
-            outcome = next((o for o in (smaller(done, run, strategy) for done, run in runs.items()) if o), None)
-            if outcome is None:
-                outcome = runs[strategy] = await search(strategy, kit.problems[question].question, tools, tag=f"r{ctx.round}/study/{name(strategy)}")
-            out.append((budget, strategy, outcome))
-        return out
+        return await search_all(asked, kit.problems[question].question, tools, tag=f"r{ctx.round}/study")
 
     for question, outcomes in kit.each(questions, one):
         usual = usual_steps(ctx, kit.problems[question].question.text)

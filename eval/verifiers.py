@@ -10,15 +10,13 @@ question by question; intervals are a bootstrap over questions.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
-from contextlib import redirect_stdout
 from pathlib import Path
 
 import numpy as np
 
-from flywheel.errors import UserError, explain
+from eval.cli import answer
 from flywheel.ledger import Ledger
 from flywheel.prm import aggregate, encode, label_ids
 from flywheel.recipe import load
@@ -128,14 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--round", type=int, default=1)
     args = parser.parse_args(argv)
-    try:
-        with redirect_stdout(sys.stderr):  # DeepSpeed logs to stdout when it is imported
-            studies = [study(run, args.round) for run in args.runs]
-        print(json.dumps(report(studies, load(args.runs[0] / "recipe.yaml").prm.aggregate), indent=1))
-    except UserError as error:
-        print(explain(error), file=sys.stderr)
-        return 1
-    return 0
+    return answer(lambda: report([study(run, args.round) for run in args.runs], load(args.runs[0] / "recipe.yaml").prm.aggregate))
 
 
 if __name__ == "__main__":

@@ -141,7 +141,7 @@ def test_a_small_model_spends_what_the_larger_one_cost_to_train():
     """Within 60 tokens best-of-4 answers the easy bins; the beam, which answers the hard ones, takes 70."""
     s = study()
     larger = {q: float(q in HARD) for q in EASY + HARD}
-    found = flops_matched.compare(s, larger, answer=1.0, times=4.0)
+    found = flops_matched.compare(s, larger, answer_tokens=1.0, times=4.0)
     assert [round(row["multiplier"], 2) for row in found["by_ratio"]] == [60.25, 15.39, 4.41]
     ample, tight, least = found["by_ratio"]
     assert [row["small"] for row in ample["by_bin"]] == [1, 1, 0.125, 0.125, 0.125] and [row["lead"][0] for row in ample["by_bin"]][:2] == [1, 1]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from flywheel.ledger import metered
+from flywheel.prm import together
 from flywheel.records import Adaptive, Beam, BestOfN, Candidate, Outcome, Question, Refine, Revise, Strategy
 from flywheel.search.adaptive import adaptive, stopped
 from flywheel.search.beam import beam
@@ -52,6 +53,29 @@ async def search(strategy: Strategy, question: Question, tools: Tools, *, tag: s
         answer = majority([c.solution.answer for c in found.candidates])
     generations = len(found.candidates) * (1 + getattr(strategy, "lookahead", 0))
     return Outcome(question.id, name(strategy), found.candidates, answer, generations, spent.tokens, found.extra, spent.cached)
+
+
+async def search_all(asked: Sequence[tuple[int, Strategy]], question: Question, tools: Tools, *, tag: str) -> list[tuple[int, Strategy, Outcome]]:
+    """Every (budget, strategy) of `asked` on one question, each draw made once.
+
+    Of a kind the largest budget is drawn first, the judged one before the vote: what is part of
+    it is read off (`smaller`). Kinds are drawn at once: a step of the engine costs little more
+    for more sequences.
+    """
+    order = sorted(asked, key=lambda item: (-item[0], not judges(item[1])))
+    kinds = [[item for item in order if type(item[1]) is kind] for kind in dict.fromkeys(type(strategy) for _, strategy in order)]
+
+    async def each(kind: list[tuple[int, Strategy]]) -> list[tuple[int, Strategy, Outcome]]:
+        runs: dict[Strategy, Outcome] = {}
+        out = []
+        for budget, strategy in kind:
+            outcome = next((o for o in (smaller(done, run, strategy) for done, run in runs.items()) if o), None)
+            if outcome is None:
+                outcome = runs[strategy] = await search(strategy, question, tools, tag=f"{tag}/{name(strategy)}")
+            out.append((budget, strategy, outcome))
+        return out
+
+    return [item for group in await together(map(each, kinds)) for item in group]
 
 
 def select(strategy: Strategy, candidates: Sequence[Candidate]) -> str | None:

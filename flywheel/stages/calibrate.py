@@ -7,15 +7,13 @@ that bin a question never score a strategy on it.
 
 from __future__ import annotations
 
-import asyncio
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from flywheel.records import BestOfN, Outcome, Split, StepValues, Strategy, Verdict
 from flywheel.run import Context, Stage
-from flywheel.search.plan import Trial, harvest_plan, left_out, name, serve_plan, strategies, table
-from flywheel.search.run import search, smaller
-from flywheel.search.tools import judges
+from flywheel.search.plan import Trial, harvest_plan, left_out, serve_plan, strategies, table
+from flywheel.search.run import search_all
 from flywheel.stages.kit import Kit, answer_is_right, difficulties, kit, plan_models, sampled, search_tools, searchers, trace, votes
 
 
@@ -23,25 +21,8 @@ def work(ctx: Context, kit: Kit, questions: Sequence[str]) -> Iterator[object]:
     tools, bins = search_tools(kit), difficulties(ctx)
     wanted = [item for item in strategies(ctx.recipe.calibrate) if tools.can(item[1])]
 
-    # the largest budget first, and of the samplers the judged one: the others are parts of it
-    wanted.sort(key=lambda item: (-item[0], not judges(item[1])))
-    kinds = [[item for item in wanted if type(item[1]) is kind] for kind in dict.fromkeys(type(strategy) for _, strategy in wanted)]
-
     async def one(question: str) -> list[tuple[int, Strategy, Outcome]]:
-        # the kinds at once: a step of the engine costs little more for more sequences
-        found = await asyncio.gather(*(each(question, kind) for kind in kinds))
-        return [item for group in found for item in group]
-
-    async def each(question: str, kind: list[tuple[int, Strategy]]) -> list[tuple[int, Strategy, Outcome]]:
-        runs: dict[Strategy, Outcome] = {}
-        out = []
-        for budget, strategy in kind:
-            outcome = next((o for o in (smaller(done, run, strategy) for done, run in runs.items()) if o), None)
-            if outcome is None:
-                outcome = await search(strategy, kit.problems[question].question, tools, tag=f"r{ctx.round}/calibrate/{name(strategy)}")
-                runs[strategy] = outcome
-            out.append((budget, strategy, outcome))
-        return out
+        return await search_all(wanted, kit.problems[question].question, tools, tag=f"r{ctx.round}/calibrate")
 
     for question, outcomes in kit.each(questions, one):
         judged = [o.candidates for _, strategy, o in outcomes if isinstance(strategy, BestOfN) and strategy.select == "weighted"]
