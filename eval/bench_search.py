@@ -2,10 +2,10 @@
 
 The policy and PRM that search in that round of a finished run, on its training questions (no
 test question is touched): best-of-N weighted, then a beam of N and width 4, the same questions,
-one after the other in one process, each all at once. Prints JSON, for each and for each model:
+one after the other in one process, each all at once. Prints JSON, for each:
 
-- processed tokens (prefilled + decoded + scored, without what the prefix cache served) a second;
-- the mean number of sequences that wait for the device at a step, which runs at most `engine.max_running`;
+- processed tokens (prefilled + decoded + scored, without what the prefix cache served) a second, and where the seconds go;
+- by model, the mean number of sequences that wait for the device at a step, which runs at most `engine.max_running`;
 - the prefix cache's hit rate, and the bound that its block size allows: whole blocks of a prompt that some
   earlier sequence has filled.
 """
@@ -83,32 +83,34 @@ def measure(run: Path, round: int, n: int, questions: int) -> dict:
 
 
 def one(ctx: Context, open_kit, tools, asked: Sequence[str], strategy: Strategy, block: int) -> dict:
-    devices = {role: open_kit.engine(role).device for role in (Role.POLICY, Role.PRM)}
+    devices = {id(device): device for device in (open_kit.engine(role).device for role in (Role.POLICY, Role.PRM))}  # one on a GPU
     watches = {}
-    for role, device in devices.items():
+    for key, device in devices.items():
         for name in ("submit", "step"):
             device.__dict__.pop(name, None)  # the last strategy's watch
-        watches[role] = Watch(block)
-        watches[role].put_on(device)
+        watches[key] = Watch(block)
+        watches[key].put_on(device)
     ctx.ledger.take()
     begun = time.perf_counter()
     for _ in open_kit.each(asked, lambda q: search(strategy, open_kit.problems[q].question, tools, tag="bench")):
         pass
     seconds = time.perf_counter() - begun
     spent = dict(total(ctx.ledger.rows(), "role"))
-    by_role = {
-        str(role): {
+    by_device = {}
+    for key, watch in watches.items():
+        roles = [role for role in (Role.POLICY, Role.PRM) if id(open_kit.engine(role).device) == key]
+        mine = [spent[(str(role),)] for role in roles if (str(role),) in spent]
+        by_device[" and ".join(roles)] = {
             "seconds": watch.seconds,
+            "processed_tokens": sum(s.tokens - s.cached for s in mine),
             "steps": watch.steps,
             "mean_waiting": watch.held / watch.steps,
-            "hit_rate": spent[(str(role),)].cached / watch.prompt,
+            "hit_rate": sum(s.cached for s in mine) / watch.prompt,
             "hit_rate_bound": watch.reachable / watch.prompt,
         }
-        for role, watch in watches.items()
-    }
     processed = sum(s.tokens - s.cached for s in spent.values())
     return {"seconds": seconds, "processed_tokens": processed, "processed_tokens_per_second": processed / seconds,
-            "outside_the_devices": seconds - sum(w.seconds for w in watches.values()), **by_role}  # fmt: skip
+            "outside_the_devices": seconds - sum(w.seconds for w in watches.values()), **by_device}  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import spearmanr
 
-from eval import pictures, seeds
+from eval import pictures, prompt_head, seeds
 from eval.study import Difficult, Drawn, Tried, arguments, parts, read
 from flywheel.bins import fixed_bins, quantile_bins
 from flywheel.engines.base import ModelRef
@@ -109,13 +109,31 @@ class Study:
         return float(np.mean(rights))
 
     def best_of_n_tokens(self, n: int, select: str) -> np.ndarray:
-        """Mean tokens of n samples of each question's pool, judged unless a majority decides."""
-        judge = select != "majority"
-        return np.array([n * np.mean([d.cost + judge * d.score_cost for d in self.pools[q]]) for q in self.questions])
+        """Mean tokens of n samples of each question, over the disjoint groups of its pool; judged unless a majority decides."""
+        return self._cost[select != "majority", False][n]
+
+    @cached_property
+    def _cost(self) -> dict[tuple[bool, bool], dict[int, np.ndarray]]:
+        """(judged, without what a cache served) -> n -> tokens of each question."""
+        cases = [(judge, computed) for judge in (False, True) for computed in (False, True)]
+        return {case: {n: np.array([self._spent(self.pools[q], n, *case) for q in self.questions]) for n in self.sizes} for case in cases}
+
+    @staticmethod
+    def _spent(pool: Sequence[Drawn], n: int, judge: bool, computed: bool) -> float:
+        """A pool judges equal solutions once, and so does each group of n by itself: equal are those of one answer and one score."""
+        first: dict[tuple, Drawn] = {}
+        for d in pool:
+            if d.score_cost:
+                first.setdefault((d.answer, d.score), d)
+        cached = lambda d: min(d.cached, d.cost) if computed else 0  # noqa: E731  (of a judge that reads all in one pass nothing is cached)
+        groups = [pool[start : start + n] for start in range(0, len(pool) - n + 1, n)]
+        sampled = np.mean([sum(d.cost - cached(d) for d in group) for group in groups])
+        keys = [{(d.answer, d.score) for d in group if d.answer is not None} for group in groups]
+        return float(sampled + judge * np.mean([sum(first[key].score_cost for key in group if key in first) for group in keys]))
 
     def best_of_n_computed(self, n: int) -> float:
         """Mean tokens of n judged samples without what the prefix cache served."""
-        return float(np.mean([n * np.mean([d.cost + d.score_cost - d.cached for d in self.pools[q]]) for q in self.questions]))
+        return float(self._cost[True, True][n].mean())
 
     # ---- the other strategies ----
 
@@ -185,9 +203,11 @@ class Study:
     def at_tokens(self, tokens: float, select: str = "weighted", computed: bool = False) -> np.ndarray:
         """Best-of-N's accuracy of each question for a mean of so many tokens (`computed`: of those that no cache served).
 
-        Between the measured N on a log scale.
+        Between the measured N on a log scale; NaN beyond the pool, where nothing is known.
         """
         grid = np.log([self.best_of_n_computed(n) if computed else self.best_of_n_tokens(n, select).mean() for n in self.sizes])
+        if np.log(tokens) > grid[-1]:
+            return np.full(len(self.questions), np.nan)
         at = np.clip(np.log(tokens), grid[0], grid[-1])
         high = int(np.clip(np.searchsorted(grid, at), 1, len(grid) - 1))
         part = (at - grid[high - 1]) / (grid[high] - grid[high - 1])
@@ -336,10 +356,9 @@ def measure(study: Study) -> tuple[Table, dict]:
 
     # 6: lookahead
     for budget in s.budgets:
-        beams, looks = [n for n in s.names(budget, "beam") if "look" not in n], [n for n in s.names(budget, "beam") if "look" in n]
-        for look in looks:
-            best = max(beams, key=lambda n: s.row(budget, n).mean())
-            table.add(f"6.{look}", f"{look} loses to {best} at equal cost ({budget})", "loses", s.row(budget, best) - s.row(budget, look))
+        plain_beam = f"beam:{budget}:{min(4, budget)}"
+        for look in [n for n in s.names(budget, "beam") if "look" in n]:
+            table.add(f"6.{look}", f"{look} loses to {plain_beam} at equal cost ({budget})", "loses", s.row(budget, plain_beam) - s.row(budget, look))
 
     # 7 - 10: revisions
     for budget in s.budgets:
@@ -353,7 +372,7 @@ def measure(study: Study) -> tuple[Table, dict]:
                 table.add("7.slope", f"The reviser's pass@1 rises: attempts 5 to {budget} over attempt 1", "rises", attempts[:, 4:].mean(axis=1) - attempts[:, 0])
             before, after = attempts[:, :-1], attempts[:, 1:]
             lost = ((before == 1) & (after == 0)).sum(axis=1) / np.where(before.sum(axis=1), before.sum(axis=1), np.nan)
-            table.add("8.lost", "Share of right attempts that the next revision makes wrong", "0.38", lost, "share of right attempts")
+            table.add("8.lost", "Right attempts are revised into wrong ones, in more than a tenth of cases", "0.38", lost, "share of right attempts", zero=0.1)
             last = s.row(budget, f"{chain}:last")
             table.add("8.selection", "Selection over the chain recovers: weighted over the last attempt", "recovers", s.row(budget, f"{chain}:weighted") - last)
         for how in ("weighted", "majority"):
@@ -395,12 +414,14 @@ def measure(study: Study) -> tuple[Table, dict]:
 
 
 def fixed_tokens(run: Path, round: int) -> dict[str, float]:
-    """What a round pays once, in tokens of inference (FLOPs over 2N): the PRM, the reviser, the calibration."""
+    """What a round pays once, in tokens of inference (FLOPs over 2N): the PRM, the reviser, the calibration, the prompt's head."""
     recipe = load(run / "recipe.yaml")
     each = 2 * parameters(ModelRef("base", recipe.model.base))
     parts = {"prm": ("label", "train_prm"), "reviser": ("train_reviser", "choose_reviser"), "calibrate": ("calibrate",)}
     rows = [row for row in History.of(run).ledger if row["round"] == round]
-    return {part: sum(row["flops"] for row in rows if row["stage"] in stages) / each for part, stages in parts.items()}
+    found = {part: sum(row["flops"] for row in rows if row["stage"] in stages) / each for part, stages in parts.items()}
+    head = json.loads((prompt_head.folder(run, round) / "report.json").read_text(encoding="utf-8"))
+    return {**found, "prompt_head": 6 * head["parameters"] * head["tokens"] / each}  # training: 6 N a token
 
 
 def amortise(behind: dict, fixed: dict[str, float]) -> None:
@@ -410,7 +431,7 @@ def amortise(behind: dict, fixed: dict[str, float]) -> None:
     the reviser where a plan may use it. A question's own difficulty is paid in full by each.
     """
     for row in behind["compute_optimal"]:
-        once = fixed["calibrate"] + (fixed["reviser"] if row["of"] != "search" else 0.0)
+        once = fixed["calibrate"] + (fixed["reviser"] if row["of"] != "search" else 0.0) + (fixed["prompt_head"] if row["grade"] == "prompt" else 0.0)
         row["net_by_served"] = {str(served): row["net_tokens"] + once / served for served in SERVED}
         saved = row["best_of_n_needs"] - row["net_tokens"]
         row["break_even"] = 0.0 if saved == float("inf") else once / saved if saved > 0 else float("inf")
@@ -500,10 +521,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = arguments(argv, "python -m eval.claims", __doc__.split("\n\n")[0])
     command = f"python -m eval.study {' '.join(argv)} && python -m eval.claims {' '.join(argv)}"
     try:
-        measured = []
+        measured, asked = [], None
         for run in args.runs:
             rows = [read(run, args.round, title, kind) for title, (kind, _) in parts(args).items()]
-            table, behind = measure(Study(*rows, seed=load(run / "recipe.yaml").seed))
+            study = Study(*rows, seed=load(run / "recipe.yaml").seed)
+            if (asked := asked or study.questions) != study.questions:
+                raise UserError(f"{run}: other test questions than {args.runs[0]}; runs to be averaged share them")
+            table, behind = measure(study)
             behind["fixed"], behind["routing"] = fixed_tokens(run, args.round), routing(run)
             amortise(behind, behind["fixed"])
             measured.append((table, behind))
@@ -513,8 +537,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     behind = [behind for _, behind in measured]
     names = ", ".join(f"`{run.name}`" for run in args.runs)
-    questions = len(next(iter(measured[0][0].rows.values())).values)
-    about = f"{questions} test questions; {len(args.runs)} training {'seed' if len(args.runs) == 1 else 'seeds'} ({names}), round {args.round}. Written by `{command}`."
+    about = f"{len(asked)} test questions; {len(args.runs)} training {'seed' if len(args.runs) == 1 else 'seeds'} ({names}), round {args.round}. Written by `{command}`."
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / "claims.json").write_text(json.dumps([asdict(c) for c in claims], indent=1) + "\n", encoding="utf-8")
     (RESULTS / "behind.json").write_text(json.dumps(plain(behind), indent=1) + "\n", encoding="utf-8")

@@ -1,11 +1,12 @@
 """Is the loop worth its parts? python -m eval.compare RUN RUN [RUN ...]
 
-The first run against each other one, at equal FLOPs spent on making the policy: every stage but
+The first run against each other one, by the FLOPs spent on making the policy: every stage but
 `evaluate` and `search`, which only measure. Claim 15: the others are ReST^EM (uniform sampling,
 no PRM, no reviser), a single round with more samples, or a loop with a part left out.
-`--without STAGE ...` leaves out what a run computed and its policy never used, as ReST^EM's PRM.
-Prints JSON: by run and round, FLOPs so far and pass@1 on the test questions, and at the last
-round of each the paired difference with its 95% interval over questions.
+`--without STAGE ...` leaves out what the other runs computed and their policies never used, as
+ReST^EM's PRM. Prints JSON: by run and round, FLOPs so far and pass@1 on the test questions; then the
+paired difference with its 95% interval over questions, at the last round of each, and for each
+round of the other run the first run's last round that had cost no more.
 """
 
 from __future__ import annotations
@@ -43,14 +44,17 @@ def compare(runs: Sequence[Path], unused: Sequence[str]) -> dict:
         out["runs"][str(run)] = [
             {"round": row["round"], "flops": row["flops"], "pass@1": bootstrap_mean([row["rates"][q] for q in sorted(row["rates"])])} for row in rows
         ]
-    ours = courses[0][-1]
-    for run, rows in zip(runs[1:], courses[1:]):
-        theirs = rows[-1]
-        if set(theirs["rates"]) != set(ours["rates"]):
-            raise UserError(f"{run}: other test questions than {runs[0]}")
-        questions = sorted(ours["rates"])
+    questions = sorted(courses[0][0]["rates"])
+
+    def against(ours: dict, theirs: dict) -> dict:
         gain = paired_gain([theirs["rates"][q] for q in questions], [ours["rates"][q] for q in questions])
-        out["first_less_others"][str(run)] = {"pass@1": gain, "flops_of_first_over_other": ours["flops"] / theirs["flops"]}
+        return {"rounds": [ours["round"], theirs["round"]], "pass@1": gain, "flops": [ours["flops"], theirs["flops"]]}
+
+    for run, rows in zip(runs[1:], courses[1:]):
+        if sorted(rows[-1]["rates"]) != questions:
+            raise UserError(f"{run}: other test questions than {runs[0]}")
+        within = [against([mine for mine in courses[0] if mine["flops"] <= theirs["flops"]][-1], theirs) for theirs in rows[1:]]
+        out["first_less_others"][str(run)] = {"last_rounds": against(courses[0][-1], rows[-1]), "within_the_other_s_flops": within}
     return out
 
 

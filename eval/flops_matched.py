@@ -24,7 +24,8 @@ from eval.cli import answer
 from eval.study import arguments as sizes
 from eval.study import context, parts, read
 from flywheel.engines.base import ModelRef, Sampling
-from flywheel.engines.open import parameters
+from flywheel.engines.open import load_tokenizer, parameters
+from flywheel.errors import UserError
 from flywheel.recipe import load
 from flywheel.records import Split
 from flywheel.run import Stage
@@ -34,7 +35,7 @@ from flywheel.stats import bootstrap_mean
 RATIOS = (0.16, 0.79, 22.0)  # D_inf / D_pre, the paper's
 
 
-def greedy(run: Path, round: int, model: str) -> tuple[dict[str, float], float]:
+def greedy(run: Path, round: int, model: str, questions: Sequence[str]) -> tuple[dict[str, float], float]:
     """1.0 by question that `model` answers right at temperature 0, and the mean tokens of an answer, prompt and all."""
     ctx = context(run, round, Stage("greedy", (), (), items=lambda ctx: [], work=lambda *_: iter(()), test_split=True), 20)
     sample = ctx.recipe.sample
@@ -45,7 +46,7 @@ def greedy(run: Path, round: int, model: str) -> tuple[dict[str, float], float]:
             [done] = await opened.engine("larger").generate(prompt, Sampling(sample.max_tokens, 0.0, stop=opened.reader.stop), purpose="greedy")
             return opened.reader.solution(done.tokens, done.finish, id=f"{question}/greedy", question_id=question, origin="larger"), len(prompt) + len(done.tokens) + done.eos
 
-        drawn = [found for _, found in opened.each(list(opened.problems), one)]
+        drawn = [found for _, found in opened.each(questions, one)]
         grades = opened.grade([solution for solution, _ in drawn])
     return {g.question_id: float(g.correct) for g in grades}, float(np.mean([tokens for _, tokens in drawn]))
 
@@ -83,10 +84,14 @@ def compare(study: Study, larger: dict[str, float], answer_tokens: float, times:
 
 
 def measure(args: argparse.Namespace, model: str) -> dict:
+    if len(args.runs) > 1:
+        raise UserError("one run at a time")
     run, round = args.runs[0], args.round
-    study = Study(*(read(run, round, title, kind) for title, (kind, _) in parts(args).items()))
-    right, answer_tokens = greedy(run, round, model)
     base = load(run / "recipe.yaml").model.base
+    if load_tokenizer(base).get_vocab() != load_tokenizer(model).get_vocab():
+        raise UserError(f"{model}: its tokenizer is not that of {base}; a larger model of the same family wanted")
+    study = Study(*(read(run, round, title, kind) for title, (kind, _) in parts(args).items()))
+    right, answer_tokens = greedy(run, round, model, study.questions)
     times = parameters(ModelRef("larger", model)) / parameters(ModelRef("small", base))
     return compare(study, right, answer_tokens, times)
 

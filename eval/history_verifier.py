@@ -62,10 +62,12 @@ def _read(ctx: Context, kind: type) -> list:
     return [row for shard in shard_dirs(ctx.dir) for row in read_table(shard / f"{kind.__name__}.parquet", kind)]
 
 
-def example(prompts: Prompts, problem: Problem, chain: Sequence[Solution], place: int, context: int, value: float = 0.0) -> PrmExample:
+def example(prompts: Prompts, problem: Problem, chain: Sequence[Solution], place: int, context: int, longest: int, value: float = 0.0) -> PrmExample:
     """The attempt at `place` as a PRM reads it, after up to `context` earlier ones that have an answer."""
     tokens, reads = encode(prompts, problem.question, chain[place].steps)
     seen = [s for s in chain[:place] if s.answer is not None][-context:] if context else []
+    while seen and len(prompts.revise(problem.question, seen)) + len(tokens) > longest:
+        seen = seen[1:]  # as a revision's own prompt does, where the model is too short
     before = prompts.revise(problem.question, seen) if seen else []
     return PrmExample((*before, *tokens), tuple(len(before) + read for read in reads), (value,) * len(reads), question_id=problem.question.id)
 
@@ -85,7 +87,7 @@ def study(run: Path, round: int, attempts: int) -> dict[str, dict[str, float]]:
     adapters["prm+history"] = adapters["prm"]
     for name, shown in (("own", 0), ("own+history", context)):
         rows = [
-            (s.question_id in held, example(prompts, problems[s.question_id], chain, i, shown, float(train_right[s.id])))
+            (s.question_id in held, example(prompts, problems[s.question_id], chain, i, shown, spec.max_length, float(train_right[s.id])))
             for chain in train for i, s in enumerate(chain) if s.answer is not None
         ]  # fmt: skip
         out = run / "studies" / f"round_{round}" / f"verifier_{name}"
@@ -98,7 +100,7 @@ def study(run: Path, round: int, attempts: int) -> dict[str, dict[str, float]]:
     results = {"majority": {c[0].question_id: answer_is_right(majority([s.answer for s in c]), c, right) for c in test}}
     for name, adapter in adapters.items():
         shown = context if name.endswith("+history") else 0
-        values = score_all(base, adapter, [example(prompts, problems[c[i].question_id], c, i, shown) for c, i in readable], labels, ledger=Ledger("history", round))
+        values = score_all(base, adapter, [example(prompts, problems[c[i].question_id], c, i, shown, spec.max_length) for c, i in readable], labels, ledger=Ledger("history", round))
         for how in AGGREGATES:
             score = {c[i].id: aggregate(v, how) for (c, i), v in zip(readable, values)}
             results[f"{name}:{how}"] = {
@@ -108,13 +110,18 @@ def study(run: Path, round: int, attempts: int) -> dict[str, dict[str, float]]:
     return results
 
 
+def _mean(areas: Sequence[float | None]) -> float | None:
+    known = [area for area in areas if area is not None]
+    return float(np.mean(known)) if known else None
+
+
 def report(studies: Sequence[dict[str, dict[str, float]]], chosen: str) -> dict:
     methods, plain = [m for m in studies[0] if not m.startswith("auc:")], f"prm:{chosen}"
     return {
         "questions": len(averaged(studies, "majority")),
         "accuracy": {m: bootstrap_mean(averaged(studies, m)) for m in methods},
         f"over_{plain}": {m: paired_gain(averaged(studies, plain), averaged(studies, m)) for m in methods if m != plain},
-        "auc_within_question": {m[4:]: float(np.mean([s[m][""] for s in studies])) for m in studies[0] if m.startswith("auc:")},
+        "auc_within_question": {m[4:]: _mean([s[m][""] for s in studies]) for m in studies[0] if m.startswith("auc:")},
     }
 
 

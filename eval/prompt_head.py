@@ -11,6 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from flywheel.bins import quantile_bins
 from flywheel.errors import UserError, explain
 from flywheel.ledger import Ledger
 from flywheel.recipe import load
@@ -38,11 +39,12 @@ def train(run: Path, round: int) -> dict:
     ctx = Context(load(run / "recipe.yaml"), run, round, stage)
     out = folder(run, round)
     prompts, _ = text_tools(ctx)
-    names, found = words(prompts.tokenizer), difficulties(ctx)
+    names = words(prompts.tokenizer)
+    found = quantile_bins({q: d.pass_at_1 for q, d in difficulties(ctx).items()}, BINS)
     fit, check = [], []
     for i, problem in enumerate(ctx.problems(Split.TRAIN, Split.CALIBRATE)):
         prompt = prompts.solve(problem.question)
-        example = Example((*prompt, names[found[problem.question.id].quantile_bin - 1]), len(prompt))
+        example = Example((*prompt, names[found[problem.question.id] - 1]), len(prompt))
         (check if i % 10 == 0 else fit).append(example)
     spec = ctx.recipe.prm.model_copy(update={"epochs": 6, "evals": 12})  # stops at the lowest validation loss
     report = train_sft(

@@ -26,6 +26,7 @@ from functools import partial
 from pathlib import Path
 
 from eval import prompt_head
+from flywheel import manifest
 from flywheel.engines.base import ModelRef, Sampling
 from flywheel.errors import UserError, explain
 from flywheel.loop import workers
@@ -37,6 +38,7 @@ from flywheel.search.run import search, search_all
 from flywheel.search.tools import judged
 from flywheel.shards import shard_dirs
 from flywheel.stages.kit import Kit, answer_is_right, ids, kit, search_tools, searchers
+from flywheel.store import read_json, sha256, write_json
 
 SURE = (0.99, 0.95, 0.9, 0.8, 0.7)  # of adaptive sampling: the surest first, which holds the others
 READS = ("train_prm", "choose_reviser", "gate@-1?", "distill@-1?")
@@ -143,7 +145,7 @@ def pool(ctx: Context, kit: Kit, questions: Sequence[str], *, size: int) -> Iter
         usual = usual_steps(ctx, kit.problems[question].question.text)
         right = {g.solution_id: g.correct for g in kit.grade([c.solution for c in outcome.candidates])}
         for c in outcome.candidates:
-            yield Drawn(question, c.solution.answer, c.score, right[c.solution.id], c.cost, c.score_cost, c.cached, shape(c.solution, usual))
+            yield Drawn(question, c.solution.answer, c.score, right[c.solution.id], c.cost, c.score_cost, c.cached + c.score_cached, shape(c.solution, usual))
 
 
 def wanted(budgets: Sequence[int], reviser: bool) -> list[tuple[int, Strategy]]:
@@ -223,11 +225,30 @@ def context(run: Path, round: int, stage: Stage, chunk: int) -> Context:
     return ctx
 
 
+def origin(run: Path, round: int) -> dict[str, str]:
+    """sha256 of what decides a study's draws: the manifests of the round's models, the prompt's head."""
+    models = [(round, "train_prm"), (round, "choose_reviser"), (round, "sample"), *((r, "gate") for r in range(1, round))]
+    files = [manifest.stage_dir(run, *at) / "manifest.json" for at in models] + [prompt_head.folder(run, round) / "adapter" / "adapter_model.safetensors"]
+    return {str(path.relative_to(run)): sha256(path) for path in files}
+
+
+def check_origin(directory: Path, run: Path, round: int) -> None:
+    """A part was drawn with the models that are there now. Raises UserError; one without any draw takes them as its own."""
+    note, now = directory / "made_from.json", origin(run, round)
+    if not shard_dirs(directory) and not note.is_file():
+        write_json(note, now)
+    was = read_json(note) or {}
+    if was != now:
+        changed = next(name for name in now if was.get(name) != now[name])
+        raise UserError(f"{directory}: drawn with another {changed}; remove it, and what else of this round is in {directory.parent}, and draw again")
+
+
 def read(run: Path, round: int, title: str, kind: type) -> list:
     """All records of a part. Raises UserError where it is not finished."""
     directory = run / "studies" / f"round_{round}" / title
     if not (directory / "finished").is_file():
         raise UserError(f"{directory}: not drawn; python -m eval.study {run} --round {round} draws it")
+    check_origin(directory, run, round)
     return [row for shard in shard_dirs(directory) for row in read_table(shard / f"{kind.__name__}.parquet", kind)]
 
 
@@ -245,6 +266,8 @@ def arguments(argv: Sequence[str] | None, program: str, about: str) -> argparse.
     args = parser.parse_args(argv)
     if not 1 <= args.judged <= args.oracle:
         parser.error(f"--judged {args.judged}: 1 to --oracle ({args.oracle}) wanted")
+    if wrong := [b for b in args.budgets if b & (b - 1) or not 1 <= b <= args.pool]:
+        parser.error(f"--budgets {wrong[0]}: a power of two, and at most --pool ({args.pool}), wanted: best-of-N is read off the pool")
     return args
 
 
@@ -275,6 +298,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 if (ctx.dir / "finished").is_file():
                     continue
                 ctx.dir.mkdir(parents=True, exist_ok=True)
+                check_origin(ctx.dir, run, args.round)
                 fill(ctx)
                 (ctx.dir / "finished").touch()
                 print(f"{ctx.dir}: drawn", flush=True)

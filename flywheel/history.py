@@ -90,12 +90,11 @@ class History:
         return next(passed, 0)
 
     def adapters(self, round: int) -> dict[str, Path]:
-        """The LoRA adapters after `round`: policy (of the last passed gate), prm, reviser; only those there are."""
+        """The LoRA adapters after `round`: policy (of the last passed gate), prm, reviser; only those there are and were used."""
         places = {
             "policy": [self.path("distill", self.policy_round(round)) / "adapter"],
-            "prm": [self.path("train_prm", round) / "adapter"],
-            # the chosen checkpoint, or the training's own where none had to be chosen
-            "reviser": [self.path(stage, round) / "adapter" for stage in ("choose_reviser", "train_reviser")],
+            "prm": [] if self.figures("train_prm", round).get("refused") else [self.path("train_prm", round) / "adapter"],
+            "reviser": [self.path("choose_reviser", round) / "adapter"],
         }
         found = {role: [p for p in paths if (p / "adapter_config.json").is_file()] for role, paths in places.items()}
         return {role: paths[0] for role, paths in found.items() if paths}

@@ -238,7 +238,8 @@ class Candidate:
     score: float = 0.0
     cost: int = 0
     score_cost: int = 0
-    cached: int = 0  # of both, what the prefix cache served
+    cached: int = 0  # of `cost`, what the prefix cache served
+    score_cached: int = 0  # of `score_cost`
 
 
 @dataclass(frozen=True, slots=True)

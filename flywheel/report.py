@@ -170,7 +170,7 @@ def _bins(now: dict, before: dict | None):
             table.add_row(str(b["bin"]), str(b.get("n", "")), _value(b, "pass@1"))
         return table
     old_name = (before.get("policy") or {}).get("name", "the last policy")
-    title = f"round {now['round']}: pass@1 by fixed bin on n test questions, {old_name} before, {name} after"
+    title = f"round {now['round']}, pass@1 on test questions: {old_name} before, {name} after"
     table = _table(title, "bin", "n", "before", "after, 95% interval", "gain", "gain since round 0")  # in 100 columns
     old = {b["bin"]: b for b in before.get("fixed_bins", [])}
     for b in now.get("fixed_bins", []):
@@ -234,6 +234,9 @@ def _remarks(now: dict) -> Iterator[str]:
         verdicts = sample.get("verdicts") or {k: sample[k] for k in ("truncated", "unparsable") if k in sample}
         parts = [f"{sample[key]:,} {key}" for key in ("questions", "solutions") if key in sample]
         yield "sample: " + ", ".join(parts + [f"{count:,} {verdict}" for verdict, count in verdicts.items()])
+    for part in ("prm", "reviser"):
+        if why := (now.get(part) or {}).get("why"):
+            yield f"{part}_{now['round']} is not used: {why}"
     if harvest := now.get("harvest"):
         words = {"candidates": "{:,} candidates", "kept": "{:,} kept", "questions": "from {:,} questions", "step_verified": "{:.1%} of them with all steps right"}
         parts = [text.format(harvest[key]) for key, text in words.items() if harvest.get(key) is not None]

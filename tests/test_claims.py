@@ -35,7 +35,10 @@ def test_best_of_n_is_the_mean_over_disjoint_groups_of_the_pool():
     assert s.best_of_n(2, "best")[0] == 0.5  # aa right; b- wrong; aa right; ab: b has the higher score
     assert s.best_of_n(2, "weighted")[0] == 0.5 and s.best_of_n(4, "weighted")[0] == 1.0
     assert s.best_of_n(8, "majority")[40] == 0.0
-    assert s.best_of_n_tokens(4, "weighted")[0] == 60 and s.best_of_n_tokens(4, "majority")[0] == 40
+    assert s.best_of_n_tokens(4, "majority")[0] == 40
+    # each group judges its distinct solutions once, and none without an answer: 40 + 3 x 5 and 40 + 4 x 5; 40 + 5 and 40 + 2 x 5
+    assert s.best_of_n_tokens(4, "weighted")[[0, 40]].tolist() == [57.5, 47.5] and s.best_of_n_tokens(8, "weighted")[[0, 40]].tolist() == [100, 90]
+    assert s.best_of_n_computed(4) == pytest.approx((40 * 57.5 + 60 * 47.5) / 100 - 4 * 3)
 
 
 def test_a_plan_sends_each_bin_to_what_answers_it_and_is_charged_for_the_bin():
@@ -56,8 +59,11 @@ def test_probe_samples_are_paid_once():
 
 def test_accuracy_at_a_number_of_tokens_lies_between_the_measured_sizes():
     s = study()
-    assert s.at_tokens(15.0)[0] == s.best_of_n(1, "weighted")[0] and s.at_tokens(1e9)[0] == s.best_of_n(8, "weighted")[0]
-    assert s.at_tokens(60 * 2**-0.5)[0] == pytest.approx((0.5 + 1.0) / 2)
+    cost = {n: s.best_of_n_tokens(n, "weighted").mean() for n in s.sizes}
+    assert cost == {1: 14.75, 2: 27.25, 4: 51.5, 8: 94.0}
+    assert s.at_tokens(1.0)[0] == s.best_of_n(1, "weighted")[0] and s.at_tokens(94.0)[0] == s.best_of_n(8, "weighted")[0]
+    assert s.at_tokens((27.25 * 51.5) ** 0.5)[0] == pytest.approx((0.5 + 1.0) / 2)
+    assert np.isnan(s.at_tokens(95.0)).all()  # beyond the pool nothing is known, and nothing is claimed
 
 
 def test_a_claim_is_judged_by_its_whole_interval():
@@ -83,10 +89,11 @@ def test_seeds_are_averaged_question_by_question():
 
 def test_what_is_paid_once_is_shared_by_the_questions_served():
     rows = [
-        {"of": "search", "net_tokens": 50.0, "best_of_n_needs": 150.0}, {"of": "revisions", "net_tokens": 50.0, "best_of_n_needs": 40.0},
-        {"of": "revisions", "net_tokens": 50.0, "best_of_n_needs": float("inf")},
+        {"of": "search", "grade": "oracle", "net_tokens": 50.0, "best_of_n_needs": 150.0},
+        {"of": "revisions", "grade": "prompt", "net_tokens": 50.0, "best_of_n_needs": 40.0},
+        {"of": "revisions", "grade": "probe", "net_tokens": 50.0, "best_of_n_needs": float("inf")},
     ]  # fmt: skip
-    amortise({"compute_optimal": rows}, {"prm": 7.0, "reviser": 9000.0, "calibrate": 1000.0})
+    amortise({"compute_optimal": rows}, {"prm": 7.0, "reviser": 8000.0, "calibrate": 1000.0, "prompt_head": 1000.0})
     assert rows[0]["net_by_served"] == {"100": 60.0, "10000": 50.1, "1000000": 50.001} and rows[0]["break_even"] == 10.0
     assert rows[1]["net_by_served"]["100"] == 150.0 and rows[1]["break_even"] == float("inf") and rows[2]["break_even"] == 0.0
 
@@ -97,9 +104,9 @@ def test_the_paper_s_multiplier_of_inference():
 
 def test_the_accuracy_of_a_plan_costs_best_of_n_so_many_tokens():
     s = study()
-    assert s.tokens_for(0.0) == 15.0 and s.tokens_for(0.99) == float("inf")
-    assert [s.best_of_n(n, "weighted").mean() for n in (1, 2, 4)] == pytest.approx([0.325, 0.2, 0.4])  # at 15, 30 and 60 tokens
-    assert s.tokens_for(0.35) == pytest.approx(30 * 2**0.75)
+    assert s.tokens_for(0.0) == 14.75 and s.tokens_for(0.99) == float("inf")
+    assert [s.best_of_n(n, "weighted").mean() for n in (1, 2, 4)] == pytest.approx([0.325, 0.2, 0.4])  # at 14.75, 27.25 and 51.5 tokens
+    assert s.tokens_for(0.35) == pytest.approx(27.25 * (51.5 / 27.25) ** 0.75)
 
 
 def test_the_cheapest_strategy_is_chosen_on_the_other_half():
@@ -110,7 +117,7 @@ def test_the_cheapest_strategy_is_chosen_on_the_other_half():
 
 def test_a_study_is_written_out_and_drawn(tmp_path):
     table, behind = measure(study())
-    behind["fixed"], behind["routing"] = {"prm": 1.0, "reviser": 0.0, "calibrate": 10.0}, []
+    behind["fixed"], behind["routing"] = {"prm": 1.0, "reviser": 0.0, "calibrate": 10.0, "prompt_head": 0.0}, []
     amortise(behind, behind["fixed"])
     text = markdown(combine([table], "command"), [behind], "about")
     assert "| 1.gross@4: Compute-optimal search of 4 is ahead of best-of-4 weighted" in text and "| search | 4 | oracle | 1.000 | 58 | 158 | never |" in text

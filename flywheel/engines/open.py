@@ -20,7 +20,8 @@ class NotAModel(UserError, ValueError):
 def open_backend(spec: EngineSpec, models: Mapping[str, ModelRef], ledger: Ledger, seed: int, scratch: Path) -> Backend:
     """Open one engine for each role (or other key) of `models`; the ledger's rows carry the key.
 
-    Two keys with the same base and adapter share one engine. `scratch` holds merged
+    Two keys with the same base and adapter share one engine, unless only one has labels (vLLM on a
+    CPU: a judge is another model there). `scratch` holds merged
     weights while the engines start. The caller closes the backend. Raises NotAModel for a
     path that is no model, ValueError where the recipe and the model do not fit, EngineDied
     where the engine does not start.

@@ -13,7 +13,8 @@ right solution has the beginning that the prompt ends in, else `wrong`, give or 
 `noise`. `seconds` is slept in every step; after `dies_after` sequences the engine dies.
 
 Every draw is a function of (seed, role, model, prompt, how often that prompt was asked
-before), so nothing depends on the order in which coroutines run.
+before) and every value one of (seed, role, model, prompt), so nothing depends on the order in
+which coroutines run.
 """
 
 from __future__ import annotations

@@ -34,6 +34,9 @@ def open_backend(spec: EngineSpec, models: Mapping[str, ModelRef], ledger: Ledge
     return Driver(engines, list(devices.values()), seed)
 
 
+LOGIT_ROWS = 1024  # positions whose whole vocabulary of logits is held at once: 0.6 GB at 150,000 words
+
+
 class TransformersDevice:
     """One model in memory; see `flywheel.engines.driver.Device`. A step answers up to `batch` like requests."""
 
@@ -101,6 +104,12 @@ class TransformersDevice:
         return Drawn(tuple(row), Finish.LENGTH, False)
 
     def _label(self, prompts: Sequence[Sequence[int]], asked: Sequence[Reading]) -> list[Drawn]:
+        """In parts, so that the logits of all rows at all columns that any row reads stay within LOGIT_ROWS vocabularies."""
+        rows = max(1, LOGIT_ROWS // len({len(prompt) - read for prompt, ask in zip(prompts, asked) for read in ask.reads}))
+        parts = (slice(at, at + rows) for at in range(0, len(prompts), rows))
+        return [one for part in parts for one in self._label_part(prompts[part], asked[part])]
+
+    def _label_part(self, prompts: Sequence[Sequence[int]], asked: Sequence[Reading]) -> list[Drawn]:
         inputs, (good, bad) = self._padded(prompts), asked[0].labels
         width = inputs["input_ids"].shape[1]
         columns = [[width - len(prompt) + read - 1 for read in ask.reads] for prompt, ask in zip(prompts, asked)]

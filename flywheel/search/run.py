@@ -58,11 +58,11 @@ async def search(strategy: Strategy, question: Question, tools: Tools, *, tag: s
 async def search_all(asked: Sequence[tuple[int, Strategy]], question: Question, tools: Tools, *, tag: str) -> list[tuple[int, Strategy, Outcome]]:
     """Every (budget, strategy) of `asked` on one question, each draw made once.
 
-    Of a kind the largest budget is drawn first, the judged one before the vote: what is part of
-    it is read off (`smaller`). Kinds are drawn at once: a step of the engine costs little more
+    Of a kind the largest budget is drawn first, the judged one before the vote, the surest before
+    the others: what is part of it is read off (`smaller`). Kinds are drawn at once: a step of the engine costs little more
     for more sequences.
     """
-    order = sorted(asked, key=lambda item: (-item[0], not judges(item[1])))
+    order = sorted(asked, key=lambda item: (-item[0], not judges(item[1]), -getattr(item[1], "sure", 0)))
     kinds = [[item for item in order if type(item[1]) is kind] for kind in dict.fromkeys(type(strategy) for _, strategy in order)]
 
     async def each(kind: list[tuple[int, Strategy]]) -> list[tuple[int, Strategy, Outcome]]:
@@ -114,9 +114,9 @@ def smaller(done: Strategy, outcome: Outcome, wanted: Strategy) -> Outcome | Non
         case _:
             return None
     if not judges(wanted):
-        part = tuple(replace(c, values=(), score=0.0, score_cost=0) for c in part)
+        part = tuple(replace(c, values=(), score=0.0, score_cost=0, score_cached=0) for c in part)
     elif not judges(done):
         return None
-    tokens, cached = sum(c.cost + c.score_cost for c in part), sum(c.cached for c in part)
+    tokens, cached = sum(c.cost + c.score_cost for c in part), sum(c.cached + c.score_cached for c in part)
     extra = {"drawn": len(part)} if isinstance(wanted, Adaptive) else {"duplicates": len(part) - len({c.solution.tokens for c in part})}
     return Outcome(outcome.question_id, name(wanted), part, select(wanted, part), len(part), tokens, extra, cached)

@@ -120,7 +120,7 @@ async def judged(question: Question, candidates: Sequence[Candidate], prm: Prm, 
             values, cost, cached = found[solution.tokens]
             if first[solution.tokens] is not solution:
                 cost = cached = 0
-            candidate = Candidate(solution, values, aggregate(values, prm.aggregate), candidate.cost, cost, candidate.cached + cached)
+            candidate = Candidate(solution, values, aggregate(values, prm.aggregate), candidate.cost, cost, candidate.cached, cached)
         out.append(candidate)
     return tuple(out)
 

@@ -175,11 +175,11 @@ def votes(right: Iterable[Solution], parents: Mapping[str, str | None]) -> Count
     """trace -> how many independent draws gave it, of the `right` solutions. `parents`: solution id -> its parent's.
 
     An attempt sees the ones before it and beams share their beginnings, so a whole revision
-    chain, or a whole beam search, is one draw, however often it repeats itself.
+    chain, or a whole search by beams or over revisions, is one draw, however often it repeats itself.
     """
 
     def draw(solution: Solution) -> str:
-        if solution.origin.startswith("beam:"):
+        if solution.origin.startswith(("beam:", "refine:")):
             return solution.id.rpartition("/")[0]
         id = solution.id
         while parents.get(id):

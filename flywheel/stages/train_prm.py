@@ -77,10 +77,13 @@ def train(ctx: Context) -> dict:
         figures[f"auc_within_question{name}"] = within_question_auc([aggregate(v, spec.aggregate) for v in values], right, names)
         figures[f"calibration{name}"] = calibration([aggregate(v, spec.aggregate) for v in values], [float(r) for r in right])
     ours, bare = figures["auc_within_question"], figures["auc_within_question_base"]
-    if ours < 0.5:  # NaN, where no held-out question has both kinds of solutions, says nothing
-        figures["refused"] = f"worse than chance: within-question AUC {ours:.2f} (the un-finetuned base {bare:.2f}); the base judges this round"
+    refused = {}
+    if ours is not None and ours < 0.5:  # None, where no held-out question has both kinds of solutions, says nothing
+        why = f"worse than chance: within-question AUC {ours:.2f} (the un-finetuned base {bare:.2f}); the base judges this round"
+        refused = {"refused": True, "why": why}
     return {
         "model": f"prm_{ctx.round}",
+        **refused,
         "labels_by": ctx.model(Role.POLICY, ctx.round - 1).name,
         "examples": len(fit),
         "validation_examples": len(check),

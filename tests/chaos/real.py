@@ -80,12 +80,14 @@ def main() -> int:
             mark = f"{os.getpid()}-{kills}"
             process, before = start(run.parent, mark), manifests(run)
             # two or three stages further on, at some moment of one: ten kills then fall all over the round
-            wait = rng.uniform(0.02, 0.16) * whole
+            wait = rng.uniform(0.01, 0.1) * whole
             end = time.monotonic() + 3 + wait
             while process.poll() is None and time.monotonic() < end:
                 time.sleep(0.02)
             if process.poll() is not None:
-                if process.returncode or manifests(run) <= before:
+                if not process.returncode and kills < args.kills:
+                    faults.append(f"the round ended before {args.kills} kills; another --seed, or fewer --kills")
+                elif process.returncode or manifests(run) <= before:
                     faults.append(f"after {kills} kills a launch ended by itself with {process.returncode}")
                 break
             members = sorted(family(mark))
