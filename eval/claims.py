@@ -434,7 +434,7 @@ def amortise(behind: dict, fixed: dict[str, float]) -> None:
         once = fixed["calibrate"] + (fixed["reviser"] if row["of"] != "search" else 0.0) + (fixed["prompt_head"] if row["grade"] == "prompt" else 0.0)
         row["net_by_served"] = {str(served): row["net_tokens"] + once / served for served in SERVED}
         saved = row["best_of_n_needs"] - row["net_tokens"]
-        row["break_even"] = 0.0 if saved == float("inf") else once / saved if saved > 0 else float("inf")
+        row["break_even"] = 0.0 if saved == float("inf") else once / saved if saved > 1e-6 * row["net_tokens"] else float("inf")  # a plan of best-of-N saves a rounding error
 
 
 def routing(run: Path) -> list[dict]:
