@@ -230,7 +230,7 @@ class Study:
         rows, out = [self.row(budget, name) for name in names], np.zeros(len(self.questions))
         order = np.random.default_rng(self.seed).permutation(len(out))
         for fit, use in ((order[::2], order[1::2]), (order[1::2], order[::2])):
-            out[use] = max(rows, key=lambda row: row[fit].mean())[use]  # noqa: B023
+            out[use] = max(rows, key=lambda row: row[fit].mean())[use]
         return out
 
     def cheapest(self, target: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[str]]:
