@@ -22,7 +22,7 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from eval import pictures, prompt_head, seeds
-from eval.study import Difficult, Drawn, Tried, arguments, parts, read
+from eval.study import Difficult, Drawn, Tried, arguments, read_all
 from flywheel.bins import fixed_bins, quantile_bins
 from flywheel.engines.base import ModelRef
 from flywheel.engines.open import parameters
@@ -533,8 +533,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         measured, asked = [], None
         for run in args.runs:
-            rows = [read(run, args.round, title, kind) for title, (kind, _) in parts(args).items()]
-            study = Study(*rows, seed=load(run / "recipe.yaml").seed)
+            study = Study(*read_all(run, args), seed=load(run / "recipe.yaml").seed)
             if (asked := asked or study.questions) != study.questions:
                 raise UserError(f"{run}: other test questions than {args.runs[0]}; runs to be averaged share them")
             table, behind = measure(study)

@@ -22,7 +22,7 @@ import numpy as np
 from eval.claims import BINS, Study, multiplier
 from eval.cli import answer
 from eval.study import arguments as sizes
-from eval.study import context, parts, read
+from eval.study import context, read_all
 from flywheel.engines.base import ModelRef, Sampling
 from flywheel.engines.open import load_tokenizer, parameters
 from flywheel.errors import UserError
@@ -90,7 +90,7 @@ def measure(args: argparse.Namespace, model: str) -> dict:
     base = load(run / "recipe.yaml").model.base
     if load_tokenizer(base).get_vocab() != load_tokenizer(model).get_vocab():
         raise UserError(f"{model}: its tokenizer is not that of {base}; a larger model of the same family wanted")
-    study = Study(*(read(run, round, title, kind) for title, (kind, _) in parts(args).items()))
+    study = Study(*read_all(run, args))
     right, answer_tokens = greedy(run, round, model, study.questions)
     times = parameters(ModelRef("larger", model)) / parameters(ModelRef("small", base))
     return compare(study, right, answer_tokens, times)

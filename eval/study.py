@@ -4,7 +4,8 @@ On the test questions of each finished run (all of the problem set's, more than 
 
 - difficulty: `--oracle` samples a question that only bin it; the PRM judges the first `--judged`;
 - pool: `--pool` judged samples a question, for every curve of best-of-N;
-- trials: beam, lookahead and the grid of revisions at each of `--budgets`.
+- trials: beam, lookahead, search over revisions and the grid of revisions at each of `--budgets`;
+- adaptive: sampling that stops by itself.
 
 Chunks are kept in RUN/studies/round_R/, so a killed study goes on where it stopped and a second
 one over the same draws is free. Processes share the chunks, one a core for a small model.
@@ -19,7 +20,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import partial
@@ -149,23 +150,27 @@ def pool(ctx: Context, kit: Kit, questions: Sequence[str], *, size: int) -> Iter
 
 
 def wanted(budgets: Sequence[int], reviser: bool) -> list[tuple[int, Strategy]]:
-    """Beams of width 4 and sqrt, lookahead 1 and 3 at equal budget, adaptive sampling, every sequential : parallel ratio in powers of four."""
+    """Beams of width 4 and sqrt, lookahead 1 and 3 at equal budget, search over revisions, every sequential : parallel ratio in powers of four."""
     out: list[tuple[int, Strategy]] = []
     for budget in sorted(budgets, reverse=True):
         root = int(budget**0.5)
         out += [(budget, Beam(budget, width)) for width in {min(4, budget), root}]
         out += [(budget, Beam(budget // (k + 1), min(4, budget // (k + 1)), lookahead=k)) for k in (1, 3) if budget >= 4 * (k + 1)]
-        makers = ("policy", "reviser") if reviser else ("policy",)
-        out += [(budget, Adaptive(budget, sure, maker)) for maker in makers for sure in SURE] if budget > 4 else []
         out += [(budget, Refine(budget, width)) for width in (1, 4) if reviser and budget > 4]
         ratios = [4**i for i in range(10) if budget % 4**i == 0 and 4**i <= min(budget, LONGEST)] if reviser else []
         out += [(budget, Revise(a, budget // a, select)) for a in ratios for select in ("weighted", "majority", "last")]
     return list(dict.fromkeys(out))
 
 
-def trials(ctx: Context, kit: Kit, questions: Sequence[str], *, budgets: Sequence[int]) -> Iterator[Tried]:
+def adaptive(budgets: Sequence[int], reviser: bool) -> list[tuple[int, Strategy]]:
+    """Adaptive sampling by each maker and surety; of 4 it stops at its first step or is best-of-4."""
+    makers = ("policy", "reviser") if reviser else ("policy",)
+    return [(budget, Adaptive(budget, sure, maker)) for budget in sorted(budgets, reverse=True) if budget > 4 for maker in makers for sure in SURE]
+
+
+def trials(ctx: Context, kit: Kit, questions: Sequence[str], *, budgets: Sequence[int], which: Callable[[Sequence[int], bool], list]) -> Iterator[Tried]:
     tools = search_tools(kit)
-    asked = wanted(budgets, tools.reviser is not None)
+    asked = which(budgets, tools.reviser is not None)
 
     async def one(question: str) -> list[tuple[int, Strategy, Outcome]]:
         return await search_all(asked, kit.problems[question].question, tools, tag=f"r{ctx.round}/study")
@@ -199,7 +204,8 @@ def parts(args: argparse.Namespace) -> dict[str, tuple[type, Stage]]:
     drawn = {
         f"difficulty_{args.oracle}_{args.judged}": (Difficult, partial(difficulty, oracle=args.oracle, judge=args.judged)),
         f"pool_{args.pool}": (Drawn, partial(pool, size=args.pool)),
-        "trials_" + "_".join(map(str, sorted(args.budgets))): (Tried, partial(trials, budgets=args.budgets)),
+        "trials_" + "_".join(map(str, sorted(args.budgets))): (Tried, partial(trials, budgets=args.budgets, which=wanted)),
+        "adaptive_" + "_".join(map(str, sorted(args.budgets))): (Tried, partial(trials, budgets=args.budgets, which=adaptive)),
     }
     tools = lambda ctx: kit(ctx, {**searchers(ctx), "head": head(ctx)}, Split.TEST)  # noqa: E731
     items = lambda ctx: ids(ctx, Split.TEST)[: args.questions]  # noqa: E731
@@ -243,13 +249,20 @@ def check_origin(directory: Path, run: Path, round: int) -> None:
         raise UserError(f"{directory}: drawn with another {changed}; remove it, and what else of this round is in {directory.parent}, and draw again")
 
 
+def read_all(run: Path, args: argparse.Namespace) -> tuple[list[Difficult], list[Drawn], list[Tried]]:
+    """Everything that was drawn of a run, by kind. Raises UserError where a part is not finished."""
+    rows = [(kind, read(run, args.round, title, kind)) for title, (kind, _) in parts(args).items()]
+    return tuple([row for kind, part in rows if kind is wanted_kind for row in part] for wanted_kind in (Difficult, Drawn, Tried))
+
+
 def read(run: Path, round: int, title: str, kind: type) -> list:
     """All records of a part. Raises UserError where it is not finished."""
     directory = run / "studies" / f"round_{round}" / title
     if not (directory / "finished").is_file():
         raise UserError(f"{directory}: not drawn; python -m eval.study {run} --round {round} draws it")
     check_origin(directory, run, round)
-    return [row for shard in shard_dirs(directory) for row in read_table(shard / f"{kind.__name__}.parquet", kind)]
+    tables = [table for shard in shard_dirs(directory) if (table := shard / f"{kind.__name__}.parquet").is_file()]  # a chunk may yield none
+    return [row for table in tables for row in read_table(table, kind)]
 
 
 def arguments(argv: Sequence[str] | None, program: str, about: str) -> argparse.Namespace:

@@ -377,9 +377,10 @@ def test_adaptive_sampling_stops_when_the_vote_is_decided():
     assert [bool(c.score_cost) for c in sure.candidates] == [True, False, False, False]
     torn = Bench({"": ["Answer 16", "Answer 18"]}, {"Answer 16": 0.5, "Answer 18": 0.4}).search(Adaptive(10, 0.95, step=4))
     assert len(torn.candidates) == 10 and torn.answer == "16" and torn.generations == 10
-    doubtful = Bench({"": ["Answer 16"]}, {"Answer 16": 0.1}).search(Adaptive(64, 0.9, step=2))
-    # votes of 0.1: 1 - 0.5 ** (1 + 0.1 n) reaches 0.9 at n = 23.2, so after 24
-    assert len(doubtful.candidates) == 24
+    low = Bench({"": ["Answer 16"]}, {"Answer 16": 0.1}).search(Adaptive(64, 0.9, step=2))
+    assert len(low.candidates) == 4  # scores count in units of the highest: 1 - 0.5 ** 3 < 0.9 < 1 - 0.5 ** 5
+    mixed = Bench({"": ["Answer 16", "Answer 16", "Answer 18"]}, {"Answer 16": 0.5, "Answer 18": 0.05}).search(Adaptive(64, 0.9, step=3))
+    assert len(mixed.candidates) == 6  # Beta(3, 1.1) is above a half with 0.857, Beta(5, 1.2) with 0.944
     assert len(Bench({"": ["5 +3 =8\n"]}, VALUES).search(Adaptive(8)).candidates) == 8  # no answer decides nothing
 
 

@@ -1,6 +1,7 @@
 """Best-of-N that stops by itself: a question's own samples say how many it needs.
 
-Adaptive-Consistency (Aggarwal et al. 2023, arXiv 2305.11860) with the PRM's scores for votes.
+Adaptive-Consistency (Aggarwal et al. 2023, arXiv 2305.11860) with the PRM's scores for votes,
+each relative to the highest one so far: what is a high score differs from question to question.
 It is the bandit's reading of Snell et al.'s section 3: no bin is guessed before, and what is
 spent on seeing the difficulty is spent on the answer too.
 """
@@ -34,15 +35,16 @@ def decided(strategy: Adaptive, candidates: Sequence[Candidate]) -> bool:
     """Whether the leading answer would stay ahead of the second with probability `sure`, were sampling to go on.
 
     The share of the leader among the two is Beta(1 + its votes, 1 + the other's) given the votes;
-    decided is P(share > 1/2) >= sure. A vote weighs its PRM score.
+    decided is P(share > 1/2) >= sure. A vote weighs its PRM score in units of the highest score.
     """
     from scipy.stats import beta
 
     votes: dict[str, float] = {}
+    highest = max((c.score for c in candidates), default=0.0) or 1.0
     for c in candidates:
         if c.solution.answer is not None:
             key = answer_key(c.solution.answer)
-            votes[key] = votes.get(key, 0.0) + c.score
+            votes[key] = votes.get(key, 0.0) + c.score / highest
     first, second = sorted([*votes.values(), 0.0, 0.0], reverse=True)[:2]
     return bool(votes) and float(beta.sf(0.5, 1 + first, 1 + second)) >= strategy.sure
 
