@@ -22,7 +22,7 @@ OK, NO, MARK_WEIGHT = tokenizer.ID["ok"], tokenizer.ID["no"], 4.0
 CURRICULUM, DENSE, WARMUP = 0.30, 0.46, 0.02
 
 
-def config(layers: int, hidden: int):
+def config(layers: int, hidden: int, heads: int = 4):
     """Llama with attention biases, which is Qwen2's arithmetic.  Not Qwen2 by name, because transformers 5
     puts Qwen2's own tokenizer in place of whatever a `qwen2` folder holds."""
     from transformers import LlamaConfig
@@ -30,7 +30,7 @@ def config(layers: int, hidden: int):
     eos, pad = tokenizer.ID[tokenizer.EOS], tokenizer.ID[tokenizer.PAD]
     return LlamaConfig(
         vocab_size=len(tokenizer.WORDS), hidden_size=hidden, intermediate_size=hidden * 9 // 4,
-        num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=4, tie_word_embeddings=True, attention_bias=True,
+        num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads, tie_word_embeddings=True, attention_bias=True,
         max_position_embeddings=1024, bos_token_id=None, eos_token_id=eos, pad_token_id=pad, dtype="float32")
 
 
@@ -65,14 +65,14 @@ def tensors(batch):
 
 
 def train(out: Path, *, minutes: float | None, tokens: int | None, seed: int, batch_tokens: int = 3000,
-          peak: float = 3e-3, layers: int = 5, hidden: int = 128, bf16: bool = False,
+          peak: float = 3e-3, layers: int = 5, hidden: int = 128, heads: int = 4, bf16: bool = False,
           log_every: int = 100, save_every: float = 90.0) -> dict:
     """Spend the budget (minutes or tokens), save, and return the last log line."""
     import torch
     from transformers import LlamaForCausalLM
 
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(config(layers, hidden))
+    model = LlamaForCausalLM(config(layers, hidden, heads))
     decayed = [p for p in model.parameters() if p.dim() > 1]
     plain = [p for p in model.parameters() if p.dim() == 1]
     optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}],
@@ -148,12 +148,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--layers", type=int, default=5)
     parser.add_argument("--hidden", type=int, default=128)
+    parser.add_argument("--heads", type=int, default=4, help="vLLM's CPU attention wants heads of 32 or more: hidden / heads")
     parser.add_argument("--batch-tokens", type=int, default=3000)
     parser.add_argument("--peak", type=float, default=3e-3)
     parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast: only where the CPU has it (AMX, AVX512-BF16)")
     args = parser.parse_args()
     print(json.dumps(train(args.out, minutes=args.minutes, tokens=args.tokens, seed=args.seed, layers=args.layers,
-                           hidden=args.hidden, batch_tokens=args.batch_tokens, peak=args.peak, bf16=args.bf16)))
+                           hidden=args.hidden, heads=args.heads, batch_tokens=args.batch_tokens, peak=args.peak, bf16=args.bf16)))
 
 
 if __name__ == "__main__":
