@@ -1,8 +1,10 @@
 """The process behind grading.Grader: `python -m flywheel.check_worker module:function SECONDS`.
 
 Reads `[gold, answer]` as JSON lines on stdin and answers `{"same": bool}` or `{"error": text}`.
-It holds itself to limits on memory and processor time, so that it dies even if the grader was
-killed and nobody is left to kill it; the grader's own clock is the tighter one.
+The checker runs in a fork of this process, which is killed when it hangs and forked again, in
+milliseconds: importing a checker takes a second, and a model that writes what makes sympy hang
+writes it often. The fork holds itself to limits on memory and processor time, so that it dies
+even if everybody else was killed.
 """
 
 from __future__ import annotations
@@ -10,8 +12,12 @@ from __future__ import annotations
 import json
 import os
 import resource
+import select
 import signal
+import socket
 import sys
+import time
+from collections.abc import Callable
 
 from flywheel import grading
 from flywheel.errors import UserError
@@ -20,22 +26,72 @@ MEMORY = 2 << 30  # bytes of address space above what the imported checker needs
 
 
 def main(checker: str, seconds: float) -> None:
-    out = os.fdopen(os.dup(1), "w")
+    out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a checker prints must not look like a verdict
 
-    def reply(**fields: object) -> None:
-        out.write(json.dumps(fields) + "\n")
+    def reply(line: bytes) -> None:
+        out.write(line)
         out.flush()
 
     try:
         same = grading.load_function(checker)
     except UserError as error:
-        return reply(error=str(error))
+        return reply(_line(error=str(error)))
     if checker == grading.DEFAULT_CHECKER:
         import math_verify  # noqa: F401  now, so that its import is not on the first answer's clock
-    _limit_memory()
-    reply(ready=True)
-    for line in sys.stdin:
+    reply(_line(ready=True))
+    fork = None
+    for line in sys.stdin.buffer:
+        fork = fork or _Fork(same, seconds, out.fileno())
+        answer = fork.ask(line)
+        if not fork.alive:
+            fork = None
+        reply(answer)
+
+
+class _Fork:
+    """A copy of this process, the checker imported, that checks answers until one is too much for it."""
+
+    def __init__(self, same: Callable[[str, str], bool], seconds: float, out: int):
+        self.seconds, self.alive = seconds, True
+        self.pipe, theirs = socket.socketpair()
+        self.pid = os.fork()
+        if not self.pid:
+            self.pipe.close()
+            os.close(out)  # neither our questions nor our verdicts are the checker's to touch
+            os.close(0)
+            _limit_memory()
+            _serve(theirs, same, seconds)
+            os._exit(0)
+        theirs.close()
+
+    def ask(self, question: bytes) -> bytes:
+        """The reply line; afterwards the fork may be gone (`alive`)."""
+        deadline, answer = time.monotonic() + self.seconds, b""
+        try:
+            self.pipe.sendall(question)
+            while not answer.endswith(b"\n"):
+                if not select.select([self.pipe], [], [], max(0.0, deadline - time.monotonic()))[0]:
+                    return self.end(f"no verdict within {self.seconds:g} s")
+                if not (piece := self.pipe.recv(65536)):
+                    return self.end("the checker died")
+                answer += piece
+        except OSError:
+            return self.end("the checker died")
+        if json.loads(answer).get("leave"):
+            self.end("")
+        return answer
+
+    def end(self, why: str) -> bytes:
+        os.kill(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+        self.pipe.close()
+        self.alive = False
+        return _line(error=why)
+
+
+def _serve(pipe: socket.socket, same: Callable[[str, str], bool], seconds: float) -> None:
+    for line in pipe.makefile("rb"):
         gold, answer = json.loads(line)
         signal.setitimer(signal.ITIMER_PROF, 2 * seconds + 1)  # SIGPROF's default action ends the process
         try:
@@ -43,12 +99,17 @@ def main(checker: str, seconds: float) -> None:
             if verdict not in (True, False):
                 raise TypeError(f"returned {type(verdict).__name__}, not a bool")
         except MemoryError:
-            return reply(error="out of memory", leave=True)
+            return pipe.sendall(_line(error="out of memory", leave=True))
         except Exception as error:  # a checker may raise anything on what a model wrote
-            reply(error=f"the checker raised {type(error).__name__}: {error}"[:300])
+            reply = _line(error=f"the checker raised {type(error).__name__}: {error}"[:300])
         else:
-            reply(same=bool(verdict))
+            reply = _line(same=bool(verdict))
         signal.setitimer(signal.ITIMER_PROF, 0)
+        pipe.sendall(reply)
+
+
+def _line(**fields: object) -> bytes:
+    return json.dumps(fields).encode() + b"\n"
 
 
 def _limit_memory() -> None:

@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from toy import gone, wait_for
 
 from flywheel.errors import UserError
 from flywheel.grading import Grader, answer_key, load_function, same_answer
@@ -145,7 +146,10 @@ def test_a_lost_worker_costs_its_own_answer_only(own_checker):
         assert verdict(grader, "ab", "print") is Verdict.INCORRECT  # what a checker prints is no verdict
         assert grader.counts == Counter(plain=0, checked=len(bad) + 1, undecided=len(bad))
         process = grader._workers[0].process
+        [fork] = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+        assert not gone(fork)
     assert process.poll() is not None
+    wait_for(lambda: gone(fork))
 
 
 def test_a_checker_of_ones_own_sees_even_an_answer_equal_to_gold(own_checker):
