@@ -75,7 +75,7 @@ def _merge(base: str, adapter: Path | None, out: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+        model = AutoModelForCausalLM.from_pretrained(base, dtype="auto", use_safetensors=True)
         tokenizer = AutoTokenizer.from_pretrained(base)
     except (OSError, ValueError) as error:
         raise UserError(f"model.base {base!r} cannot be loaded from {Path.cwd()}: {str(error).splitlines()[0]}") from None

@@ -78,6 +78,8 @@ def source_files(recipe: Recipe) -> dict[str, str]:
     if base.is_dir():
         if not (base / "config.json").is_file():
             raise UserError(f"model.base: {base} is not a model (it has no config.json)")
+        if not any(base.glob("*.safetensors")):
+            raise UserError(f"model.base: {base} has no *.safetensors; pickled weights (.bin, .pt) can run code and are not loaded: convert them with save_pretrained")
         files = {f"model.base/{p.name}": p for p in sorted(base.iterdir()) if p.suffix in (".json", ".safetensors", ".model")}
     elif base.is_absolute() or base.exists() or recipe.model.base.count("/") != 1:
         raise UserError(f"model.base: {base} is not a model directory, nor the name of one on the Hub (owner/name)")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 from collections import Counter
 from copy import copy
 from dataclasses import replace
@@ -13,10 +14,11 @@ import torch
 
 from flywheel.engines.base import EngineDied, ModelRef, Sampling, TooLong
 from flywheel.engines.driver import Clock, Driver, drive
-from flywheel.engines.open import NotAModel, load_tokenizer, open_backend, parameters
+from flywheel.engines.open import NotAModel, load_merged, load_tokenizer, open_backend, parameters
 from flywheel.ledger import Ledger, total
 from flywheel.recipe import EngineSpec
 from flywheel.records import Finish, Role
+from flywheel.training.values import forward_values
 from tests import micro
 
 PROMPTS = [[3, 13 + i, 11, 20 + i, 4, 2, 5, *range(30, 30 + 3 * i)] for i in range(6)]
@@ -451,6 +453,31 @@ def test_a_path_that_is_no_model_is_named(tmp_path, weights):
         parameters(ModelRef("p", base, str(tmp_path)))
     with pytest.raises(ValueError, match="engine.max_model_len: 1024 .* 256 positions"):
         open_backend(EngineSpec(), {Role.POLICY: ModelRef("p", base)}, Ledger("t", 0), 0, tmp_path)
+
+
+class Planted:
+    """What runs when it is unpickled."""
+
+    def __init__(self, canary):
+        self.canary = str(canary)
+
+    def __reduce__(self):
+        return (open, (self.canary, "w"))
+
+
+def test_pickled_weights_are_loaded_by_nobody(tmp_path, weights):
+    canary, folder = tmp_path / "canary", tmp_path / "pickled"
+    shutil.copytree(weights[0], folder)
+    for file in folder.glob("*.safetensors"):
+        file.unlink()
+    torch.save({"model.embed_tokens.weight": Planted(canary)}, folder / "pytorch_model.bin")
+    with pytest.raises(NotAModel, match=r"no model could be loaded"):
+        load_merged(ModelRef("p", str(folder)), "float32")
+    with pytest.raises(OSError, match="safetensors"):
+        forward_values(str(folder), None, [], LABELS, 1)
+    with pytest.raises(EngineDied, match="did not start for p"):
+        open_backend(EngineSpec(max_model_len=64), {Role.POLICY: ModelRef("p", str(folder))}, Ledger("t", 0), 0, tmp_path)
+    assert not canary.exists()
 
 
 def test_parameters_count_base_and_adapter(weights):

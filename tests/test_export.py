@@ -55,7 +55,10 @@ def run(base, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def out(run, tmp_path_factory):
-    return export(run, tmp_path_factory.mktemp("exports") / "lab")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_TOKEN", "hf_PLANTED")
+        patch.setenv("WANDB_API_KEY", "PLANTED" + "0" * 33)
+        return export(run, tmp_path_factory.mktemp("exports") / "lab")
 
 
 def logits(model):
@@ -110,6 +113,11 @@ def test_the_card_says_how_it_was_made_with_the_figures_of_the_run(run, out):
     assert "compute_optimal@16_probe" in card and "policy=adapters/policy" in card
     assert f"{summary(run)['ledger']['tokens']['prm']:,} tokens" in card
     assert "name: made_up" in card and "40 verified solutions" in card
+
+
+def test_no_secret_of_the_environment_is_exported(out):
+    files = [p for p in out.rglob("*") if p.is_file()]
+    assert len(files) > 10 and not [p for p in files if b"PLANTED" in p.read_bytes()]
 
 
 def test_without_a_passed_gate_the_policy_is_the_base_and_the_card_says_so(base, tmp_path):

@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import psutil
 import pytest
 from toy import gone, wait_for
 
@@ -146,7 +147,7 @@ def test_a_lost_worker_costs_its_own_answer_only(own_checker):
         assert verdict(grader, "ab", "print") is Verdict.INCORRECT  # what a checker prints is no verdict
         assert grader.counts == Counter(plain=0, checked=len(bad) + 1, undecided=len(bad))
         process = grader._workers[0].process
-        [fork] = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+        [fork] = [child.pid for child in psutil.Process(process.pid).children()]
         assert not gone(fork)
     assert process.poll() is not None
     wait_for(lambda: gone(fork))

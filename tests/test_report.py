@@ -106,6 +106,16 @@ def test_a_key_that_is_no_key_does_not_stop_the_run(tmp_path, monkeypatch):
     assert line.startswith("W&B: ") and "offline" in line and "\n" not in line
 
 
+def test_no_secret_of_the_environment_reaches_tables_pictures_or_the_history(tmp_path, monkeypatch, capfd):
+    for name in ("HF_TOKEN", "OPENAI_API_KEY", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, f"{name}-PLANTED")
+    run = make_run(tmp_path / "lab", rounds=1)
+    report.after_round(run, 1)
+    assert list((run / "wandb").rglob("*.wandb"))
+    out, err = capfd.readouterr()
+    assert "PLANTED" not in out + err and not [p for p in run.rglob("*") if p.is_file() and b"PLANTED" in p.read_bytes()]
+
+
 def test_disabled_tracking_writes_nothing(tmp_path):
     run = make_run(tmp_path / "lab", rounds=0, recipe={"track": {"mode": "disabled"}})
     assert tracking.update(run) is None

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
@@ -40,10 +41,10 @@ class Project:
     def stage(self, round: int, name: str) -> Path:
         return self.run_dir / f"round_{round}" / name
 
-    def start(self, *argv: str, **env: object) -> subprocess.Popen:
+    def start(self, *argv: str, wrapper: Sequence[str] = (), **env: object) -> subprocess.Popen:
         clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT") and not k.startswith("ACCELERATE_")}
         path = os.pathsep.join([str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")])
-        command = [sys.executable, str(HERE / "toy_run.py"), "--recipe", str(self.root / "toy.yaml"), "--runs", str(self.runs), *argv]
+        command = [*wrapper, sys.executable, str(HERE / "toy_run.py"), "--recipe", str(self.root / "toy.yaml"), "--runs", str(self.runs), *argv]
         return subprocess.Popen(
             command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=self.root,
             env={**clean, "PYTHONPATH": path, "TOY_LOG": str(self.log), **{k: str(v) for k, v in env.items()}},

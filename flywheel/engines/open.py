@@ -103,7 +103,7 @@ def load_merged(ref: ModelRef, dtype: str):
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # one for each of a model's few files says nothing
-    load = lambda: AutoModelForCausalLM.from_pretrained(ref.base, dtype=torch.float32, trust_remote_code=False)  # noqa: E731
+    load = lambda: AutoModelForCausalLM.from_pretrained(ref.base, dtype=torch.float32, use_safetensors=True, trust_remote_code=False)  # noqa: E731
     model = _load(ref.base, "model", load)
     if ref.adapter is not None:
         from peft import PeftModel

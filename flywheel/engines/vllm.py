@@ -161,6 +161,7 @@ def _start(spec: EngineSpec, model: str, name: str, seed: int, options: dict, lo
         seed=seed % 2**31,
         max_model_len=spec.max_model_len,
         max_num_seqs=spec.max_running,
+        load_format="safetensors",
         enable_prefix_caching=True,
         enforce_eager=current_platform.is_cpu(),  # compiling costs 30 s there and gains nothing
         use_tqdm_on_load=False,

@@ -202,7 +202,7 @@ def fit(
         seed=seed,
         use_cpu=on_cpu(),
         bf16=dtype() == "bfloat16",
-        model_init_kwargs={"dtype": dtype()},
+        model_init_kwargs={"dtype": dtype(), "use_safetensors": True},
         gradient_checkpointing=not on_cpu(),  # costs a third of the speed; device memory is what is short
         dataset_kwargs={"skip_prepare_dataset": True},
         max_length=None,  # checked, never cut

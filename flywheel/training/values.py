@@ -66,7 +66,7 @@ def forward_values(
 ) -> tuple[list[tuple[float, ...]], int]:
     """(values at each row's reads, parameters of the model)."""
     device = "cpu" if on_cpu() else "cuda"
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype()).to(device)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype(), use_safetensors=True).to(device)
     if adapter:
         model = PeftModel.from_pretrained(model, adapter).to(device)
     model.eval()
