@@ -147,6 +147,7 @@ def test_out_of_memory_halves_the_micro_batch_and_trains_the_same_model(base, tm
     ledger = Ledger("distill", 1)
     halved = lab.run(job(base, tmp_path / "halved", kind, epochs=1, micro_batch_size=8), ledger)
     assert "out of memory at a micro batch of 8; going on with 4, the batch stays 16" in capsys.readouterr().out
+    assert not (tmp_path / "halved/micro_batch.json").exists()
     assert sizes[:4] == [8] * 4 and set(sizes[4:]) == {4}
     assert halved.steps == whole.steps and apart(tmp_path / "whole/adapter", tmp_path / "halved/adapter") < 1e-4
     assert [row["trained"] for row in ledger.rows() if row["purpose"] == "train"] == [whole.tokens]

@@ -73,8 +73,27 @@ def run(job: dict, ledger: Ledger):
     return train_sft(sft_examples(100, 0), sft_examples(21, 1), role="policy", **arguments)
 
 
+def small_device(room: int) -> None:
+    """From the second step on this rank has no memory for micro batches of more than `room`."""
+    import torch
+
+    from flywheel.training.trainer import SftTrainer
+
+    usual, steps = SftTrainer.training_step, []
+
+    def step(self, model, inputs, *args, **kwargs):
+        steps.append(len(inputs["input_ids"]))
+        if steps[-1] > room and len(steps) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return usual(self, model, inputs, *args, **kwargs)
+
+    SftTrainer.training_step = step
+
+
 if __name__ == "__main__":
     job = json.loads(Path(sys.argv[1]).read_text())
+    if os.environ.get("RANK") == "1" and "room" in job:
+        small_device(job["room"])
     ledger = Ledger("test", 1)
     report = run(job, ledger)
     rank = int(os.environ.get("RANK", 0))

@@ -127,6 +127,7 @@ def copy_adapter(source: Path, target: Path) -> None:
 
 # ---- the directory of a training: adapter/, checkpoints/step-N/, report.json; while it runs, trainer/ ----
 
+ROOM = "micro_batch.json"  # the largest that fitted, once memory has run out
 MARK = "complete.json"  # written last into a trainer's checkpoint, once all ranks have saved
 
 
@@ -187,6 +188,7 @@ def conclude(out: Path, keep: Keep, report: TrainReport, fingerprint: str) -> No
     write_json(out / "report.json", {"fingerprint": fingerprint, **asdict(report)})
     for name in ("trainer",) if keep == "all" else ("trainer", "checkpoints"):
         shutil.rmtree(out / name, ignore_errors=True)
+    (out / ROOM).unlink(missing_ok=True)
 
 
 def curve_of(history: list[dict]) -> list[dict[str, Any]]:

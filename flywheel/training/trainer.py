@@ -27,6 +27,7 @@ from flywheel.ledger import Ledger
 from flywheel.recipe import ModelSpec, TrainSpec
 from flywheel.training.common import (
     MARK,
+    ROOM,
     Keep,
     TrainingError,
     TrainReport,
@@ -36,6 +37,7 @@ from flywheel.training.common import (
     digest,
     order,
     points,
+    read_json,
     settle,
     share,
     standing,
@@ -182,6 +184,9 @@ def fit(
         raise TrainingError(f"keep={keep!r} chooses by validation loss, but there is no validation example")
     out, seed = Path(out), seed % 2**31
     ranks = PartialState(cpu=on_cpu())
+    (room,) = broadcast_object_list([read_json(out / ROOM) if ranks.is_main_process else None])
+    if room:  # an earlier start ran out of memory
+        spec = spec.model_copy(update={"micro_batch_size": min(spec.micro_batch_size, room["micro_batch_size"])})
     micro, accumulate = share(spec.batch_size, spec.micro_batch_size, ranks.num_processes)
     lengths = [len(row["input_ids"]) for row in train]
     indices = order(lengths, spec.batch_size, spec.epochs, seed)
@@ -263,10 +268,12 @@ def fit(
         if not out_of_memory(error):
             raise
         smaller = next((m for m in range(micro // 2, 0, -1) if spec.batch_size % m == 0), None)
-        if smaller is None or ranks.num_processes > 1:  # the other ranks are in a collective that this one will not join
+        if smaller is None:
             section = {"policy": "distill"}.get(role, role)
-            mend = f"set {section}.micro_batch_size below {micro}" if smaller else f"lower {section}.max_length, or train on a larger device"
-            raise TrainingError(f"out of memory at a micro batch of {micro}: {mend}") from error
+            raise TrainingError(f"out of memory at a micro batch of {micro}: lower {section}.max_length, or train on a larger device") from error
+        write_json(out / ROOM, {"micro_batch_size": smaller})
+        if ranks.num_processes > 1:  # the other ranks are in a collective that this one will not join
+            raise TrainingError(f"out of memory at a micro batch of {micro}: the same command goes on with {smaller}, the batch stays {spec.batch_size}") from error
         trainer = None
     else:
         smaller = None
@@ -275,8 +282,8 @@ def fit(
         torch.cuda.empty_cache()
         print(f"{role}: out of memory at a micro batch of {micro}; going on with {smaller}, the batch stays {spec.batch_size}", flush=True)
         return fit(
-            kind, train, validation, base=base, model=model, spec=spec.model_copy(update={"micro_batch_size": smaller}), out=out, seed=seed,
-            keep=keep, role=role, ledger=ledger, label_tokens=label_tokens,
+            kind, train, validation, base=base, model=model, spec=spec, out=out, seed=seed, keep=keep, role=role, ledger=ledger,
+            label_tokens=label_tokens,
         )  # fmt: skip
     report = None
     if ranks.is_main_process:
