@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import spearmanr
 
-from eval import pictures, prompt_head, seeds
+from eval import elsewhere, pictures, prompt_head, seeds
 from eval.study import Difficult, Drawn, Tried, arguments, read_all
 from flywheel.bins import fixed_bins, quantile_bins
 from flywheel.engines.base import ModelRef
@@ -464,6 +464,21 @@ def routing(run: Path) -> list[dict]:
     return out
 
 
+def over_rounds(run: Path) -> Table:
+    """Claims 14 and 15: what the rounds before and after are to each other, question by question."""
+    table, last = Table(), max(History.of(run).rounds)
+    reader = seeds.context(run, last)
+    questions = sorted(seeds.test_rates(reader, 0))
+    rates = lambda r, draw="score": np.array([seeds.test_rates(reader, r, draw)[q] for q in questions])  # noqa: E731
+    hardest = np.array(list(fixed_bins(dict(zip(questions, rates(0, "bin"))), load(run / "recipe.yaml").calibrate.edges).values())) == BINS
+    table.add("14.rounds", f"Over {last} rounds single samples gain in fixed bin 5 of round 0 (against round 0 sampled anew)", "named only",
+              np.where(hardest, rates(last) - rates(0), np.nan), "pass@1")  # fmt: skip
+    found = seeds.answers(reader, 1)
+    search = max((m for m in found if m.startswith("best_of_n_weighted@") and m.count("@") == 1 and "verifier" not in m), key=lambda m: int(m.split("@")[1]))
+    table.add("15.singles", f"Single samples after round {last} are ahead of round 1's search ({search})", "named only", rates(last) - np.array([found[search][q] for q in questions]))
+    return table
+
+
 def multiplier(times: float, ratio: float) -> float:
     """How many times the inference FLOPs a small model may spend to match a model `times` its size (Snell et al., 7).
 
@@ -531,7 +546,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = arguments(argv, "python -m eval.claims", __doc__.split("\n\n")[0])
     command = f"python -m eval.study {' '.join(argv)} && python -m eval.claims {' '.join(argv)}"
     try:
-        measured, asked = [], None
+        measured, asked, rounds = [], None, []
         for run in args.runs:
             study = Study(*read_all(run, args), seed=load(run / "recipe.yaml").seed)
             if (asked := asked or study.questions) != study.questions:
@@ -540,7 +555,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             behind["fixed"], behind["routing"] = fixed_tokens(run, args.round), routing(run)
             amortise(behind, behind["fixed"])
             measured.append((table, behind))
-        claims = combine([table for table, _ in measured], command)
+            rounds.append(over_rounds(run))
+        claims = combine([table for table, _ in measured], command) + combine(rounds, command)
+        for (id, claim, paper, (mean, low, high), unit), by in elsewhere.kept(RESULTS):
+            claims.append(Claim(id, claim, paper, mean, low, high, judge(low, high, 0.0), unit, [mean], by))
     except UserError as error:
         print(explain(error), file=sys.stderr)
         return 1

@@ -1,4 +1,4 @@
-"""How a study's command ends: JSON on stdout, or one clear line and 1."""
+"""How a study's command ends: JSON on stdout, the command in it, or one clear line and 1."""
 
 from __future__ import annotations
 
@@ -19,5 +19,5 @@ def answer(measure: Callable[[], dict]) -> int:
     except UserError as error:
         print(explain(error), file=sys.stderr)
         return 1
-    print(json.dumps(plain(found), indent=1))
+    print(json.dumps(plain({"command": " ".join(["python", *sys.orig_argv[1:]]), **found}), indent=1))
     return 0

@@ -24,6 +24,7 @@ import numpy as np
 
 from eval.cli import answer
 from eval.verifiers import AGGREGATES, averaged
+from flywheel.engines.base import ModelRef
 from flywheel.ledger import Ledger
 from flywheel.prm import aggregate, encode, label_ids
 from flywheel.prompts import Prompts
@@ -31,8 +32,9 @@ from flywheel.recipe import load
 from flywheel.records import Grade, Problem, Revise, Role, Solution, Split
 from flywheel.run import Context, Stage, fill
 from flywheel.search.select import majority, weighted
+from flywheel.search.tools import Tools
 from flywheel.shards import shard_dirs
-from flywheel.stages.kit import answer_is_right, by_question, ids, kit, search_tools, searchers, text_tools
+from flywheel.stages.kit import answer_is_right, by_question, ids, kit, searchers, text_tools
 from flywheel.stats import bootstrap_mean, paired_gain
 from flywheel.store import read_table
 from flywheel.training.prm import PrmExample, score_all, train_prm, within_question_auc
@@ -40,13 +42,18 @@ from flywheel.training.prm import PrmExample, score_all, train_prm, within_quest
 READS = ("train_prm", "choose_reviser", "gate@-1?", "distill@-1?")
 
 
-def chains(run: Path, round: int, split: Split, strategy: Revise, count: int | None) -> tuple[list[list[Solution]], dict[str, bool]]:
-    """Chains of the round's reviser on a split, kept in RUN/studies: each in order, and what is right."""
-    def work(ctx, open_kit, questions):
-        yield from open_kit.searched(questions, search_tools(open_kit), lambda q: strategy, f"r{round}/history")
+def chains(run: Path, round: int, split: Split, strategy: Revise, count: int | None, reviser: ModelRef | None = None) -> tuple[list[list[Solution]], dict[str, bool]]:
+    """Chains of a reviser (the round's) on a split, kept in RUN/studies: each in order, and what is right. `strategy` asks no PRM."""
 
-    title = f"chains_{split}_{strategy.length}x{strategy.chains}" + (f"_first_{count}" if count else "")
-    stage = Stage(title, (), READS, items=lambda ctx: ids(ctx, split)[:count], tools=lambda ctx: kit(ctx, searchers(ctx), split), work=work, test_split=split is Split.TEST)
+    def work(ctx, open_kit, questions):
+        tools = Tools(None, None, open_kit.engine(Role.REVISER), open_kit.prompts, open_kit.reader, ctx.recipe.sample)
+        yield from open_kit.searched(questions, tools, lambda q: strategy, f"r{round}/history")
+
+    def tools(ctx):
+        return kit(ctx, {Role.REVISER: reviser or searchers(ctx)[Role.REVISER]}, split)
+
+    title = f"chains_{split}_{strategy.length}x{strategy.chains}" + (f"_first_{count}" if count else "") + (f"_{reviser.name}" if reviser else "")
+    stage = Stage(title, (), READS, items=lambda ctx: ids(ctx, split)[:count], tools=tools, work=work, test_split=split is Split.TEST)
     ctx = Context(load(run / "recipe.yaml"), run, round, stage)
     ctx.dir = run / "studies" / f"round_{round}" / title
     ctx.dir.mkdir(parents=True, exist_ok=True)

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import random
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from flywheel.errors import UserError
 from flywheel.prm import aggregate, encode
 from flywheel.records import Grade, Problem, Role, Solution, Split, StepValues, Verdict
 from flywheel.run import Context, Stage
 from flywheel.stages.kit import by_question, difficulties, text_tools
+
+if TYPE_CHECKING:
+    from flywheel.prompts import Prompts
+    from flywheel.training.prm import PrmExample
 
 
 def held_out(ctx: Context, questions: list[str]) -> set[str]:
@@ -17,42 +23,59 @@ def held_out(ctx: Context, questions: list[str]) -> set[str]:
     return set(random.Random(ctx.seed("held out")).sample(sorted(questions), count))
 
 
+def example(prompts: Prompts, problem: Problem, solution: Solution, values: tuple[float, ...], weights: tuple[float, ...] | None = None) -> PrmExample:
+    from flywheel.training.prm import PrmExample
+
+    tokens, reads = encode(prompts, problem.question, solution.steps)
+    return PrmExample(tuple(tokens), tuple(reads), values, weights, question_id=problem.id)
+
+
+@dataclass
+class Labelled:
+    """What the round's labels say, as training examples."""
+
+    target: str
+    fit: list[PrmExample] = field(default_factory=list)
+    check: list[PrmExample] = field(default_factory=list)
+    silent: int = 0  # left out: of progress, a solution of a question that was never answered right
+    too_long: int = 0  # left out
+
+
+def labelled(ctx: Context, prompts: Prompts, problems: dict[str, Problem]) -> Labelled:
+    from flywheel.training.prm import targets
+
+    rows = list(ctx.read(StepValues, "label"))
+    solutions = {s.id: s for s in ctx.read(Solution, "sample")}
+    held, bins = held_out(ctx, list({row.question_id for row in rows})), difficulties(ctx)
+    # where no labelled question was ever answered right there is no progress to learn from, and the values serve
+    out = Labelled(ctx.recipe.prm.target if any(bins[row.question_id].pass_at_1 for row in rows) else "value")
+    for row in rows:
+        values, weights = targets(row.values, bins[row.question_id].pass_at_1, out.target)
+        made = example(prompts, problems[row.question_id], solutions[row.solution_id], values, weights)
+        if not sum(weights):
+            out.silent += 1
+        elif len(made.tokens) > ctx.recipe.prm.max_length:
+            out.too_long += 1
+        else:
+            (out.check if row.question_id in held else out.fit).append(made)
+    return out
+
+
 def train(ctx: Context) -> dict:
     from flywheel.steps import one_token
-    from flywheel.training.prm import PrmExample, calibration, score_all, targets, train_prm, within_question_auc
+    from flywheel.training.prm import calibration, score_all, train_prm, within_question_auc
 
     prompts, _ = text_tools(ctx)
     spec, base = ctx.recipe.prm, ctx.recipe.model.base
     labels = tuple(one_token(prompts.tokenizer, word, "prm.labels") for word in spec.labels)
     problems = {p.id: p for p in ctx.problems(Split.TRAIN)}
-    rows = list(ctx.read(StepValues, "label"))
-    solutions = {s.id: s for s in ctx.read(Solution, "sample")}
-    held = held_out(ctx, list({row.question_id for row in rows}))
-
-    bins = difficulties(ctx)
-
-    def example(problem: Problem, solution: Solution, values: tuple[float, ...], weights: tuple[float, ...] | None = None) -> PrmExample:
-        tokens, reads = encode(prompts, problem.question, solution.steps)
-        return PrmExample(tuple(tokens), tuple(reads), values, weights, question_id=problem.id)
-
-    # where no labelled question was ever answered right there is no progress to learn from, and the values serve
-    target = spec.target if any(bins[row.question_id].pass_at_1 for row in rows) else "value"
-    fit: list[PrmExample] = []
-    check: list[PrmExample] = []
-    left_out = {"silent": 0, "too_long": 0}  # silent: of progress, a question that was never answered right
-    for row in rows:
-        values, weights = targets(row.values, bins[row.question_id].pass_at_1, target)
-        made = example(problems[row.question_id], solutions[row.solution_id], values, weights)
-        if not sum(weights):
-            left_out["silent"] += 1
-        elif len(made.tokens) > spec.max_length:
-            left_out["too_long"] += 1
-        else:
-            (check if row.question_id in held else fit).append(made)
+    found = labelled(ctx, prompts, problems)
+    fit, check = found.fit, found.check
+    held = held_out(ctx, list({row.question_id for row in ctx.read(StepValues, "label")}))
     if not fit or not check:
         raise UserError(
-            f"train_prm: {len(fit)} labelled solutions to train on and {len(check)} to validate on ({left_out['silent']} of questions never answered right,"
-            f" {left_out['too_long']} longer than prm.max_length {spec.max_length} left out); more label.questions, or a greater prm.max_length"
+            f"train_prm: {len(fit)} labelled solutions to train on and {len(check)} to validate on ({found.silent} of questions never answered right,"
+            f" {found.too_long} longer than prm.max_length {spec.max_length} left out); more label.questions, or a greater prm.max_length"
         )
     report = train_prm(
         fit, check, labels=labels, base=base, model=ctx.recipe.model, spec=spec, out=ctx.dir, seed=ctx.seed("train") % 2**31, keep="best", role=Role.PRM, ledger=ctx.ledger
@@ -62,11 +85,11 @@ def train(ctx: Context) -> dict:
 
     # All graded samples of the held-out questions, scored by the PRM and by the un-finetuned base.
     grades = {g.solution_id: g for g in ctx.read(Grade, "sample") if g.question_id in held}
-    groups = by_question(s for s in solutions.values() if s.question_id in held)
+    groups = by_question(s for s in ctx.read(Solution, "sample") if s.question_id in held)
     pool = [
         s for group in groups.values() for s in group if grades[s.id].verdict in (Verdict.CORRECT, Verdict.INCORRECT)
     ]
-    scored = [example(problems[s.question_id], s, (0.0,) * len(s.steps)) for s in pool]
+    scored = [example(prompts, problems[s.question_id], s, (0.0,) * len(s.steps)) for s in pool]
     right = [grades[s.id].correct for s in pool]
     names = [s.question_id for s in pool]
     figures = {}
@@ -87,8 +110,9 @@ def train(ctx: Context) -> dict:
         "labels_by": ctx.model(Role.POLICY, ctx.round - 1).name,
         "examples": len(fit),
         "validation_examples": len(check),
-        "target": target,
-        **left_out,
+        "target": found.target,
+        "silent": found.silent,
+        "too_long": found.too_long,
         "steps": sum(len(e.reads) for e in fit),
         "auc_questions": len(set(names)),
         "train_seconds": report.seconds,

@@ -1,0 +1,74 @@
+"""Claims that studies of their own measure: what they printed, kept beside the claims, as rows of the same table.
+
+    python -m eval.STUDY ... > eval/results/STUDY.json      then      python -m eval.claims RUN
+
+A study that has not been kept has no row.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+Found = tuple[str, str, str, Sequence[float], str]  # id, claim, paper, (mean, low, high), unit
+
+
+def history_verifier(data: dict) -> Iterator[Found]:
+    """The verifier of revisions, 6.1."""
+    [(plain, gains)] = [(key.removeprefix("over_"), value) for key, value in data.items() if key.startswith("over_")]
+    how = plain.partition(":")[2]
+    own = max(("last", "min", "product"), key=lambda a: gains[f"own+history:{a}"][0])
+    for name in (f"prm+history:{how}", f"own+history:{own}"):
+        yield f"history.{name}", f"A verifier that sees the revision history ({name}) is ahead of the round's PRM ({plain}) on the same chains", "used", gains[name], "accuracy"
+
+
+def on_policy_reviser(data: dict) -> Iterator[Found]:
+    gain = data["on_less_off_policy"]["slope"]
+    yield "11.slope", f"On-policy data hurt the reviser: the slope along the chain falls ({data['trajectories']} trajectories each)", "hurt", minus(gain), "accuracy"
+    yield "11.first", "and so does its first attempt", "not said", minus(data["on_less_off_policy"]["first"]), "accuracy"
+
+
+def foreign_prm(data: dict) -> Iterator[Found]:
+    last = max(data["own_less_other"]["weighted"], key=int)
+    for how in ("weighted", "best"):
+        lead = data["own_less_other"][how][last]
+        yield f"12.worse:{how}", f"A PRM trained on its own model's samples is ahead of one trained on another's, best-of-{last} by {how}", "ahead", lead, "accuracy"
+    yield "12.exploited", "The other's is exploited more: the single best score falls further from its best n", "more", data["other_falls_more"], "accuracy"
+
+
+def flops_matched(data: dict) -> Iterator[Found]:
+    for row in data["by_ratio"]:
+        ratio, times = row["R"], f"M = {data['M']:.1f}, {row['multiplier']:.0f} times the inference"
+        few = ratio < 1
+        yield f"13.all@{ratio:g}", f"At R = {ratio:g} ({times}) test-time compute is ahead of the larger model", "ahead in bins 1-4" if few else "behind on the hardest", row["lead"], "accuracy"
+        for part in row["by_bin"]:
+            hard = part["bin"] == 5
+            claim = f"the larger model is ahead in bin {part['bin']}" if hard else f"test-time compute is ahead in bin {part['bin']}"
+            paper = ("pretraining wins" if hard else "test-time compute wins") if few or hard else "mixed"
+            yield f"13.bin{part['bin']}@{ratio:g}", f"At R = {ratio:g} {claim}", paper, minus(part["lead"]) if hard else part["lead"], "accuracy"
+
+
+def compare(data: dict) -> Iterator[Found]:
+    for run, found in data["first_less_others"].items():
+        ends = found["last_rounds"]
+        ours, theirs = ends["flops"]
+        rounds = " and ".join(map(str, ends["rounds"]))
+        yield f"15.{Path(run).name}", f"Single samples after the full loop are ahead of those after `{Path(run).name}` (rounds {rounds}, {ours / 1e12:.1f} and {theirs / 1e12:.1f} TFLOPs)", "not measured", ends["pass@1"], "pass@1"
+
+
+STUDIES = {study.__name__: study for study in (history_verifier, on_policy_reviser, foreign_prm, flops_matched, compare)}
+
+
+def minus(interval: Sequence[float]) -> list[float]:
+    mean, low, high = interval
+    return [-mean, -high, -low]
+
+
+def kept(folder: Path) -> Iterator[tuple[Found, str]]:
+    """(row, command) of every study whose JSON lies in `folder`, `compare` perhaps in several files."""
+    for name, study in STUDIES.items():
+        for path in sorted(folder.glob(f"{name}*.json")):
+            data = json.loads(path.read_text(encoding="utf-8"))
+            for found in study(data):
+                yield found, data["command"]

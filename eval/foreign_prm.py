@@ -1,0 +1,103 @@
+"""Does a PRM have to be trained on its own model's samples? python -m eval.foreign_prm RUN --other RUN2 [--round 1]
+
+Snell et al., section 5.1 and appendix D, claim 12: a PRM trained on another model's samples (PRM800k's, there) is worse,
+and best-of-N exploits it. Two PRMs are trained from RUN's base by RUN's recipe, on as many labelled solutions each: one on
+RUN's own labels of that round, one on RUN2's (samples and rollouts of another model of the same tokenizer). Both judge the
+same test samples of RUN.
+
+Prints JSON: by PRM and n the accuracy of best-of-n, weighted and by the single best score, within-question AUC; the
+paired leads of its own over the other's with 95% intervals over questions; and for each the fall of the single best score
+from its best n to the last, which is what exploitation looks like.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from eval.cli import answer
+from eval.verifiers import context
+from flywheel.engines.open import load_tokenizer
+from flywheel.errors import UserError
+from flywheel.grading import answer_key
+from flywheel.ledger import Ledger
+from flywheel.prm import aggregate, label_ids
+from flywheel.records import Role, Split
+from flywheel.search.select import Scored, accuracy_at, by_argmax, by_weight
+from flywheel.stages.kit import test_samples, text_tools
+from flywheel.stages.train_prm import example, labelled
+from flywheel.stats import bootstrap_mean, paired_gain
+from flywheel.training.prm import PrmExample, score_all, train_prm, within_question_auc
+
+DRAWS = 32
+
+
+def labels_of(run: Path, round: int) -> tuple[list[PrmExample], list[PrmExample]]:
+    ctx = context(run, round)
+    found = labelled(ctx, text_tools(ctx)[0], {p.id: p for p in ctx.problems(Split.TRAIN)})
+    return found.fit, found.check
+
+
+def study(run: Path, other: Path, round: int) -> dict:
+    ctx = context(run, round)
+    ctx.dir.mkdir(parents=True, exist_ok=True)
+    base = ctx.recipe.model.base
+    theirs = context(other, round).recipe.model.base
+    if load_tokenizer(base).get_vocab() != load_tokenizer(theirs).get_vocab():
+        raise UserError(f"{other}: the tokenizer of {theirs} is not that of {base}; its samples are no texts of this model")
+    prompts, _ = text_tools(ctx)
+    labels = label_ids(prompts.tokenizer, ctx.recipe.prm.labels)
+    data = {"own": labels_of(run, round), "other": labels_of(other, round)}
+    sizes = [min(len(d[part]) for d in data.values()) for part in (0, 1)]
+    problems = {p.id: p for p in ctx.problems(Split.TEST)}
+    solutions, grades = test_samples(ctx, round - 1)
+    correct = {g.solution_id: g.correct for group in grades.values() for g in group}
+    distinct = list({(s.question_id, s.tokens): s for group in solutions.values() for s in group if s.answer is not None}.values())
+    examples = [example(prompts, problems[s.question_id], s, (0.0,) * len(s.steps)) for s in distinct]
+    n_all = len(next(iter(solutions.values())))
+    ns = [n for n in (1, 2, 4, 8, 16, 32, 64, 128, 256) if n < n_all] + [n_all]
+    right: dict[tuple[str, str, int], list[float]] = {}
+    area = {}
+    for name, parts in data.items():
+        fit, check = (random.Random(0).sample(part, size) for part, size in zip(parts, sizes))
+        out = ctx.dir / f"foreign_{name}"
+        train_prm(
+            fit, check, labels=labels, base=base, model=ctx.recipe.model, spec=ctx.recipe.prm, out=out, seed=ctx.recipe.seed, keep="best",
+            role=Role.PRM, ledger=Ledger("foreign", round),
+        )  # fmt: skip
+        values = score_all(base, str(out / "adapter"), examples, labels, ledger=Ledger("foreign", round))
+        score = {(s.question_id, s.tokens): aggregate(v, ctx.recipe.prm.aggregate) for s, v in zip(distinct, values)}
+        rows = [(score[s.question_id, s.tokens], correct[s.id], s.question_id) for group in solutions.values() for s in group if s.answer is not None]
+        area[name] = within_question_auc(*zip(*rows))
+        for q in sorted(solutions):
+            pool = [Scored(None if s.answer is None else answer_key(s.answer), score.get((q, s.tokens), 0.0), correct[s.id]) for s in solutions[q]]
+            for how, select in (("weighted", by_weight), ("best", by_argmax)):
+                for n in ns:
+                    right.setdefault((name, how, n), []).append(accuracy_at(pool, n, select, DRAWS, random.Random(f"{q}/{n}")))
+    peak = {name: max(ns, key=lambda n: sum(right[name, "best", n])) for name in data}
+    falls = {name: [a - b for a, b in zip(right[name, "best", peak[name]], right[name, "best", ns[-1]])] for name in data}
+    return {
+        "questions": len(solutions),
+        "labelled_solutions": sizes[0],
+        "auc_within_question": area,
+        "accuracy": {name: {how: {n: bootstrap_mean(right[name, how, n]) for n in ns} for how in ("weighted", "best")} for name in data},
+        "own_less_other": {how: {n: paired_gain(right["other", how, n], right["own", how, n]) for n in ns} for how in ("weighted", "best")},
+        "best_falls": {name: {"from": peak[name], "to": ns[-1], "by": bootstrap_mean(falls[name])} for name in data},
+        "other_falls_more": paired_gain(falls["own"], falls["other"]),
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m eval.foreign_prm", description=__doc__.split("\n\n")[0])
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--other", type=Path, required=True)
+    parser.add_argument("--round", type=int, default=1)
+    args = parser.parse_args(argv)
+    return answer(lambda: study(args.run, args.other, args.round))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
