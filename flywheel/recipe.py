@@ -125,33 +125,37 @@ class ReviserSpec(TrainSpec):
     probe_attempts: Positive = 4
 
 
-class BestOfNSpec(Spec):
+class Competitor(Spec):
+    max_budget: Positive | None = None  # no larger one of `calibrate.budgets` is tried with it
+
+
+class BestOfNSpec(Competitor):
     kind: Literal["best_of_n"]
     select: Literal["weighted", "majority", "best"] = "weighted"
 
 
-class BeamSpec(Spec):
+class BeamSpec(Competitor):
     kind: Literal["beam"]
     width: Positive | Literal["sqrt"] = 4
     max_rounds: Positive = 40
     lookahead: Annotated[int, Field(ge=0)] = 0  # of a budget N, N / (lookahead + 1) beams
 
 
-class ReviseSpec(Spec):
+class ReviseSpec(Competitor):
     kind: Literal["revise"]
     chains: Positive = 1  # side by side; of a budget N, each has N / chains attempts
     select: Literal["weighted", "majority", "last"] = "weighted"
     context: Positive = 4
 
 
-class AdaptiveSpec(Spec):
+class AdaptiveSpec(Competitor):
     kind: Literal["adaptive"]
     sure: Annotated[float, Field(gt=0.5, lt=1)] = 0.95  # of the leading answer, to stop
     maker: Literal["policy", "reviser"] = "policy"
     step: Positive = 4
 
 
-class RefineSpec(Spec):
+class RefineSpec(Competitor):
     kind: Literal["refine"]
     width: Positive = 4  # attempts at a time
     context: Positive = 4  # of the best so far
@@ -216,8 +220,10 @@ class Recipe(Spec):
             raise ValueError(f"evaluate.samples: {self.evaluate.samples} is fewer than evaluate.budget {self.evaluate.budget} or evaluate.probe {self.evaluate.probe}")
         if self.sample.max_tokens >= self.engine.max_model_len:
             raise ValueError("sample.max_tokens: must be below engine.max_model_len")
-        if not any(isinstance(strategy, BestOfNSpec) for strategy in self.calibrate.strategies):
-            raise ValueError("calibrate.strategies: best_of_n is missing; it is what a round without a reviser has, and what all else is measured against")
+        plain = [strategy.max_budget or max(self.calibrate.budgets) for strategy in self.calibrate.strategies if isinstance(strategy, BestOfNSpec)]
+        if max(plain, default=0) < max(self.calibrate.budgets):
+            at = f" at budget {max(self.calibrate.budgets)}" if plain else ""
+            raise ValueError(f"calibrate.strategies: best_of_n is missing{at}; it is what a round without a reviser has, and what all else is measured against")
         if self.prm.target == "progress" and self.prm.aggregate not in ("min", "product"):
             raise ValueError(f"prm.aggregate: {self.prm.aggregate} does not sum up a PRM of prm.target progress, which judges each step alone; product or min does")
         if self.label.prefer[0] > self.label.prefer[1]:
@@ -275,7 +281,7 @@ def _one_line(error: ValidationError) -> str:
     """The first fault as `key: what is wrong`; unknown keys name the nearest known one."""
     faults = error.errors()
     fault = next((f for f in faults if f["type"] == "extra_forbidden"), faults[0])
-    where = ".".join(str(part) for part in fault["loc"])
+    where = ".".join(str(part) if str(part).strip() and str(part).isprintable() else repr(part) for part in fault["loc"])
     more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
     if fault["type"] == "extra_forbidden":
         known = known_keys()

@@ -46,7 +46,8 @@ def test_the_published_model_says_what_it_has_not_run_on():
         ("prm.aggregate=last", "prm.aggregate: last does not sum up a PRM of prm.target progress"),
         ("label.prefer=[0.9, 0.1]", "label.prefer: a rising pair wanted"),
         ("calibrate.strategies=[]", "calibrate.strategies"),
-        ("calibrate.strategies=[{kind: revise}]", "calibrate.strategies: best_of_n is missing"),
+        ("calibrate.strategies=[{kind: revise}]", "calibrate.strategies: best_of_n is missing;"),
+        ("calibrate.strategies=[{kind: best_of_n, max_budget: 4}]", "calibrate.strategies: best_of_n is missing at budget 64;"),
         ("label.rollout=8", "label.rollout: unknown key; did you mean label.rollouts?"),
     ],
 )

@@ -62,7 +62,7 @@ def left_out(spec: CalibrateSpec) -> list[str]:
 
 
 def _asked(spec: CalibrateSpec) -> list[tuple[int, StrategySpec]]:
-    return [(budget, kind) for budget in sorted(set(spec.budgets)) for kind in spec.strategies]
+    return [(budget, kind) for budget in sorted(set(spec.budgets)) for kind in spec.strategies if budget <= (kind.max_budget or budget)]
 
 
 def _unfit(spec: StrategySpec, budget: int) -> tuple[str, str] | None:
