@@ -563,6 +563,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(explain(error), file=sys.stderr)
         return 1
     behind = [behind for _, behind in measured]
+    if (matched := RESULTS / "flops_matched.json").is_file():
+        behind[0]["flops_matched"] = json.loads(matched.read_text(encoding="utf-8"))
     names = ", ".join(f"`{run.name}`" for run in args.runs)
     about = f"{len(asked)} test questions; {len(args.runs)} training {'seed' if len(args.runs) == 1 else 'seeds'} ({names}), round {args.round}. Written by `{command}`."
     RESULTS.mkdir(parents=True, exist_ok=True)

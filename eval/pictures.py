@@ -1,4 +1,4 @@
-"""The paper's figures 3, 4, 6, 7 and 8 redrawn from a study, and accuracy against what is really paid."""
+"""The paper's figures 3, 4, 6, 7, 8 and 9 redrawn from a study, and accuracy against what is really paid."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def draw(behind: dict, out: Path) -> list[Path]:
     """Write one PNG a figure into `out`; a figure whose strategies were not tried is left out."""
     out.mkdir(parents=True, exist_ok=True)
     written = []
-    for title, make in {"figure_3_search": search, "figure_4_8_compute_optimal": compute_optimal, "figure_6_revisions": revisions, "figure_7_ratio": ratio, "net_cost": net_cost}.items():
+    for title, make in {"figure_3_search": search, "figure_4_8_compute_optimal": compute_optimal, "figure_6_revisions": revisions, "figure_7_ratio": ratio, "figure_9_parameters": parameters, "net_cost": net_cost}.items():
         figure = make(behind)
         if figure is not None:
             path = out / f"{title}.png"
@@ -120,6 +120,21 @@ def ratio(behind: dict) -> Figure | None:
         ax.plot([length for length, _, _ in points], [by_bin[b] for _, by_bin, _ in points], marker="o", label=f"bin {b + 1}")
     ax.plot([length for length, _, _ in points], [mean for _, _, mean in points], "k--", label="all")
     generations(ax)
+    return figure
+
+
+def parameters(behind: dict) -> Figure | None:
+    """Figure 9: test-time compute of a small model against a larger one's parameters, at equal FLOPs, by bin."""
+    if not (found := behind.get("flops_matched")):
+        return None
+    figure, ax = axes(f"Test-time compute less a model of {found['M']:.1f} times the parameters, equal FLOPs", "difficulty bin (1: easiest)", "lead in accuracy")
+    for at, row in enumerate(found["by_ratio"]):
+        x = [part["bin"] + 0.1 * (at - 1) for part in row["by_bin"]]
+        lead = [part["lead"] for part in row["by_bin"]]
+        spread = [[m - low for m, low, _ in lead], [high - m for m, _, high in lead]]
+        ax.errorbar(x, [m for m, _, _ in lead], yerr=spread, fmt="o", capsize=3, label=f"R = {row['R']:g}: {row['multiplier']:.0f} times the inference")
+    ax.axhline(0, color="black", linewidth=0.8)
+    ax.legend(fontsize=8)
     return figure
 
 

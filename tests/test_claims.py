@@ -123,7 +123,11 @@ def test_a_study_is_written_out_and_drawn(tmp_path):
     amortise(behind, behind["fixed"])
     text = markdown(combine([table], "command"), [behind], "about")
     assert "| 1.gross@4: Compute-optimal search of 4 is ahead of best-of-4 weighted" in text and "| search | 4 | oracle | 1.000 | 58 | 158 | never |" in text
-    assert {p.name for p in pictures.draw(behind, tmp_path)} == {"figure_3_search.png", "figure_4_8_compute_optimal.png", "net_cost.png"}
+    drawn = {"figure_3_search.png", "figure_4_8_compute_optimal.png", "net_cost.png"}
+    assert {p.name for p in pictures.draw(behind, tmp_path)} == drawn
+    bins = [{"bin": b, "lead": [0.1, 0.05, 0.2]} for b in range(1, 6)]
+    behind["flops_matched"] = {"M": 3.9, "by_ratio": [{"R": r, "multiplier": 58.0, "by_bin": bins} for r in (0.16, 22.0)]}
+    assert {p.name for p in pictures.draw(behind, tmp_path)} == drawn | {"figure_9_parameters.png"}
 
 
 def test_parts_of_different_questions_are_refused():
