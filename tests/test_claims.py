@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from eval import elsewhere, flops_matched, pictures
+from eval import elsewhere, flops_matched, oracle_size, pictures
 from eval.claims import Study, Table, amortise, combine, judge, markdown, measure, multiplier
 from eval.study import Difficult, Drawn, Tried, shape, wanted
 from flywheel.errors import UserError
@@ -175,3 +175,12 @@ def test_what_other_studies_printed_becomes_rows_with_their_own_command(tmp_path
     assert rows["13.bin1@22"][0][3] == [0.1, 0.05, 0.2] and rows["13.bin5@22"][0][3] == [-0.1, -0.2, -0.05]  # in the hardest bin the claim is the larger model's
     claim = rows["15.restem"]
     assert "(rounds 3 and 2, 21.0 and 20.0 TFLOPs)" in claim[0][1] and claim[1] == "python -m eval.compare" and len(rows) == 7
+
+
+def test_bins_by_few_samples_are_held_against_other_samples():
+    rights = {f"q{i}": [j % 10 < i for j in range(40)] for i in range(10)}  # both halves alike, the first four samples nearly blind
+    found = oracle_size.compare(rights, 400.0)
+    few, many, half = found["by_samples"]
+    assert [row["samples"] for row in found["by_samples"]] == [4, 16, 20] and few["tokens"] == 40.0
+    assert half["spearman"] == pytest.approx(1) and half["same_bin"] == (1.0, 1.0, 1.0)
+    assert few["spearman"] < many["spearman"] <= half["spearman"] and few["same_bin"][0] < 1
