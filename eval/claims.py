@@ -469,13 +469,15 @@ def over_rounds(run: Path) -> Table:
     table, last = Table(), max(History.of(run).rounds)
     reader = seeds.context(run, last)
     questions = sorted(seeds.test_rates(reader, 0))
-    rates = lambda r, draw="score": np.array([seeds.test_rates(reader, r, draw)[q] for q in questions])  # noqa: E731
+    at = {(r, draw): seeds.test_rates(reader, r, draw) for r, draw in ((0, "bin"), (0, "score"), (last, "score"))}
+    rates = lambda r, draw="score": np.array([at[r, draw][q] for q in questions])  # noqa: E731
+    of = f"{len(questions)} evaluated questions"
     hardest = np.array(list(fixed_bins(dict(zip(questions, rates(0, "bin"))), load(run / "recipe.yaml").calibrate.edges).values())) == BINS
-    table.add("14.rounds", f"Over {last} rounds single samples gain in fixed bin 5 of round 0 (against round 0 sampled anew)", "named only",
+    table.add("14.rounds", f"Over {last} rounds single samples gain in fixed bin 5 of round 0 (against round 0 sampled anew; {of})", "named only",
               np.where(hardest, rates(last) - rates(0), np.nan), "pass@1")  # fmt: skip
     found = seeds.answers(reader, 1)
     search = max((m for m in found if m.startswith("best_of_n_weighted@") and m.count("@") == 1 and "verifier" not in m), key=lambda m: int(m.split("@")[1]))
-    table.add("15.singles", f"Single samples after round {last} are ahead of round 1's search ({search})", "named only", rates(last) - np.array([found[search][q] for q in questions]))
+    table.add("15.singles", f"Single samples after round {last} are ahead of round 1's search ({search}; {of})", "named only", rates(last) - np.array([found[search][q] for q in questions]))
     return table
 
 
@@ -546,7 +548,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = arguments(argv, "python -m eval.claims", __doc__.split("\n\n")[0])
     command = f"python -m eval.study {' '.join(argv)} && python -m eval.claims {' '.join(argv)}"
     try:
-        measured, asked, rounds = [], None, []
+        measured, asked, rounds, others = [], None, [], list(elsewhere.kept(RESULTS))
         for run in args.runs:
             study = Study(*read_all(run, args), seed=load(run / "recipe.yaml").seed)
             if (asked := asked or study.questions) != study.questions:
@@ -557,7 +559,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             measured.append((table, behind))
             rounds.append(over_rounds(run))
         claims = combine([table for table, _ in measured], command) + combine(rounds, command)
-        for (id, claim, paper, (mean, low, high), unit), by in elsewhere.kept(RESULTS):
+        for (id, claim, paper, (mean, low, high), unit), by in others:
             claims.append(Claim(id, claim, paper, mean, low, high, judge(low, high, 0.0), unit, [mean], by))
     except UserError as error:
         print(explain(error), file=sys.stderr)

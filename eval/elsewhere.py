@@ -11,6 +11,8 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from flywheel.errors import UserError
+
 Found = tuple[str, str, str, Sequence[float], str]  # id, claim, paper, (mean, low, high), unit
 
 
@@ -18,8 +20,7 @@ def history_verifier(data: dict) -> Iterator[Found]:
     """The verifier of revisions, 6.1."""
     [(plain, gains)] = [(key.removeprefix("over_"), value) for key, value in data.items() if key.startswith("over_")]
     how = plain.partition(":")[2]
-    own = max(("last", "min", "product"), key=lambda a: gains[f"own+history:{a}"][0])
-    for name in (f"prm+history:{how}", f"own+history:{own}"):
+    for name in (f"prm+history:{how}", f"own+history:{how}"):
         yield f"history.{name}", f"A verifier that sees the revision history ({name}) is ahead of the round's PRM ({plain}) on the same chains", "used", gains[name], "accuracy"
 
 
@@ -66,9 +67,12 @@ def minus(interval: Sequence[float]) -> list[float]:
 
 
 def kept(folder: Path) -> Iterator[tuple[Found, str]]:
-    """(row, command) of every study whose JSON lies in `folder`, `compare` perhaps in several files."""
+    """(row, command) of every study whose JSON lies in `folder`, `compare` perhaps in several files. Raises UserError."""
     for name, study in STUDIES.items():
         for path in sorted(folder.glob(f"{name}*.json")):
-            data = json.loads(path.read_text(encoding="utf-8"))
-            for found in study(data):
-                yield found, data["command"]
+            try:
+                data = json.loads(path.read_text(encoding="utf-8"))
+                rows = [(found, data["command"]) for found in study(data)]
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(f"{path}: not what eval.{name} prints ({type(error).__name__}: {error}); run it again, or delete the file") from None
+            yield from rows

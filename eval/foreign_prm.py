@@ -1,13 +1,13 @@
 """Does a PRM have to be trained on its own model's samples? python -m eval.foreign_prm RUN --other RUN2 [--round 1]
 
 Snell et al., section 5.1 and appendix D, claim 12: a PRM trained on another model's samples (PRM800k's, there) is worse,
-and best-of-N exploits it. Two PRMs are trained from RUN's base by RUN's recipe, on as many labelled solutions each: one on
-RUN's own labels of that round, one on RUN2's (samples and rollouts of another model of the same tokenizer). Both judge the
-same test samples of RUN.
+and best-of-N exploits it. Two PRMs are trained from RUN's base by RUN's recipe, on as many questions and labelled solutions each:
+one on RUN's own labels of that round, one on RUN2's (samples and rollouts of another model of the same tokenizer). Both judge
+the same test samples of RUN.
 
 Prints JSON: by PRM and n the accuracy of best-of-n, weighted and by the single best score, within-question AUC; the
 paired leads of its own over the other's with 95% intervals over questions; and for each the fall of the single best score
-from its best n to the last, which is what exploitation looks like.
+from its best n (chosen on the other half of the questions) to the last, which is what exploitation looks like.
 """
 
 from __future__ import annotations
@@ -28,17 +28,34 @@ from flywheel.prm import aggregate, label_ids
 from flywheel.records import Role, Split
 from flywheel.search.select import Scored, accuracy_at, by_argmax, by_weight
 from flywheel.stages.kit import test_samples, text_tools
-from flywheel.stages.train_prm import example, labelled
+from flywheel.stages.train_prm import Labelled, example, labelled
 from flywheel.stats import bootstrap_mean, paired_gain
 from flywheel.training.prm import PrmExample, score_all, train_prm, within_question_auc
 
 DRAWS = 32
 
 
-def labels_of(run: Path, round: int) -> tuple[list[PrmExample], list[PrmExample]]:
+def labels_of(run: Path, round: int) -> Labelled:
     ctx = context(run, round)
-    found = labelled(ctx, text_tools(ctx)[0], {p.id: p for p in ctx.problems(Split.TRAIN)})
-    return found.fit, found.check
+    return labelled(ctx, text_tools(ctx)[0], {p.id: p for p in ctx.problems(Split.TRAIN)})
+
+
+def alike(parts: Sequence[list[PrmExample]]) -> list[list[PrmExample]]:
+    """The same number of questions of each part, then of solutions, both drawn at random."""
+    rng = random.Random(0)
+    names = [sorted({e.question_id for e in part}) for part in parts]
+    kept = [set(rng.sample(group, min(map(len, names)))) for group in names]
+    parts = [[e for e in part if e.question_id in group] for part, group in zip(parts, kept)]
+    return [rng.sample(part, min(map(len, parts))) for part in parts]
+
+
+def falls(curve: dict[int, list[float]]) -> list[float]:
+    """By question, accuracy at the best n less that at the last; the best is chosen on the other half of the questions."""
+    ns, out = sorted(curve), [0.0] * len(curve[max(curve)])
+    for half in (0, 1):
+        best = max(ns, key=lambda n: sum(curve[n][1 - half :: 2]))
+        out[half::2] = [a - b for a, b in zip(curve[best][half::2], curve[ns[-1]][half::2])]
+    return out
 
 
 def study(run: Path, other: Path, round: int) -> dict:
@@ -50,8 +67,13 @@ def study(run: Path, other: Path, round: int) -> dict:
         raise UserError(f"{other}: the tokenizer of {theirs} is not that of {base}; its samples are no texts of this model")
     prompts, _ = text_tools(ctx)
     labels = label_ids(prompts.tokenizer, ctx.recipe.prm.labels)
-    data = {"own": labels_of(run, round), "other": labels_of(other, round)}
-    sizes = [min(len(d[part]) for d in data.values()) for part in (0, 1)]
+    found = {"own": labels_of(run, round), "other": labels_of(other, round)}
+    for section in ("prm", "prompts"):
+        if getattr(ctx.recipe, section) != getattr(context(other, round).recipe, section):
+            raise UserError(f"{other}: another `{section}` than {run}; what would be compared is the recipes")
+    if found["own"].target != found["other"].target:
+        raise UserError(f"{other}: its labels can only serve as {found['other'].target}, those of {run} serve as {found['own'].target}")
+    data = dict(zip(found, zip(alike([f.fit for f in found.values()]), alike([f.check for f in found.values()]))))
     problems = {p.id: p for p in ctx.problems(Split.TEST)}
     solutions, grades = test_samples(ctx, round - 1)
     correct = {g.solution_id: g.correct for group in grades.values() for g in group}
@@ -61,8 +83,7 @@ def study(run: Path, other: Path, round: int) -> dict:
     ns = [n for n in (1, 2, 4, 8, 16, 32, 64, 128, 256) if n < n_all] + [n_all]
     right: dict[tuple[str, str, int], list[float]] = {}
     area = {}
-    for name, parts in data.items():
-        fit, check = (random.Random(0).sample(part, size) for part, size in zip(parts, sizes))
+    for name, (fit, check) in data.items():
         out = ctx.dir / f"foreign_{name}"
         train_prm(
             fit, check, labels=labels, base=base, model=ctx.recipe.model, spec=ctx.recipe.prm, out=out, seed=ctx.recipe.seed, keep="best",
@@ -77,16 +98,16 @@ def study(run: Path, other: Path, round: int) -> dict:
             for how, select in (("weighted", by_weight), ("best", by_argmax)):
                 for n in ns:
                     right.setdefault((name, how, n), []).append(accuracy_at(pool, n, select, DRAWS, random.Random(f"{q}/{n}")))
-    peak = {name: max(ns, key=lambda n: sum(right[name, "best", n])) for name in data}
-    falls = {name: [a - b for a, b in zip(right[name, "best", peak[name]], right[name, "best", ns[-1]])] for name in data}
+    fallen = {name: falls({n: right[name, "best", n] for n in ns}) for name in data}
     return {
         "questions": len(solutions),
-        "labelled_solutions": sizes[0],
+        "labelled_solutions": len(data["own"][0]),
+        "labelled_questions": len({e.question_id for e in data["own"][0]}),
         "auc_within_question": area,
         "accuracy": {name: {how: {n: bootstrap_mean(right[name, how, n]) for n in ns} for how in ("weighted", "best")} for name in data},
         "own_less_other": {how: {n: paired_gain(right["other", how, n], right["own", how, n]) for n in ns} for how in ("weighted", "best")},
-        "best_falls": {name: {"from": peak[name], "to": ns[-1], "by": bootstrap_mean(falls[name])} for name in data},
-        "other_falls_more": paired_gain(falls["own"], falls["other"]),
+        "best_falls": {name: bootstrap_mean(fall) for name, fall in fallen.items()},
+        "other_falls_more": paired_gain(fallen["own"], fallen["other"]),
     }
 
 

@@ -25,6 +25,7 @@ import numpy as np
 from eval.cli import answer
 from eval.verifiers import AGGREGATES, averaged
 from flywheel.engines.base import ModelRef
+from flywheel.errors import UserError
 from flywheel.ledger import Ledger
 from flywheel.prm import aggregate, encode, label_ids
 from flywheel.prompts import Prompts
@@ -50,7 +51,9 @@ def chains(run: Path, round: int, split: Split, strategy: Revise, count: int | N
         yield from open_kit.searched(questions, tools, lambda q: strategy, f"r{round}/history")
 
     def tools(ctx):
-        return kit(ctx, {Role.REVISER: reviser or searchers(ctx)[Role.REVISER]}, split)
+        if (ref := reviser or searchers(ctx).get(Role.REVISER)) is None:
+            raise UserError(f"{run}: round {round} has no reviser")
+        return kit(ctx, {Role.REVISER: ref}, split)
 
     title = f"chains_{split}_{strategy.length}x{strategy.chains}" + (f"_first_{count}" if count else "") + (f"_{reviser.name}" if reviser else "")
     stage = Stage(title, (), READS, items=lambda ctx: ids(ctx, split)[:count], tools=tools, work=work, test_split=split is Split.TEST)

@@ -1,7 +1,7 @@
 """Does on-policy data hurt the reviser? python -m eval.on_policy_reviser RUN [--round 1] [--attempts 8] [--questions 300]
 
 Snell et al., section 6.1 and appendix, claim 11: a reviser trained further on its own chains that end right (ReST^EM) loses
-the gain along the chain. Two revisers are trained from the base by the same recipe, on as many trajectories each: off-policy,
+the gain along the chain. Two revisers are trained from the base by the same recipe, on as many trajectories of each length: off-policy,
 as the loop does (independent incorrect samples of the policy, then a correct one), and on-policy (the round's reviser's own
 chains of training questions, cut at their first correct attempt). Both play chains on the test questions.
 
@@ -41,6 +41,16 @@ def first_right(chain: Sequence[Solution], right: dict[str, bool], context: int)
     return Trajectory(chain[place].question_id, (*[s for s in chain[:place] if s.answer is not None][-context:], chain[place]))
 
 
+def alike(data: dict[str, list[Trajectory]]) -> dict[str, list[Trajectory]]:
+    """Of each kind as many trajectories with 0, 1, ... incorrect attempts as the other has, drawn at random."""
+    rng, out = random.Random(0), {name: [] for name in data}
+    for length in sorted({len(t.attempts) for rows in data.values() for t in rows}):
+        groups = {name: [t for t in rows if len(t.attempts) == length] for name, rows in data.items()}
+        for name, group in groups.items():
+            out[name] += rng.sample(group, min(map(len, groups.values())))
+    return out
+
+
 def study(run: Path, round: int, attempts: int, count: int) -> dict:
     recipe = load(run / "recipe.yaml")
     ctx = Context(recipe, run, round, Stage("on_policy", (), ("sample", *READS), train=lambda ctx: {}, test_split=True))
@@ -48,14 +58,13 @@ def study(run: Path, round: int, attempts: int, count: int) -> dict:
     problems = {p.id: p for p in ctx.problems(Split.TRAIN)}
     made, right = chains(run, round, Split.TRAIN, Revise(recipe.reviser.context + 1, 3, "majority"), None)
     data = {"off_policy": trajectories(ctx), "on_policy": [t for chain in made if (t := first_right(chain, right, recipe.reviser.context))]}
-    size = min(map(len, data.values()))
-    if size < 2:
-        raise UserError(f"{run}: {size} trajectories are too few to train a reviser on")
-    out: dict = {"trajectories": size, "with_incorrect_attempts": {}, "pass@1_by_attempt": {}}
+    data = alike(data)
+    lengths = [len(t.attempts) - 1 for t in data["on_policy"]]
+    if len(lengths) < 2:
+        raise UserError(f"{run}: {len(lengths)} trajectories are too few to train a reviser on")
+    out: dict = {"trajectories": len(lengths), "by_incorrect_attempts": [lengths.count(k) for k in range(recipe.reviser.context + 1)], "pass@1_by_attempt": {}}
     rate: dict[str, np.ndarray] = {}
     for name, rows in data.items():
-        rows = random.Random(0).sample(rows, size)
-        out["with_incorrect_attempts"][name] = sum(len(t.attempts) > 1 for t in rows) / size
         held = set(sorted({t.question_id for t in rows})[::10])
         texts = ((t.question_id, prompts.revise(problems[t.question_id].question, t.attempts[:-1]), closed(t.attempts[-1], reader.eos)) for t in rows)
         fit, check, _ = examples(texts, held, recipe.reviser.max_length)

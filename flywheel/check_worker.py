@@ -3,8 +3,8 @@
 Reads `[gold, answer]` as JSON lines on stdin and answers `{"same": bool}` or `{"error": text}`.
 The checker runs in a fork of this process, which is killed when it hangs and forked again, in
 milliseconds: importing a checker takes a second, and a model that writes what makes sympy hang
-writes it often. The fork holds itself to limits on memory and processor time, so that it dies
-even if everybody else was killed.
+writes it often. The fork holds itself to limits on memory and processor time, so that one that
+computes dies even if everybody else was killed; one that waits ends with the pipe it reads from.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ MEMORY = 2 << 30  # bytes of address space above what the imported checker needs
 
 
 def main(checker: str, seconds: float) -> None:
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # were it ignored, a fork could not be waited for
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a checker prints must not look like a verdict
 
@@ -38,7 +39,7 @@ def main(checker: str, seconds: float) -> None:
     except UserError as error:
         return reply(_line(error=str(error)))
     if checker == grading.DEFAULT_CHECKER:
-        import math_verify  # noqa: F401  now, so that its import is not on the first answer's clock
+        same("x^2+1", "1+x^2+y")  # imports and sets up all that it needs here, once, and on no answer's clock
     reply(_line(ready=True))
     fork = None
     for line in sys.stdin.buffer:
@@ -67,19 +68,26 @@ class _Fork:
 
     def ask(self, question: bytes) -> bytes:
         """The reply line; afterwards the fork may be gone (`alive`)."""
-        deadline, answer = time.monotonic() + self.seconds, b""
         try:
-            self.pipe.sendall(question)
-            while not answer.endswith(b"\n"):
-                if not select.select([self.pipe], [], [], max(0.0, deadline - time.monotonic()))[0]:
-                    return self.end(f"no verdict within {self.seconds:g} s")
-                if not (piece := self.pipe.recv(65536)):
-                    return self.end("the checker died")
-                answer += piece
+            answer = self.heard(question)
+        except TimeoutError:
+            return self.end(f"no verdict within {self.seconds:g} s")
         except OSError:
             return self.end("the checker died")
         if json.loads(answer).get("leave"):
             self.end("")
+        return answer
+
+    def heard(self, question: bytes) -> bytes:
+        """Raises TimeoutError, and OSError where the fork is gone."""
+        deadline, answer = time.monotonic() + self.seconds, b""
+        self.pipe.sendall(question)
+        while not answer.endswith(b"\n"):
+            if not select.select([self.pipe], [], [], max(0.0, deadline - time.monotonic()))[0]:
+                raise TimeoutError
+            if not (piece := self.pipe.recv(65536)):
+                raise BrokenPipeError
+            answer += piece
         return answer
 
     def end(self, why: str) -> bytes:

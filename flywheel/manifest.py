@@ -110,9 +110,17 @@ def fingerprint(recipe: Recipe, stage: Stage, sources: dict[str, str], inputs: S
 def difference(old: dict[str, Any], new: dict[str, Any]) -> tuple[str, Any, Any] | None:
     """The first key that differs, with both values ("nothing" where a side lacks it)."""
     for key in dict.fromkeys([*new, *old]):
-        if old.get(key, "nothing") != new.get(key, "nothing"):
-            return key, old.get(key, "nothing"), new.get(key, "nothing")
+        was, now = (_said(side.get(key, "nothing")) for side in (old, new))
+        if was != now:
+            return key, was, now
     return None
+
+
+def _said(value: Any) -> Any:
+    """Without what is null in the mappings of a list: an older run's strategies lack the keys that have come since."""
+    if isinstance(value, list):
+        return [{k: v for k, v in item.items() if v is not None} if isinstance(item, dict) else item for item in value]
+    return value
 
 
 def check_unchanged(directory: Path, old: dict[str, Any], new: dict[str, Any]) -> None:

@@ -220,6 +220,9 @@ class Recipe(Spec):
             raise ValueError(f"evaluate.samples: {self.evaluate.samples} is fewer than evaluate.budget {self.evaluate.budget} or evaluate.probe {self.evaluate.probe}")
         if self.sample.max_tokens >= self.engine.max_model_len:
             raise ValueError("sample.max_tokens: must be below engine.max_model_len")
+        for strategy in self.calibrate.strategies:
+            if strategy.max_budget is not None and strategy.max_budget < min(self.calibrate.budgets):
+                raise ValueError(f"calibrate.strategies: {strategy.kind} with max_budget {strategy.max_budget} is never tried; the smallest of calibrate.budgets is {min(self.calibrate.budgets)}")
         plain = [strategy.max_budget or max(self.calibrate.budgets) for strategy in self.calibrate.strategies if isinstance(strategy, BestOfNSpec)]
         if max(plain, default=0) < max(self.calibrate.budgets):
             at = f" at budget {max(self.calibrate.budgets)}" if plain else ""

@@ -7,12 +7,13 @@ import json
 import numpy as np
 import pytest
 
-from eval import elsewhere, flops_matched, oracle_size, pictures
+from eval import elsewhere, flops_matched, foreign_prm, on_policy_reviser, oracle_size, pictures
 from eval.claims import Study, Table, amortise, combine, judge, markdown, measure, multiplier
 from eval.study import Difficult, Drawn, Tried, shape, wanted
 from flywheel.errors import UserError
-from flywheel.records import Adaptive, Beam, Finish, Refine, Revise, Solution, Step
+from flywheel.records import Adaptive, Beam, Finish, Refine, Revise, Solution, Step, Trajectory
 from flywheel.search.plan import name
+from flywheel.training.prm import PrmExample
 
 EASY, HARD = [f"q{i:02d}" for i in range(40)], [f"q{i:02d}" for i in range(40, 100)]  # two bins, and three
 
@@ -175,6 +176,29 @@ def test_what_other_studies_printed_becomes_rows_with_their_own_command(tmp_path
     assert rows["13.bin1@22"][0][3] == [0.1, 0.05, 0.2] and rows["13.bin5@22"][0][3] == [-0.1, -0.2, -0.05]  # in the hardest bin the claim is the larger model's
     claim = rows["15.restem"]
     assert "(rounds 3 and 2, 21.0 and 20.0 TFLOPs)" in claim[0][1] and claim[1] == "python -m eval.compare" and len(rows) == 7
+    (tmp_path / "compare_cut.json").write_text("")
+    with pytest.raises(UserError, match="compare_cut.json: not what eval.compare prints"):
+        list(elsewhere.kept(tmp_path))
+
+
+def test_rows_of_other_studies_are_signed_as_their_claims_are():
+    falls = {"trajectories": 9, "on_less_off_policy": {"slope": [-0.2, -0.3, -0.1], "first": [0.1, 0.0, 0.2]}}
+    assert [row[3] for row in elsewhere.on_policy_reviser(falls)] == [[0.2, 0.1, 0.3], [-0.1, -0.2, -0.0]]
+    lead = {"weighted": {"8": [9, 9, 9], "16": [0.1, 0.0, 0.2]}, "best": {"8": [9, 9, 9], "16": [0.3, 0.2, 0.4]}}
+    assert [row[3][0] for row in elsewhere.foreign_prm({"own_less_other": lead, "other_falls_more": [0.5, 0.4, 0.6]})] == [0.1, 0.3, 0.5]
+    gains = {f"{name}+history:{how}": [place, place, place] for place, (name, how) in enumerate([("prm", "min"), ("own", "min"), ("own", "last")])}
+    assert [row[3][0] for row in elsewhere.history_verifier({"over_prm:min": gains})] == [0, 1]
+
+
+def test_as_many_questions_and_solutions_of_each_and_the_best_n_of_the_other_half():
+    examples = [[PrmExample((1, 2), (1,), (0.5,), question_id=f"q{i % questions}") for i in range(solutions)] for questions, solutions in ((10, 30), (4, 40))]
+    own, other = foreign_prm.alike(examples)
+    assert len(own) == len(other) == 12 and len({e.question_id for e in own}) == len({e.question_id for e in other}) == 4
+    curve = {1: [0.0, 1.0, 0.0, 1.0], 2: [1.0, 0.0, 1.0, 0.0], 4: [0.0, 0.0, 0.0, 0.0]}  # each half's best n is the other's worst
+    assert foreign_prm.falls(curve) == [0.0, 0.0, 0.0, 0.0] and foreign_prm.falls({1: [1.0] * 4, 4: [0.25] * 4}) == [0.75] * 4
+    lengths = [[2, 1, 1], [3, 2, 2, 1]]
+    kinds = {name: [Trajectory("q", (None,) * n) for n in row] for name, row in zip(("off_policy", "on_policy"), lengths)}
+    assert [[len(t.attempts) for t in rows] for rows in on_policy_reviser.alike(kinds).values()] == [[1, 2], [1, 2]]
 
 
 def test_bins_by_few_samples_are_held_against_other_samples():

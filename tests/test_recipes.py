@@ -47,6 +47,7 @@ def test_the_published_model_says_what_it_has_not_run_on():
         ("label.prefer=[0.9, 0.1]", "label.prefer: a rising pair wanted"),
         ("calibrate.strategies=[]", "calibrate.strategies"),
         ("calibrate.strategies=[{kind: revise}]", "calibrate.strategies: best_of_n is missing;"),
+        ("calibrate.strategies=[{kind: best_of_n}, {kind: revise, max_budget: 2}]", "calibrate.strategies: revise with max_budget 2 is never tried"),
         ("calibrate.strategies=[{kind: best_of_n, max_budget: 4}]", "calibrate.strategies: best_of_n is missing at budget 64;"),
         ("label.rollout=8", "label.rollout: unknown key; did you mean label.rollouts?"),
     ],

@@ -209,6 +209,13 @@ def test_a_refused_gate_keeps_the_policy_that_stood(recipe, tmp_path):
     assert ctx.model(Role.PRM).name == "prm_3"
 
 
+def test_a_strategy_written_before_a_key_came_is_the_same_one():
+    before, now = [{"kind": "beam", "width": 4}], [{"kind": "beam", "width": 4, "max_budget": None}]
+    key = "calibrate.strategies"
+    assert manifest.difference({key: before}, {key: now}) is None
+    assert manifest.difference({key: before}, {key: [{**now[0], "max_budget": 4}]}) == (key, before, [{"kind": "beam", "width": 4, "max_budget": 4}])
+
+
 def test_inputs_name_rounds():
     stage = Stage("x", (), ("a", "b@-1", "c@all", "d@0", "x@-1", "x"), train=lambda ctx: {})
     assert inputs(stage, 2) == [(2, "a"), (1, "b"), (1, "c"), (2, "c"), (0, "d"), (1, "x")]

@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import subprocess
+import tempfile
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,13 +16,23 @@ from toy import Project, wait_for
 
 from flywheel.stages import ORDER
 
+ELSEWHERE = ["unshare", "--uts", "--pid", "--fork", "sh", "-c", 'hostname elsewhere && exec "$@"', "sh"]
+
 
 def allowed(*command: str) -> bool:
-    return subprocess.run(command, capture_output=True).returncode == 0
+    try:
+        return subprocess.run(command, capture_output=True).returncode == 0
+    except FileNotFoundError:
+        return False
 
 
-can_mount = pytest.mark.skipif(not allowed("unshare", "--mount", "mount", "-t", "tmpfs", "tmpfs", "/mnt"), reason="this user may not mount a file system")
-can_unshare = pytest.mark.skipif(not allowed("unshare", "--uts", "--pid", "--fork", "true"), reason="this user may not make a namespace")
+def may_mount() -> bool:
+    with tempfile.TemporaryDirectory() as folder:
+        return allowed("mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder) and allowed("umount", folder)
+
+
+can_mount = pytest.mark.skipif(not may_mount(), reason="this user may not mount a file system")
+can_unshare = pytest.mark.skipif(not allowed(*ELSEWHERE, "true"), reason="this user may not make a namespace")
 
 
 @pytest.fixture(scope="module")
@@ -89,11 +100,13 @@ def test_a_run_that_another_machine_works_on_is_refused_until_it_dies(project):
     """Two machines with process ids and names of their own and one file system: what containers are."""
     first = project.start("--round", "1", TOY_SLEEP=0.5)
     wait_for(lambda: project.logged("evaluate:0"))
-    elsewhere = ["unshare", "--uts", "--pid", "--fork", "sh", "-c", 'hostname elsewhere && exec "$@"', "sh"]
 
     def second() -> subprocess.CompletedProcess:
-        process = project.start("--round", "1", wrapper=elsewhere)
-        out, err = process.communicate(timeout=60)
+        process = project.start("--round", "1", wrapper=ELSEWHERE)
+        try:
+            out, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
     assert f"is in use by process {first.pid} on {os.uname().nodename}" in the_line(second())

@@ -107,9 +107,9 @@ def test_killed_with_sigkill_it_goes_on_even_with_other_ranks(base, whole, tmp_p
     assert apart(tmp_path / "out/adapter", whole) < 1e-4
 
 
-@pytest.mark.parametrize("kind", ["sft", "prm"])
-def test_out_of_memory_on_one_of_two_ranks_ends_both_and_the_same_command_goes_on(base, tmp_path, kind):
-    work = {**job(base, tmp_path / "out", kind, epochs=1, micro_batch_size=8), "room": 4}
+@pytest.mark.parametrize("kind, small", [("sft", ["1"]), ("prm", ["0", "1"])])
+def test_out_of_memory_on_ranks_ends_all_and_the_same_command_goes_on(base, tmp_path, kind, small):
+    work = {**job(base, tmp_path / "out", kind, epochs=1, micro_batch_size=8), "room": 4, "small_devices": small}
     first = launch("cpu_2", work, tmp_path / "first")
     assert first.wait(timeout=240) != 0
     assert "out of memory at a micro batch of 8: the same command goes on with 4, the batch stays 16" in (tmp_path / "first/log").read_text()

@@ -92,7 +92,7 @@ def small_device(room: int) -> None:
 
 if __name__ == "__main__":
     job = json.loads(Path(sys.argv[1]).read_text())
-    if os.environ.get("RANK") == "1" and "room" in job:
+    if os.environ.get("RANK") in job.get("small_devices", []):
         small_device(job["room"])
     ledger = Ledger("test", 1)
     report = run(job, ledger)

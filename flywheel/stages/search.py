@@ -153,7 +153,8 @@ def probe_cuts(ctx: Context) -> list[float]:
     They are the quantiles of the same statistic on the calibration questions, whose plan is used.
     """
     rows = ctx.read(StepValues, "calibrate")
-    means = [sum(row.values[: ctx.recipe.evaluate.probe]) / ctx.recipe.evaluate.probe for row in rows]
+    seen = [row.values[: ctx.recipe.evaluate.probe] for row in rows]
+    means = [sum(values) / len(values) for values in seen]
     return quantile_edges(means or [d.pass_at_1 for d in difficulties(ctx).values()], ctx.recipe.calibrate.bins)
 
 

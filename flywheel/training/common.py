@@ -106,7 +106,7 @@ def digest(*parts: object) -> str:
 
 def write_json(path: Path, data: dict) -> None:
     """Whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # several ranks may write one file
     with open(temporary, "w", encoding="utf-8") as file:
         json.dump(data, file)
         file.flush()
