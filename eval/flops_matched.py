@@ -15,40 +15,21 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
 from eval.claims import BINS, Study, multiplier
 from eval.cli import answer
+from eval.greedy import greedy, reader
 from eval.study import arguments as sizes
-from eval.study import context, read_all
-from flywheel.engines.base import ModelRef, Sampling
+from eval.study import read_all
+from flywheel.engines.base import ModelRef
 from flywheel.engines.open import load_tokenizer, parameters
 from flywheel.errors import UserError
 from flywheel.recipe import load
-from flywheel.records import Split
-from flywheel.run import Stage
-from flywheel.stages.kit import kit
 from flywheel.stats import bootstrap_mean
 
 RATIOS = (0.16, 0.79, 22.0)  # D_inf / D_pre, the paper's
-
-
-def greedy(run: Path, round: int, model: str, questions: Sequence[str]) -> tuple[dict[str, float], float]:
-    """1.0 by question that `model` answers right at temperature 0, and the mean tokens of an answer, prompt and all."""
-    ctx = context(run, round, Stage("greedy", (), (), items=lambda ctx: [], work=lambda *_: iter(()), test_split=True), 20)
-    sample = ctx.recipe.sample
-    with kit(ctx, {"larger": ModelRef("larger", model)}, Split.TEST) as opened:
-
-        async def one(question: str):
-            prompt = opened.prompts.solve(opened.problems[question].question)
-            [done] = await opened.engine("larger").generate(prompt, Sampling(sample.max_tokens, 0.0, stop=opened.reader.stop), purpose="greedy")
-            return opened.reader.solution(done.tokens, done.finish, id=f"{question}/greedy", question_id=question, origin="larger"), len(prompt) + len(done.tokens) + done.eos
-
-        drawn = [found for _, found in opened.each(questions, one)]
-        grades = opened.grade([solution for solution, _ in drawn])
-    return {g.question_id: float(g.correct) for g in grades}, float(np.mean([tokens for _, tokens in drawn]))
 
 
 def best_within(study: Study, tokens: float) -> tuple[np.ndarray, list[list[str]]]:
@@ -91,7 +72,7 @@ def measure(args: argparse.Namespace, model: str) -> dict:
     if load_tokenizer(base).get_vocab() != load_tokenizer(model).get_vocab():
         raise UserError(f"{model}: its tokenizer is not that of {base}; a larger model of the same family wanted")
     study = Study(*read_all(run, args))
-    right, answer_tokens = greedy(run, round, model, study.questions)
+    right, answer_tokens = greedy(reader(run, round), ModelRef("larger", model), study.questions)
     times = parameters(ModelRef("larger", model)) / parameters(ModelRef("small", base))
     return compare(study, right, answer_tokens, times)
 
