@@ -62,15 +62,18 @@ def study(run: Path, other: Path, round: int) -> dict:
     ctx = context(run, round)
     ctx.dir.mkdir(parents=True, exist_ok=True)
     base = ctx.recipe.model.base
-    theirs = context(other, round).recipe.model.base
-    if load_tokenizer(base).get_vocab() != load_tokenizer(theirs).get_vocab():
-        raise UserError(f"{other}: the tokenizer of {theirs} is not that of {base}; its samples are no texts of this model")
+    their_base = context(other, round).recipe.model.base
+    if load_tokenizer(base).get_vocab() != load_tokenizer(their_base).get_vocab():
+        raise UserError(f"{other}: the tokenizer of {their_base} is not that of {base}; its samples are no texts of this model")
     prompts, _ = text_tools(ctx)
     labels = label_ids(prompts.tokenizer, ctx.recipe.prm.labels)
     found = {"own": labels_of(run, round), "other": labels_of(other, round)}
-    for section in ("prm", "prompts"):
-        if getattr(ctx.recipe, section) != getattr(context(other, round).recipe, section):
-            raise UserError(f"{other}: another `{section}` than {run}; what would be compared is the recipes")
+    theirs = context(other, round).recipe
+    for key, ours, there in (
+        ("prompts", ctx.recipe.prompts, theirs.prompts), ("prm.target", ctx.recipe.prm.target, theirs.prm.target), ("prm.max_length", ctx.recipe.prm.max_length, theirs.prm.max_length)
+    ):  # fmt: skip
+        if ours != there:
+            raise UserError(f"{other}: another {key} than {run}; what would be compared is the recipes")
     if found["own"].target != found["other"].target:
         raise UserError(f"{other}: its labels can only serve as {found['other'].target}, those of {run} serve as {found['own'].target}")
     data = dict(zip(found, zip(alike([f.fit for f in found.values()]), alike([f.check for f in found.values()]))))
