@@ -51,10 +51,13 @@ class Ranks:
 
 
 class RunLock:
-    """Rank 0's hold on a run; the kernel drops it when the process dies, so none is ever stale."""
+    """Rank 0's hold on a run; the kernel drops it when the process dies, so none is ever stale.
 
-    def __init__(self, run: Path):
-        self.path = run / ".lock"
+    Under another `name` it is the sign of life of another rank, in the folder of a launch.
+    """
+
+    def __init__(self, run: Path, name: str = ".lock"):
+        self.path = run / name
 
     def take(self) -> None:
         """Raises InUse, naming the holder."""
@@ -117,6 +120,7 @@ class Launch:
             welcome = read_json(self.base / "welcome.json") or {}
             if welcome.get("ranks", {}).get(str(self.ranks.rank)) == word:
                 directory = self.base / welcome["launch"]
+                RunLock(directory, f"alive_{self.ranks.rank}").take()
                 write_json(directory / f"here_{self.ranks.rank}.json", word)
                 return directory
         raise LaunchFailed(f"rank 0 did not answer within {PATIENCE:.0f} s")
@@ -163,12 +167,18 @@ class Launch:
                 write_json(self.dir / f"failed_{self.ranks.rank}.json", line)
 
     def watch(self) -> None:
-        """Raises LaunchFailed if another rank failed, or rank 0 is gone."""
+        """Raises LaunchFailed if another rank failed, or is gone: a launcher might end the others, but not every launch has one."""
         for r in range(self.ranks.world) if self.dir else ():
             if r != self.ranks.rank and (line := read_json(self.dir / f"failed_{r}.json")):
                 raise LaunchFailed(f"rank {r}: {line}" if self.ranks.rank == 0 else line)
-        if self.ranks.rank and not self.lock.held():
-            raise LaunchFailed("rank 0 is gone")
+        if self.ranks.rank:
+            if not self.lock.held():
+                raise LaunchFailed("rank 0 is gone")
+            return
+        for r in range(1, self.ranks.world) if self.dir else ():
+            # in this order: a rank says that it is done, and then may go
+            if not RunLock(self.dir, f"alive_{r}").held() and not (self.dir / f"done_{self.count}_{r}").is_file():
+                raise LaunchFailed(f"rank {r} is gone; the same command continues")
 
 
 def _until(seconds: float):

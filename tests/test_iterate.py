@@ -427,6 +427,20 @@ def test_the_other_ranks_stop_when_rank_0_is_gone(project):
         process.communicate()
 
 
+@pytest.mark.parametrize("when", ["sample:1", "distill:1"])
+def test_rank_0_stops_when_another_rank_is_gone(project, finished, when):
+    """No launcher is there to tell it, and a killed rank cannot."""
+    ranks = start_ranks(project, "--round", "1", TOY_SLEEP=0.3)
+    wait_for(lambda: any(rank == "1" for _, rank, _ in project.logged(when)))
+    ranks[1].kill()
+    out, err = ranks[0].communicate(timeout=20)
+    assert ranks[0].returncode == 1 and "rank 1 is gone; the same command continues" in one_line(err)
+    ranks[1].communicate()
+    ranks = start_ranks(project, "--round", "2")
+    assert [process.communicate(timeout=60) and process.returncode for process in ranks] == [0, 0]
+    assert project.tables() == finished.tables()
+
+
 def test_a_rank_that_lags_behind_is_waited_for(project):
     ranks = start_ranks(project, "--round", "0", TOY_SLEEP=0.5)
     wait_for(lambda: any(rank == "1" for _, rank, _ in project.logged("evaluate:0")))
