@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
-from toy import HERE, Project, gone, wait_for
+from toy import HERE, Project, finish, gone, wait_for
 
 from flywheel import isolate
 from flywheel.launch import free_port
@@ -28,11 +28,7 @@ def project(tmp_path) -> Project:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Project:
     """A run at the end of round 2. Tests copy it."""
-    project = Project(tmp_path_factory.mktemp("finished") / "project")
-    done = project.run("--round", "2")
-    assert done.returncode == 0, done.stderr
-    project.output = done.stdout
-    return project
+    return finish(tmp_path_factory)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from toy import Project, wait_for
+from toy import Project, finish, wait_for
 
 from flywheel.stages import ORDER
 
@@ -37,10 +37,7 @@ can_unshare = pytest.mark.skipif(not allowed(*ELSEWHERE, "true"), reason="this u
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Project:
-    project = Project(tmp_path_factory.mktemp("finished") / "project")
-    done = project.run("--round", "2")
-    assert done.returncode == 0, done.stderr
-    return project
+    return finish(tmp_path_factory)
 
 
 @pytest.fixture

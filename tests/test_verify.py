@@ -8,17 +8,14 @@ import subprocess
 import sys
 
 import pytest
-from toy import HERE, Project
+from toy import HERE, Project, finish
 
 from flywheel.verify import main
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Project:
-    project = Project(tmp_path_factory.mktemp("finished") / "project")
-    done = project.run("--round", "2")
-    assert done.returncode == 0, done.stderr
-    return project
+    return finish(tmp_path_factory)
 
 
 @pytest.fixture

@@ -67,6 +67,15 @@ class Project:
         return {str(p.relative_to(self.run_dir)): p.read_bytes() for p in sorted(self.run_dir.rglob("*.parquet"))}
 
 
+def finish(tmp_path_factory) -> Project:
+    """A run at the end of round 2, with what it printed."""
+    project = Project(tmp_path_factory.mktemp("finished") / "project")
+    done = project.run("--round", "2")
+    assert done.returncode == 0, done.stderr
+    project.output = done.stdout
+    return project
+
+
 def wait_for(condition, seconds: float = 20.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
