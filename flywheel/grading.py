@@ -39,6 +39,7 @@ SLACK = 5.0  # seconds beyond the limit for a worker to say that the limit was p
 START_SECONDS = 120.0  # for a worker to import the checker on a cold, busy machine
 
 _NUMBER = re.compile(r"[+-]?(?=\.?[0-9])(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+|[0-9]*)(?:\.[0-9]*)?")
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 _NUMERIC_TEXT = re.compile(r"[-+0-9\s.,%]+")
 _MATH_MARKS = ("$", "\\boxed", "\\(", "\\[")
 
@@ -108,6 +109,8 @@ def _decide(gold: str, answer: str) -> bool | None:
     a, b = _clean(gold), _clean(answer)
     if a == b:
         return bool(a)
+    if _CONTROL.search(answer):
+        return False  # no text, and math-verify would find a number between any two of them
     if len(answer) > MAX_CHARS:
         return False
     if _is_number(a) and _is_number(b):

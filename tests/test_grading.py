@@ -180,6 +180,7 @@ def test_hostile_answers_neither_hang_nor_run(tmp_path):
         f"$__import__('os').system('touch {victim}')$",
         "1\x00",
         "\x00",
+        "4[4\n\r\n4[\t42\x1b4\x7f4234031",
         "\ud800",
         "9" * 1_000_000,
         "((" * 500_000,
