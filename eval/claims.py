@@ -1,9 +1,10 @@
-"""The paper's claims on finished runs: python -m eval.claims RUN [RUN ...] [--round 1] (after eval.study of each, same sizes)
+"""The paper's claims on finished runs: python -m eval.claims RUN [RUN ...] [--round 1] (after eval.study of each, same sizes but for --questions)
 
 Snell et al. 2024, one row a claim: what the paper has, what these runs (seeds) have with the 95%
-interval, and whether it holds. Writes eval/results/claims.json, CLAIMS.md and pictures. Runs are
-averaged question by question, and the interval is a bootstrap over questions; a plan is always
-chosen on one half of the questions and scored on the other.
+interval, and whether it holds. Writes eval/results/claims.json, CLAIMS.md and pictures. A figure is
+the mean of the runs' own, and its interval a bootstrap over questions and runs; a run counts with the
+most questions that were drawn of it. A plan is always chosen on one half of the questions and
+scored on the other.
 
 A claim `holds` if its whole interval is on the claim's side, `fails` if it is wholly on the other
 side, and is `undecided` otherwise.
@@ -14,7 +15,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -22,7 +23,7 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from eval import elsewhere, pictures, prompt_head, seeds
-from eval.study import Difficult, Drawn, Tried, arguments, read_all
+from eval.study import Difficult, Drawn, Tried, arguments, largest, read_all
 from flywheel.bins import fixed_bins, quantile_bins
 from flywheel.engines.base import ModelRef
 from flywheel.engines.open import parameters
@@ -31,7 +32,7 @@ from flywheel.history import History
 from flywheel.recipe import load
 from flywheel.search.plan import KINDS, Trial, held_out, most_right, name
 from flywheel.search.select import argmax, majority, weighted
-from flywheel.stats import bootstrap_mean
+from flywheel.stats import bootstrap_mean, bootstrap_runs
 from flywheel.store import plain
 
 RESULTS = Path("eval/results")
@@ -269,22 +270,31 @@ class Table:
     def __init__(self):
         self.rows: dict[str, Row] = {}
 
+    def over(self, own: Sequence[str], every: Sequence[str]) -> Table:
+        """The rows of the questions `own` as rows of `every`: silent about the others."""
+        place, out = [every.index(question) for question in own], Table()
+        for id, row in self.rows.items():
+            values = np.full(len(every), np.nan)
+            values[place] = row.values
+            out.rows[id] = replace(row, values=values)
+        return out
+
     def add(self, id: str, claim: str, paper: str, values: np.ndarray, unit: str = "accuracy", zero: float = 0.0) -> None:
         self.rows[id] = Row(claim, paper, np.asarray(values, dtype=float), unit, zero)
 
 
 def combine(tables: Sequence[Table], command: str, seed: int = 0) -> list[Claim]:
-    """Each claim over all runs: the mean of those that speak of a question, then a bootstrap over questions."""
+    """Each claim over all runs that speak of it; their rows are of the same questions in one order."""
     claims = []
     for id in dict.fromkeys(id for table in tables for id in table.rows):
-        rows = [table.rows[id] for table in tables if id in table.rows]
-        speaking = np.array([row.values for row in rows])
-        some = ~np.isnan(speaking).all(axis=0)
-        if not some.any():
+        rows = [row for table in tables if (row := table.rows.get(id)) and not np.isnan(row.values).all()]
+        if not rows:
             continue
-        mean, low, high = bootstrap_mean(np.nanmean(speaking[:, some], axis=0), seed=seed)
-        runs = [float(np.nanmean(values)) for values in speaking if not np.isnan(values).all()]
-        first = rows[0]
+        first, runs = rows[0], [float(np.nanmean(row.values)) for row in rows]
+        if len(rows) == 1:
+            mean, low, high = bootstrap_mean(first.values[~np.isnan(first.values)], seed=seed)
+        else:
+            mean, low, high = bootstrap_runs([row.values for row in rows], seed=seed)
         claims.append(Claim(id, first.claim, first.paper, mean, low, high, judge(low, high, first.zero), first.unit, runs, command))
     return claims
 
@@ -546,29 +556,31 @@ def markdown(claims: Sequence[Claim], behind: Sequence[dict], about: str) -> str
 def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     args = arguments(argv, "python -m eval.claims", __doc__.split("\n\n")[0])
-    command = f"python -m eval.study {' '.join(argv)} && python -m eval.claims {' '.join(argv)}"
     try:
-        measured, asked, rounds, others = [], None, [], list(elsewhere.kept(RESULTS))
+        measured, rounds, others = [], [], list(elsewhere.kept(RESULTS))
+        sizes = [largest(run, args).questions for run in args.runs]
+        options = [arg for arg in argv if arg not in map(str, args.runs)]
+        drawn = [f"python -m eval.study {' '.join([str(run), *options, *([] if args.questions or not size else ['--questions', str(size)])])}" for run, size in zip(args.runs, sizes)]
+        command = " && ".join([*drawn, f"python -m eval.claims {' '.join(argv)}"])
         for run in args.runs:
-            study = Study(*read_all(run, args), seed=load(run / "recipe.yaml").seed)
-            if (asked := asked or study.questions) != study.questions:
-                raise UserError(f"{run}: other test questions than {args.runs[0]}; runs to be averaged share them")
+            study = Study(*read_all(run, largest(run, args)), seed=load(run / "recipe.yaml").seed)
             table, behind = measure(study)
             behind["fixed"], behind["routing"] = fixed_tokens(run, args.round), routing(run)
             amortise(behind, behind["fixed"])
-            measured.append((table, behind))
+            measured.append((study.questions, table, behind))
             rounds.append(over_rounds(run))
-        claims = combine([table for table, _ in measured], command) + combine(rounds, command)
+        every = sorted({question for questions, _, _ in measured for question in questions})
+        claims = combine([table.over(questions, every) for questions, table, _ in measured], command) + combine(rounds, command)
         for (id, claim, paper, (mean, low, high), unit), by in others:
             claims.append(Claim(id, claim, paper, mean, low, high, judge(low, high, 0.0), unit, [mean], by))
     except UserError as error:
         print(explain(error), file=sys.stderr)
         return 1
-    behind = [behind for _, behind in measured]
+    behind = [behind for _, _, behind in measured]
     if (matched := RESULTS / "flops_matched.json").is_file():
         behind[0]["flops_matched"] = json.loads(matched.read_text(encoding="utf-8"))
-    names = ", ".join(f"`{run.name}`" for run in args.runs)
-    about = f"{len(asked)} test questions; {len(args.runs)} training {'seed' if len(args.runs) == 1 else 'seeds'} ({names}), round {args.round}. Written by `{command}`."
+    names = ", ".join(f"`{run.name}` on {len(questions)}" for run, (questions, _, _) in zip(args.runs, measured))
+    about = f"{len(every)} test questions; {len(args.runs)} training {'seed' if len(args.runs) == 1 else 'seeds'} ({names}), round {args.round}. Written by `{command}`."
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / "claims.json").write_text(json.dumps([asdict(c) for c in claims], indent=1) + "\n", encoding="utf-8")
     (RESULTS / "behind.json").write_text(json.dumps(plain(behind), indent=1) + "\n", encoding="utf-8")

@@ -249,6 +249,17 @@ def check_origin(directory: Path, run: Path, round: int) -> None:
         raise UserError(f"{directory}: drawn with another {changed}; remove it, and what else of this round is in {directory.parent}, and draw again")
 
 
+def largest(run: Path, args: argparse.Namespace) -> argparse.Namespace:
+    """`args` for the most questions of which every part is drawn, where they name no number: all, else the most `--questions`."""
+    folder = run / "studies" / f"round_{args.round}"
+    drawn = lambda asked: all((folder / title / "finished").is_file() for title in parts(asked))  # noqa: E731
+    if args.questions or drawn(args):
+        return args
+    sizes = {int(path.parent.name.rpartition("_first_")[2]) for path in folder.glob("trials_*_first_*/finished")}
+    found = [argparse.Namespace(**{**vars(args), "questions": n}) for n in sorted(sizes, reverse=True)]
+    return next(filter(drawn, found), args)  # of one without a whole study, `read_all` says what is missing
+
+
 def read_all(run: Path, args: argparse.Namespace) -> tuple[list[Difficult], list[Drawn], list[Tried]]:
     """Everything that was drawn of a run, by kind. Raises UserError where a part is not finished."""
     rows = [(kind, read(run, args.round, title, kind)) for title, (kind, _) in parts(args).items()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 
 from eval import elsewhere, flops_matched, foreign_prm, on_policy_reviser, oracle_size, pictures
 from eval.claims import Study, Table, amortise, combine, judge, markdown, measure, multiplier
-from eval.study import Difficult, Drawn, Tried, shape, wanted
+from eval.study import Difficult, Drawn, Tried, arguments, largest, parts, shape, wanted
 from flywheel.errors import UserError
 from flywheel.records import Adaptive, Beam, Finish, Refine, Revise, Solution, Step, Trajectory
 from flywheel.search.plan import name
@@ -82,12 +83,30 @@ def test_a_claim_is_judged_by_its_whole_interval():
     assert agree["label"]["confusion"] == [[20 if a == b else 0 for b in range(5)] for a in range(5)] and agree["label"]["tokens"] == 0
 
 
-def test_seeds_are_averaged_question_by_question():
+def test_a_figure_of_several_runs_is_the_mean_of_theirs_and_one_may_speak_of_fewer_questions():
     one, two = Table(), Table()
     one.add("x", "claim", "paper", [1.0, float("nan"), 0.0, float("nan")])
-    two.add("x", "claim", "paper", [0.0, 1.0, float("nan"), float("nan")])
-    [claim] = combine([one, two], "command")
-    assert claim.ours == pytest.approx((0.5 + 1.0 + 0.0) / 3) and claim.runs == [0.5, 0.5] and claim.low <= claim.ours <= claim.high
+    two.add("x", "claim", "paper", [0.0, 1.0, 1.0])
+    two.add("y", "only of the second", "paper", [0.5, 0.5, float("nan")])
+    every = ["a", "b", "c", "d"]
+    found = {c.id: c for c in combine([one.over(every, every), two.over(["d", "a", "b"], every)], "command")}
+    assert found["x"].ours == pytest.approx((1 / 2 + 2 / 3) / 2) and found["x"].runs == [0.5, pytest.approx(2 / 3)]
+    assert found["x"].low < found["x"].ours < found["x"].high
+    assert (found["y"].ours, found["y"].low, found["y"].high, found["y"].runs) == (0.5, 0.5, 0.5, [0.5])
+
+
+def test_the_whole_study_counts_or_else_the_largest_part_of_it(tmp_path):
+    ask = arguments([str(tmp_path), "--oracle", "8", "--judged", "4", "--pool", "16", "--budgets", "4"], "study", "about")
+
+    def finish(*titles: str) -> None:
+        for title in titles:
+            (tmp_path / "studies/round_1" / title).mkdir(parents=True)
+            (tmp_path / "studies/round_1" / title / "finished").touch()
+
+    finish(*parts(argparse.Namespace(**{**vars(ask), "questions": 8})), "trials_4_first_16")
+    assert largest(tmp_path, ask).questions == 8  # of 16 the trials alone are drawn
+    finish(*parts(ask))
+    assert largest(tmp_path, ask).questions is None
 
 
 def test_what_is_paid_once_is_shared_by_the_questions_served():

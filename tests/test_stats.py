@@ -2,9 +2,10 @@
 
 from itertools import combinations
 
+import numpy as np
 import pytest
 
-from flywheel.stats import bootstrap_mean, edit_distance, paired_gain, pass_at_k
+from flywheel.stats import bootstrap_mean, bootstrap_runs, edit_distance, paired_gain, pass_at_k
 
 
 def test_a_bootstrap_interval_holds_the_mean_and_narrows_with_the_data():
@@ -55,3 +56,20 @@ def test_edit_distance_counts_tokens_not_characters():
     assert edit_distance((5, 100, 7), (5, 7)) == 1  # deleted
     assert edit_distance((1, 2, 3, 4), (2, 3, 4, 5)) == 2
     assert edit_distance((), (1, 2)) == 2 and edit_distance((70000,), (70000,)) == 0
+
+
+def test_runs_that_differ_widen_the_interval_and_runs_that_agree_share_their_questions():
+    rng = np.random.default_rng(0)
+    questions = rng.random(400)
+    mean, low, high = bootstrap_mean(questions)
+    same = bootstrap_runs([questions] * 3)
+    assert same[0] == pytest.approx(mean) and same[1:] == pytest.approx((low, high), abs=0.01)  # three times the same run: no more is known
+    apart = bootstrap_runs([questions - 0.3, questions, questions + 0.3])
+    assert apart[0] == pytest.approx(mean) and apart[2] - apart[1] > 3 * (high - low)
+    half = np.where(np.arange(400) < 200, questions, np.nan)
+    assert bootstrap_runs([questions, half])[0] == pytest.approx((mean + questions[:200].mean()) / 2)
+    lonely = np.full((2, 2), np.nan)
+    lonely[0] = lonely[1, 0] = 1.0
+    assert bootstrap_runs(lonely) == (1.0, 1.0, 1.0)  # a draw without the second run's only question counts the first alone
+    with pytest.raises(ValueError, match="each run with a number"):
+        bootstrap_runs([[1.0], [float("nan")]])

@@ -16,7 +16,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, load_peft_weights, set_peft_model_state_dict
 from torch.nn.functional import binary_cross_entropy_with_logits
 from transformers import AutoTokenizer, PrinterCallback, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
@@ -53,6 +53,7 @@ class SftTrainer(SFTTrainer):
     """TRL's loss, summed over the global batch and divided by its trained tokens."""
 
     loss_is_scaled_for_ga = True  # divided by the items of all micro batches, so not by their number
+    start: str | None = None  # an adapter of the same shape to train on from, in place of a fresh one (eval.ablate)
 
     def items(self, batch: dict) -> torch.Tensor:
         """What the loss is a mean over: the tokens that are predicted."""
@@ -259,6 +260,8 @@ def fit(
         ),
         callbacks=[timeline],
     )  # fmt: skip
+    if kind.start:
+        set_peft_model_state_dict(trainer.model, load_peft_weights(kind.start, device="cpu"))
     trainer.label_tokens = label_tokens
     trainer.processing_class = None  # lest every checkpoint hold the tokenizer, and training change the model's config
     trainer.remove_callback(PrinterCallback)
