@@ -1,7 +1,8 @@
 """The paper's claims on finished runs: python -m eval.claims RUN [RUN ...] [--round 1] (after eval.study of each, same sizes but for --questions)
 
 Snell et al. 2024, one row a claim: what the paper has, what these runs (seeds) have with the 95%
-interval, and whether it holds. Writes eval/results/claims.json, CLAIMS.md and pictures. A figure is
+interval, and whether it holds. Writes eval/results/claims.json, CLAIMS.md and pictures (of other --budgets
+than the usual ones into a folder of their own). A figure is
 the mean of the runs' own, and its interval a bootstrap over questions and runs; a run counts with the
 most questions that were drawn of it. A plan is always chosen on one half of the questions and
 scored on the other.
@@ -17,6 +18,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +40,7 @@ from flywheel.store import plain
 RESULTS = Path("eval/results")
 BINS = 5
 PROBE = 4  # samples
+LOW = 16  # generations
 SERVED = (100, 10_000, 1_000_000)  # questions
 Select = Callable[[Sequence[Drawn]], str | None]
 GRADES = ("oracle", "predicted", "probe", "prompt", "label")  # of difficulty, by falling cost
@@ -323,9 +326,10 @@ def measure(study: Study) -> tuple[Table, dict]:
     for number, title, kinds in (("1", "search", ["beam"]), ("2", "revisions", ["revise"]), ("1+2", "of all strategies", ["beam", "revise", "adaptive", "refine"])):
         if not s.names(top, kinds[0]) or (number == "1+2" and not s.names(top, "revise")):
             continue
+        reached = {}
         for budget in s.budgets:
             gross = {grade: s.compute_optimal(budget, kinds, grade) for grade in GRADES}
-            right = gross["oracle"][0]
+            right = reached[budget] = gross["oracle"][0]
             table.add(f"{number}.gross@{budget}", f"Compute-optimal {title} of {budget} is ahead of best-of-{budget} weighted (oracle bins, difficulty free)", "ahead",
                       right - s.best_of_n(budget, "weighted"))  # fmt: skip
             if 4 * budget in s.sizes:
@@ -338,6 +342,10 @@ def measure(study: Study) -> tuple[Table, dict]:
                                                   "best_of_n_at_net": s.at_tokens(paid.mean()).mean(), "best_of_n_needs": s.tokens_for(right.mean())})  # fmt: skip
             table.add(f"3.{title}@{budget}", "Predicted bins give nearly what oracle bins give (within 0.02)", "largely overlapping",
                       gross["predicted"][0] - gross["oracle"][0] + 0.02)  # fmt: skip
+
+        for fewer, more in pairwise(s.budgets) if number == "2" else ():
+            table.add(f"2.goes_on@{more}", f"Compute-optimal revisions gain more from {fewer} to {more} than best-of-N weighted does", "goes on where parallel plateaus",
+                      reached[more] - reached[fewer] - s.best_of_n(more, "weighted") + s.best_of_n(fewer, "weighted"))  # fmt: skip
 
     # adaptive sampling bins nothing: what it spends is all it costs
     for budget in s.budgets:
@@ -356,7 +364,7 @@ def measure(study: Study) -> tuple[Table, dict]:
     for budget in s.budgets:
         for beam in [n for n in s.names(budget, "beam") if "lookahead" not in n]:
             ahead = s.row(budget, beam) - s.best_of_n(budget, "weighted")
-            if budget == s.budgets[0]:
+            if budget == s.budgets[0] and budget <= LOW:
                 table.add(f"4.low:{beam}", f"{beam} is ahead of best-of-{budget} weighted at low budget", "ahead", ahead)
             spent = s.row(budget, beam, "tokens").mean()
             table.add(f"4.tokens:{beam}", f"{beam} is ahead of best-of-N weighted at the same tokens", "not charged in the paper", s.row(budget, beam) - s.at_tokens(spent))
@@ -557,7 +565,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     args = arguments(argv, "python -m eval.claims", __doc__.split("\n\n")[0])
     try:
-        measured, rounds, others = [], [], list(elsewhere.kept(RESULTS))
+        usual = args.budgets == arguments(["run"], "", "").budgets
+        results = RESULTS if usual else RESULTS / f"budgets_{'_'.join(map(str, args.budgets))}"
+        measured, rounds, others = [], [], list(elsewhere.kept(RESULTS)) if usual else []
         sizes = [largest(run, args).questions for run in args.runs]
         options = [arg for arg in argv if arg not in map(str, args.runs)]
         drawn = [f"python -m eval.study {' '.join([str(run), *options, *([] if args.questions or not size else ['--questions', str(size)])])}" for run, size in zip(args.runs, sizes)]
@@ -577,16 +587,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(explain(error), file=sys.stderr)
         return 1
     behind = [behind for _, _, behind in measured]
-    if (matched := RESULTS / "flops_matched.json").is_file():
+    if (matched := results / "flops_matched.json").is_file():
         behind[0]["flops_matched"] = json.loads(matched.read_text(encoding="utf-8"))
     names = ", ".join(f"`{run.name}` on {len(questions)}" for run, (questions, _, _) in zip(args.runs, measured))
     about = f"{len(every)} test questions; {len(args.runs)} training {'seed' if len(args.runs) == 1 else 'seeds'} ({names}), round {args.round}. Written by `{command}`."
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / "claims.json").write_text(json.dumps([asdict(c) for c in claims], indent=1) + "\n", encoding="utf-8")
-    (RESULTS / "behind.json").write_text(json.dumps(plain(behind), indent=1) + "\n", encoding="utf-8")
+    results.mkdir(parents=True, exist_ok=True)
+    (results / "claims.json").write_text(json.dumps([asdict(c) for c in claims], indent=1) + "\n", encoding="utf-8")
+    (results / "behind.json").write_text(json.dumps(plain(behind), indent=1) + "\n", encoding="utf-8")
     text = markdown(claims, behind, about)
-    (RESULTS / "CLAIMS.md").write_text(text, encoding="utf-8")
-    pictures.draw(behind[0], RESULTS)
+    (results / "CLAIMS.md").write_text(text, encoding="utf-8")
+    pictures.draw(behind[0], results)
     print(text, end="")
     return 0
 
