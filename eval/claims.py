@@ -34,7 +34,7 @@ from flywheel.history import History
 from flywheel.recipe import load
 from flywheel.search.plan import KINDS, Trial, held_out, most_right, name
 from flywheel.search.select import argmax, majority, weighted
-from flywheel.stats import bootstrap_mean, bootstrap_runs
+from flywheel.stats import bootstrap_runs
 from flywheel.store import plain
 
 RESULTS = Path("eval/results")
@@ -294,10 +294,7 @@ def combine(tables: Sequence[Table], command: str, seed: int = 0) -> list[Claim]
         if not rows:
             continue
         first, runs = rows[0], [float(np.nanmean(row.values)) for row in rows]
-        if len(rows) == 1:
-            mean, low, high = bootstrap_mean(first.values[~np.isnan(first.values)], seed=seed)
-        else:
-            mean, low, high = bootstrap_runs([row.values for row in rows], seed=seed)
+        mean, low, high = bootstrap_runs([row.values for row in rows], seed=seed)
         claims.append(Claim(id, first.claim, first.paper, mean, low, high, judge(low, high, first.zero), first.unit, runs, command))
     return claims
 
@@ -581,8 +578,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             rounds.append(over_rounds(run))
         every = sorted({question for questions, _, _ in measured for question in questions})
         claims = combine([table.over(questions, every) for questions, table, _ in measured], command) + combine(rounds, command)
-        for (id, claim, paper, (mean, low, high), unit), by in others:
-            claims.append(Claim(id, claim, paper, mean, low, high, judge(low, high, 0.0), unit, [mean], by))
+        for (id, claim, paper, (mean, low, high), unit, runs), by in others:
+            claims.append(Claim(id, claim, paper, mean, low, high, judge(low, high), unit, list(runs), by))
     except UserError as error:
         print(explain(error), file=sys.stderr)
         return 1

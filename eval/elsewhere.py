@@ -13,7 +13,7 @@ from pathlib import Path
 
 from flywheel.errors import UserError
 
-Found = tuple[str, str, str, Sequence[float], str]  # id, claim, paper, (mean, low, high), unit
+Found = tuple[str, str, str, Sequence[float], str, Sequence[float]]  # id, claim, paper, (mean, low, high), unit, each run's own
 
 
 def history_verifier(data: dict) -> Iterator[Found]:
@@ -21,33 +21,36 @@ def history_verifier(data: dict) -> Iterator[Found]:
     [(plain, gains)] = [(key.removeprefix("over_"), value) for key, value in data.items() if key.startswith("over_")]
     how = plain.partition(":")[2]
     for name in (f"prm+history:{how}", f"own+history:{how}"):
-        yield f"history.{name}", f"A verifier that sees the revision history ({name}) is ahead of the round's PRM ({plain}) on the same chains", "used", gains[name], "accuracy"
+        yield f"history.{name}", f"A verifier that sees the revision history ({name}) is ahead of the round's PRM ({plain}) on the same chains", "used", gains[name], "accuracy", gains[name][:1]
 
 
 def on_policy_reviser(data: dict) -> Iterator[Found]:
-    gain = data["on_less_off_policy"]["slope"]
-    yield "11.slope", f"On-policy data hurt the reviser: the slope along the chain falls ({data['trajectories']} trajectories each)", "hurt", minus(gain), "accuracy"
-    yield "11.first", "and so does its first attempt", "not said", minus(data["on_less_off_policy"]["first"]), "accuracy"
+    gain, each = data["on_less_off_policy"], {name: [-value for value in values] for name, values in data["each_run"].items()}
+    trained = ", ".join(map(str, data["trajectories"]))
+    yield "11.slope", f"On-policy data hurt the reviser: the slope along the chain falls ({trained} trajectories each)", "hurt", minus(gain["slope"]), "accuracy", each["slope"]
+    yield "11.first", "and so does its first attempt", "not said", minus(gain["first"]), "accuracy", each["first"]
 
 
 def foreign_prm(data: dict) -> Iterator[Found]:
-    last = max(data["own_less_other"]["weighted"], key=int)
+    last, each = max(data["own_less_other"]["weighted"], key=int), data["each_run"]
     for how in ("weighted", "best"):
         lead = data["own_less_other"][how][last]
-        yield f"12.worse:{how}", f"A PRM trained on its own model's samples is ahead of one trained on another's, best-of-{last} by {how}", "ahead", lead, "accuracy"
-    yield "12.exploited", "The other's is exploited more: the single best score falls further from its best n", "more", data["other_falls_more"], "accuracy"
+        yield f"12.worse:{how}", f"A PRM trained on its own model's samples is ahead of one trained on another's, best-of-{last} by {how}", "ahead", lead, "accuracy", each[how]
+    falls = data["other_falls_more"]
+    yield "12.exploited", "The other's is exploited more: the single best score falls further from its best n", "more", falls, "accuracy", each["exploited"]
 
 
 def flops_matched(data: dict) -> Iterator[Found]:
     for row in data["by_ratio"]:
         ratio, times = row["R"], f"M = {data['M']:.1f}, {row['multiplier']:.0f} times the inference"
         few = ratio < 1
-        yield f"13.all@{ratio:g}", f"At R = {ratio:g} ({times}) test-time compute is ahead of the larger model", "ahead in bins 1-4" if few else "behind on the hardest", row["lead"], "accuracy"
+        yield f"13.all@{ratio:g}", f"At R = {ratio:g} ({times}) test-time compute is ahead of the larger model", "ahead in bins 1-4" if few else "behind on the hardest", row["lead"], "accuracy", row["lead"][:1]
         for part in row["by_bin"]:
             hard = part["bin"] == 5
             claim = f"the larger model is ahead in bin {part['bin']}" if hard else f"test-time compute is ahead in bin {part['bin']}"
             paper = ("pretraining wins" if hard else "test-time compute wins") if few or hard else "mixed"
-            yield f"13.bin{part['bin']}@{ratio:g}", f"At R = {ratio:g} {claim}", paper, minus(part["lead"]) if hard else part["lead"], "accuracy"
+            lead = minus(part["lead"]) if hard else part["lead"]
+            yield f"13.bin{part['bin']}@{ratio:g}", f"At R = {ratio:g} {claim}", paper, lead, "accuracy", lead[:1]
 
 
 def compare(data: dict) -> Iterator[Found]:
@@ -55,7 +58,7 @@ def compare(data: dict) -> Iterator[Found]:
         ends = found["within_the_other_s_flops"][-1]
         ours, theirs = ends["flops"]
         rounds = " and ".join(map(str, ends["rounds"]))
-        yield f"15.{Path(run).name}", f"Single samples of the full loop are ahead of those of `{Path(run).name}` for no more FLOPs (rounds {rounds}, {ours / 1e12:.1f} and {theirs / 1e12:.1f} TFLOPs)", "not measured", ends["pass@1"], "pass@1"
+        yield f"15.{Path(run).name}", f"Single samples of the full loop are ahead of those of `{Path(run).name}` for no more FLOPs (rounds {rounds}, {ours / 1e12:.1f} and {theirs / 1e12:.1f} TFLOPs)", "not measured", ends["pass@1"], "pass@1", ends["pass@1"][:1]
 
 
 STUDIES = {study.__name__: study for study in (history_verifier, on_policy_reviser, foreign_prm, flops_matched, compare)}

@@ -1,4 +1,4 @@
-"""Does a PRM have to be trained on its own model's samples? python -m eval.foreign_prm RUN --other RUN2 [--round 1]
+"""Does a PRM have to be trained on its own model's samples? python -m eval.foreign_prm RUN [RUN ...] --other RUN2 [--round 1]
 
 Snell et al., section 5.1 and appendix D, claim 12: a PRM trained on another model's samples (PRM800k's, there) is worse,
 and best-of-N exploits it. Two PRMs are trained from RUN's base by RUN's recipe, on as many questions and labelled solutions each:
@@ -6,7 +6,7 @@ one on RUN's own labels of that round, one on RUN2's (samples and rollouts of an
 the same test samples of RUN.
 
 Prints JSON: by PRM and n the accuracy of best-of-n, weighted and by the single best score, within-question AUC; the
-paired leads of its own over the other's with 95% intervals over questions; and for each the fall of the single best score
+paired leads of its own over the other's with 95% intervals over questions and runs; and for each the fall of the single best score
 from its best n (chosen on the other half of the questions) to the last, which is what exploitation looks like.
 """
 
@@ -16,7 +16,10 @@ import argparse
 import random
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 from eval.cli import answer
 from eval.verifiers import context
@@ -29,7 +32,7 @@ from flywheel.records import Role, Split
 from flywheel.search.select import Scored, accuracy_at, by_argmax, by_weight
 from flywheel.stages.kit import test_samples, text_tools
 from flywheel.stages.train_prm import Labelled, example, labelled
-from flywheel.stats import bootstrap_mean, paired_gain
+from flywheel.stats import bootstrap_runs
 from flywheel.training.prm import PrmExample, score_all, train_prm, within_question_auc
 
 DRAWS = 32
@@ -58,7 +61,18 @@ def falls(curve: dict[int, list[float]]) -> list[float]:
     return out
 
 
-def study(run: Path, other: Path, round: int) -> dict:
+@dataclass(frozen=True)
+class Judged:
+    """What both PRMs of one run are worth; `right`: (PRM, selection, n) -> accuracy of each question."""
+
+    right: dict[tuple[str, str, int], list[float]]
+    ns: list[int]
+    area: dict[str, float]
+    solutions: int
+    questions: int
+
+
+def judge(run: Path, other: Path, round: int) -> Judged:
     ctx = context(run, round)
     ctx.dir.mkdir(parents=True, exist_ok=True)
     base = ctx.recipe.model.base
@@ -101,26 +115,36 @@ def study(run: Path, other: Path, round: int) -> dict:
             for how, select in (("weighted", by_weight), ("best", by_argmax)):
                 for n in ns:
                     right.setdefault((name, how, n), []).append(accuracy_at(pool, n, select, DRAWS, random.Random(f"{q}/{n}")))
-    fallen = {name: falls({n: right[name, "best", n] for n in ns}) for name in data}
+    return Judged(right, ns, area, len(data["own"][0]), len({e.question_id for e in data["own"][0]}))
+
+
+def study(runs: Sequence[Path], other: Path, round: int) -> dict:
+    found = [judge(run, other, round) for run in runs]
+    ns, names = found[0].ns, list(found[0].area)
+    right = {key: np.array([f.right[key] for f in found]) for key in found[0].right}  # runs x questions
+    fallen = {name: np.array([falls({n: f.right[name, "best", n] for n in ns}) for f in found]) for name in names}
+    lead = {how: {n: right["own", how, n] - right["other", how, n] for n in ns} for how in ("weighted", "best")}
+    more = fallen["other"] - fallen["own"]
     return {
-        "questions": len(solutions),
-        "labelled_solutions": len(data["own"][0]),
-        "labelled_questions": len({e.question_id for e in data["own"][0]}),
-        "auc_within_question": area,
-        "accuracy": {name: {how: {n: bootstrap_mean(right[name, how, n]) for n in ns} for how in ("weighted", "best")} for name in data},
-        "own_less_other": {how: {n: paired_gain(right["other", how, n], right["own", how, n]) for n in ns} for how in ("weighted", "best")},
-        "best_falls": {name: bootstrap_mean(fall) for name, fall in fallen.items()},
-        "other_falls_more": paired_gain(fallen["own"], fallen["other"]),
+        "questions": more.shape[1],
+        "labelled_solutions": [f.solutions for f in found],
+        "labelled_questions": [f.questions for f in found],
+        "auc_within_question": {name: [f.area[name] for f in found] for name in names},
+        "accuracy": {name: {how: {n: bootstrap_runs(right[name, how, n]) for n in ns} for how in lead} for name in names},
+        "own_less_other": {how: {n: bootstrap_runs(values) for n, values in by_n.items()} for how, by_n in lead.items()},
+        "best_falls": {name: bootstrap_runs(fall) for name, fall in fallen.items()},
+        "other_falls_more": bootstrap_runs(more),
+        "each_run": {"weighted": lead["weighted"][ns[-1]].mean(1).tolist(), "best": lead["best"][ns[-1]].mean(1).tolist(), "exploited": more.mean(1).tolist()},
     }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m eval.foreign_prm", description=__doc__.split("\n\n")[0])
-    parser.add_argument("run", type=Path)
+    parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--other", type=Path, required=True)
     parser.add_argument("--round", type=int, default=1)
     args = parser.parse_args(argv)
-    return answer(lambda: study(args.run, args.other, args.round))
+    return answer(lambda: study(args.runs, args.other, args.round))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Does on-policy data hurt the reviser? python -m eval.on_policy_reviser RUN [--round 1] [--attempts 8] [--questions 300]
+"""Does on-policy data hurt the reviser? python -m eval.on_policy_reviser RUN [RUN ...] [--round 1] [--attempts 8] [--questions 300]
 
 Snell et al., section 6.1 and appendix, claim 11: a reviser trained further on its own chains that end right (ReST^EM) loses
 the gain along the chain. Two revisers are trained from the base by the same recipe, on as many trajectories of each length: off-policy,
@@ -6,7 +6,7 @@ as the loop does (independent incorrect samples of the policy, then a correct on
 chains of training questions, cut at their first correct attempt). Both play chains on the test questions.
 
 Prints JSON: pass@1 by attempt; the slope (attempts after the fourth less attempt 1), and the paired difference of the two
-slopes and of the two first attempts, with 95% intervals over questions.
+slopes and of the two first attempts, with 95% intervals over questions and runs.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from flywheel.records import Finish, Revise, Role, Solution, Split, Trajectory
 from flywheel.run import Context, Stage
 from flywheel.stages.kit import closed, examples, text_tools
 from flywheel.stages.train_reviser import trajectories
-from flywheel.stats import bootstrap_mean, paired_gain
+from flywheel.stats import bootstrap_runs
 from flywheel.training.sft import train_sft
 
 
@@ -51,7 +51,8 @@ def alike(data: dict[str, list[Trajectory]]) -> dict[str, list[Trajectory]]:
     return out
 
 
-def study(run: Path, round: int, attempts: int, count: int) -> dict:
+def play(run: Path, round: int, attempts: int, count: int) -> tuple[list[int], dict[str, np.ndarray]]:
+    """Trajectories by incorrect attempts, of each kind as many; kind -> questions x attempts, 1.0 where right."""
     recipe = load(run / "recipe.yaml")
     ctx = Context(recipe, run, round, Stage("on_policy", (), ("sample", *READS), train=lambda ctx: {}, test_split=True))
     prompts, reader = text_tools(ctx)
@@ -62,7 +63,6 @@ def study(run: Path, round: int, attempts: int, count: int) -> dict:
     lengths = [len(t.attempts) - 1 for t in data["on_policy"]]
     if len(lengths) < 2:
         raise UserError(f"{run}: {len(lengths)} trajectories are too few to train a reviser on")
-    out: dict = {"trajectories": len(lengths), "by_incorrect_attempts": [lengths.count(k) for k in range(recipe.reviser.context + 1)], "pass@1_by_attempt": {}}
     rate: dict[str, np.ndarray] = {}
     for name, rows in data.items():
         held = set(sorted({t.question_id for t in rows})[::10])
@@ -77,29 +77,37 @@ def study(run: Path, round: int, attempts: int, count: int) -> dict:
         played, graded = chains(run, round, Split.TEST, Revise(attempts, 1, "majority"), count, ref)
         played.sort(key=lambda chain: chain[0].question_id)
         rate[name] = np.array([[float(graded[s.id]) for s in chain] for chain in played])
-        out["pass@1_by_attempt"][name] = rate[name].mean(0).tolist()
-    slope = {name: list(r[:, 4:].mean(1) - r[:, 0]) for name, r in rate.items()}
+    return [lengths.count(k) for k in range(recipe.reviser.context + 1)], rate
+
+
+def study(runs: Sequence[Path], round: int, attempts: int, count: int) -> dict:
+    counts, rates = zip(*(play(run, round, attempts, count) for run in runs))
+    rate = {name: np.array([of_run[name] for of_run in rates]) for name in rates[0]}  # runs x questions x attempts
+    slope = {name: r[:, :, 4:].mean(2) - r[:, :, 0] for name, r in rate.items()}
     return {
-        **out,
-        "questions": len(rate["on_policy"]),
-        "slope": {name: bootstrap_mean(s) for name, s in slope.items()},
+        "trajectories": list(map(sum, counts)),
+        "by_incorrect_attempts": list(counts),
+        "questions": rate["on_policy"].shape[1],
+        "pass@1_by_attempt": {name: r.mean((0, 1)).tolist() for name, r in rate.items()},
+        "slope": {name: bootstrap_runs(s) for name, s in slope.items()},
         "on_less_off_policy": {
-            "slope": paired_gain(slope["off_policy"], slope["on_policy"]),
-            "first": paired_gain(list(rate["off_policy"][:, 0]), list(rate["on_policy"][:, 0])),
+            "slope": bootstrap_runs(slope["on_policy"] - slope["off_policy"]),
+            "first": bootstrap_runs(rate["on_policy"][:, :, 0] - rate["off_policy"][:, :, 0]),
         },
+        "each_run": {"slope": (slope["on_policy"] - slope["off_policy"]).mean(1).tolist(), "first": (rate["on_policy"] - rate["off_policy"])[:, :, 0].mean(1).tolist()},
     }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m eval.on_policy_reviser", description=__doc__.split("\n\n")[0])
-    parser.add_argument("run", type=Path)
+    parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--round", type=int, default=1)
     parser.add_argument("--attempts", type=int, default=8)
     parser.add_argument("--questions", type=int, default=300)
     args = parser.parse_args(argv)
     if args.attempts < 5:
         parser.error("--attempts: five at least; the slope is that of attempts after the fourth")
-    return answer(lambda: study(args.run, args.round, args.attempts, args.questions))
+    return answer(lambda: study(args.runs, args.round, args.attempts, args.questions))
 
 
 if __name__ == "__main__":

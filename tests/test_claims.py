@@ -201,10 +201,13 @@ def test_what_other_studies_printed_becomes_rows_with_their_own_command(tmp_path
 
 
 def test_rows_of_other_studies_are_signed_as_their_claims_are():
-    falls = {"trajectories": 9, "on_less_off_policy": {"slope": [-0.2, -0.3, -0.1], "first": [0.1, 0.0, 0.2]}}
-    assert [row[3] for row in elsewhere.on_policy_reviser(falls)] == [[0.2, 0.1, 0.3], [-0.1, -0.2, -0.0]]
+    falls = {"trajectories": [9, 8], "on_less_off_policy": {"slope": [-0.2, -0.3, -0.1], "first": [0.1, 0.0, 0.2]}, "each_run": {"slope": [-0.3, -0.1], "first": [0.2, 0.0]}}
+    slope, first = elsewhere.on_policy_reviser(falls)
+    assert [slope[3], first[3]] == [[0.2, 0.1, 0.3], [-0.1, -0.2, -0.0]] and [slope[5], first[5]] == [[0.3, 0.1], [-0.2, -0.0]] and "(9, 8 trajectories each)" in slope[1]
     lead = {"weighted": {"8": [9, 9, 9], "16": [0.1, 0.0, 0.2]}, "best": {"8": [9, 9, 9], "16": [0.3, 0.2, 0.4]}}
-    assert [row[3][0] for row in elsewhere.foreign_prm({"own_less_other": lead, "other_falls_more": [0.5, 0.4, 0.6]})] == [0.1, 0.3, 0.5]
+    each = {"weighted": [0.1], "best": [0.3], "exploited": [0.5]}
+    found = list(elsewhere.foreign_prm({"own_less_other": lead, "other_falls_more": [0.5, 0.4, 0.6], "each_run": each}))
+    assert [row[3][0] for row in found] == [0.1, 0.3, 0.5] and [row[5] for row in found] == [[0.1], [0.3], [0.5]]
     gains = {f"{name}+history:{how}": [place, place, place] for place, (name, how) in enumerate([("prm", "min"), ("own", "min"), ("own", "last")])}
     assert [row[3][0] for row in elsewhere.history_verifier({"over_prm:min": gains})] == [0, 1]
 

@@ -167,7 +167,7 @@ def test_verifiers_with_and_without_the_history_judge_the_same_chains(finished):
 @pytest.mark.slow
 def test_a_prm_trained_on_the_same_labels_twice_is_no_better_than_itself(finished):
     run, _ = finished
-    found = studied("eval.foreign_prm", run, "--other", run)
+    found = studied("eval.foreign_prm", run, run, "--other", run)
     assert found["questions"] == 8 and found["own_less_other"]["weighted"].keys() == {"1", "2", "4", "8"}
     assert all(gain == [0, 0, 0] for how in ("weighted", "best") for gain in found["own_less_other"][how].values())
     assert found["command"].startswith("python -m eval.foreign_prm ")
@@ -178,7 +178,7 @@ def test_revisers_of_both_kinds_of_data_play_the_same_questions(finished):
     run, _ = finished
     found = studied("eval.on_policy_reviser", run, "--attempts", "5")
     curves = found["pass@1_by_attempt"]
-    assert found["questions"] == 8 and found["trajectories"] >= 2 and {len(curve) for curve in curves.values()} == {5}
+    assert found["questions"] == 8 and found["trajectories"][0] >= 2 and {len(curve) for curve in curves.values()} == {5}
     slopes = {name: curve[4] - curve[0] for name, curve in curves.items()}
     assert {name: slope[0] for name, slope in found["slope"].items()} == pytest.approx(slopes)
     assert found["on_less_off_policy"]["slope"][0] == pytest.approx(slopes["on_policy"] - slopes["off_policy"])
