@@ -34,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--runs", default="runs", type=Path, help="directory that holds the runs (default: %(default)s)")
     p.add_argument("--round", default=1, type=int, metavar="R", help="the round to reach; 0 evaluates the base (default: %(default)s)")
     p.add_argument("--problems", metavar="FILE", help="your own questions: JSONL with the fields question, answer and, if you like, id, split")
-    p.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change a recipe key; may be repeated")
+    p.add_argument("--set", action="extend", nargs="+", default=[], metavar="SECTION.KEY=VALUE", help="change recipe keys; may be repeated")
     p.add_argument("--dry-run", action="store_true", help="say what would run and what it would cost, and end")
     return p
 
