@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from flywheel.grading import load_function
+from flywheel.iterate import parser
 from flywheel.recipe import RecipeError, load
 
 ROOT = Path(__file__).parents[1]
@@ -61,3 +62,7 @@ def test_a_wrong_key_or_type_is_one_line_that_names_the_key(override, complaint)
 @pytest.mark.parametrize("number", ["1e-3", "0.001", "1.0e-3"])
 def test_numbers_are_written_as_in_python(number):
     assert load(ROOT / "recipes" / "chain.yaml", [f"distill.learning_rate={number}"]).distill.learning_rate == 0.001
+
+
+def test_set_takes_several_keys_and_may_be_repeated():
+    assert parser().parse_args(["--set", "a=1", "b=2", "--round", "2", "--set", "c=3"]).set == ["a=1", "b=2", "c=3"]
