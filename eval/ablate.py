@@ -1,11 +1,12 @@
-"""The loop with one part as it was in round 1: python -m eval.ablate first_plan|first_prm|from_policy --round 3 --name NAME [...]
+"""The loop with one part as it was in round 1: python -m eval.ablate first_plan|first_prm --round 3 --name NAME [...]
 
 Ablations of claim 15; what follows the first word are the arguments of flywheel.iterate. Round 1 is
 the ordinary one, so its directories may be copied from a run of the same recipe and seed. From round 2 on:
 
 - first_plan: no calibration; round 1's plans are used with the models of the day;
-- first_prm: no labels and no training of a PRM; round 1's judges on;
-- from_policy: PRM, reviser and policy are trained on from the last policy's adapter, not from the base.
+- first_prm: no labels and no training of a PRM; round 1's judges on.
+
+(Adapters from the base or from the last policy are the recipe's: `--set prm.start=null reviser.start=null distill.start=null`.)
 
 `search`, which only measures, is left out of these rounds; `eval.compare` reads what the others made.
 """
@@ -14,10 +15,8 @@ from __future__ import annotations
 
 import shutil
 import sys
-from dataclasses import replace
 
 from flywheel import iterate
-from flywheel.records import Role
 from flywheel.run import Context, Stage
 from flywheel.search.plan import Plan
 from flywheel.stages import stages
@@ -57,21 +56,7 @@ def first_prm(round: int) -> list[Stage]:
     return changed(round, {"label": None, "train_prm": Stage("train_prm", (), ("train_prm@1",), train=keep_prm)})
 
 
-def trained_on(stage: Stage) -> Stage:
-    def train(ctx: Context) -> dict:
-        from flywheel.training.trainer import SftTrainer
-
-        SftTrainer.start = ctx.model(Role.POLICY, ctx.round - 1).adapter  # this process is the stage's own
-        return {"started_from": ctx.model(Role.POLICY, ctx.round - 1).name, **stage.train(ctx)}
-
-    return replace(stage, train=train, inputs=(*stage.inputs, *LAST_POLICY))
-
-
-def from_policy(round: int) -> list[Stage]:
-    return changed(round, {stage.name: trained_on(stage) for stage in stages(round) if stage.name in ("train_prm", "train_reviser", "distill")})
-
-
-ABLATIONS = ("first_plan", "first_prm", "from_policy")
+ABLATIONS = ("first_plan", "first_prm")
 
 
 def main(argv: list[str] | None = None) -> int:

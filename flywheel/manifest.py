@@ -108,7 +108,7 @@ def fingerprint(recipe: Recipe, stage: Stage, sources: dict[str, str], inputs: S
 
 
 def difference(old: dict[str, Any], new: dict[str, Any]) -> tuple[str, Any, Any] | None:
-    """The first key that differs, with both values ("nothing" where a side lacks it)."""
+    """The first key that differs, with both values ("nothing" where a side lacks it, or has null: a key that came later)."""
     for key in dict.fromkeys([*new, *old]):
         was, now = (_said(side.get(key, "nothing")) for side in (old, new))
         if was != now:
@@ -117,7 +117,9 @@ def difference(old: dict[str, Any], new: dict[str, Any]) -> tuple[str, Any, Any]
 
 
 def _said(value: Any) -> Any:
-    """Without what is null in the mappings of a list: an older run's strategies lack the keys that have come since."""
+    """Without what is null, in the mappings of a list too: an older run lacks the keys that have come since."""
+    if value is None:
+        return "nothing"
     if isinstance(value, list):
         return [{k: v for k, v in item.items() if v is not None} if isinstance(item, dict) else item for item in value]
     return value

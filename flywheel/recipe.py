@@ -101,6 +101,7 @@ class LabelSpec(Spec):
 
 
 class TrainSpec(Spec):
+    start: Literal["policy"] | None = None  # the adapter to train on from: the last policy's; none: a fresh one on the base
     epochs: Annotated[float, Field(gt=0)] = 3
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
     batch_size: Positive = 32  # global, over all ranks and accumulation steps

@@ -7,12 +7,13 @@ from types import SimpleNamespace
 import pytest
 
 from data.chain.check import beam_over_best_of_n
+from flywheel.engines.base import ModelRef
 from flywheel.errors import UserError
-from flywheel.recipe import load
-from flywheel.records import Beam, BestOfN, Difficulty, Finish, Problem, Question, Solution, Split, Step
+from flywheel.recipe import TrainSpec, load
+from flywheel.records import Beam, BestOfN, Difficulty, Finish, Problem, Question, Role, Solution, Split, Step
 from flywheel.search.plan import Trial
 from flywheel.stages import label
-from flywheel.stages.kit import preflight, votes
+from flywheel.stages.kit import preflight, start, votes
 
 
 def solution(id: str, text: str, origin: str = "best_of_n:policy_0", parent: str | None = None) -> Solution:
@@ -93,3 +94,10 @@ def test_beam_is_compared_at_equal_answers_and_at_equal_tokens():
 def test_a_beam_dearer_than_every_best_of_n_is_compared_at_equal_answers_only():
     rows = {(b, s): (True, cost) for b in range(1, 6) for s, cost in ((Beam(4, 2), 900), (BestOfN(4), 100), (BestOfN(16), 400))}
     assert set(beam_over_best_of_n([Reader(rows)])) == {"beam:4:2, equal N"}
+
+
+@pytest.mark.parametrize("said, found", [(None, None), ("policy", "adapter of policy_1")])
+def test_a_training_begins_where_its_recipe_says(said, found):
+    asked = []
+    ctx = SimpleNamespace(round=2, model=lambda role, round: asked.append((role, round)) or ModelRef("policy_1", "base", "adapter of policy_1"))
+    assert start(ctx, TrainSpec(start=said)) == found and asked == ([(Role.POLICY, 1)] if said else [])

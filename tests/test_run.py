@@ -214,6 +214,8 @@ def test_a_strategy_written_before_a_key_came_is_the_same_one():
     key = "calibrate.strategies"
     assert manifest.difference({key: before}, {key: now}) is None
     assert manifest.difference({key: before}, {key: [{**now[0], "max_budget": 4}]}) == (key, before, [{"kind": "beam", "width": 4, "max_budget": 4}])
+    assert manifest.difference({}, {"distill.start": None}) is None
+    assert manifest.difference({}, {"distill.start": "policy"}) == ("distill.start", "nothing", "policy")
 
 
 def test_inputs_name_rounds():

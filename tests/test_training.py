@@ -179,12 +179,9 @@ def test_accumulation_changes_nothing(base, tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", ["sft", "prm"])
-def test_a_training_may_begin_with_another_adapter(base, tmp_path, monkeypatch, kind):
-    from flywheel.training.trainer import SftTrainer
-
+def test_a_training_may_begin_with_another_adapter(base, tmp_path, kind):
     first = lab.run(job(base, tmp_path / "first", kind), Ledger("t", 1))
-    monkeypatch.setattr(SftTrainer, "start", str(tmp_path / "first/adapter"))
-    then = lab.run(job(base, tmp_path / "then", kind, epochs=1, learning_rate=1e-9), Ledger("t", 1))
+    then = lab.run({**job(base, tmp_path / "then", kind, epochs=1, learning_rate=1e-9), "start": str(tmp_path / "first/adapter")}, Ledger("t", 1))
     assert apart(tmp_path / "first/adapter", tmp_path / "then/adapter") < 1e-6
     assert then.curve[0]["eval_loss"] == pytest.approx(first.best.eval_loss, abs=1e-5)
 

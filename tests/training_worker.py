@@ -66,7 +66,7 @@ def prm_examples(count: int, seed: int) -> list[PrmExample]:
 def run(job: dict, ledger: Ledger):
     arguments = dict(
         base=job["base"], model=ModelSpec(base=job["base"], lora_rank=4, lora_alpha=8), spec=TrainSpec(**job["spec"]),
-        out=Path(job["out"]), seed=job.get("seed", 0), keep=job.get("keep", "best"), ledger=ledger,
+        out=Path(job["out"]), seed=job.get("seed", 0), keep=job.get("keep", "best"), ledger=ledger, start=job.get("start"),
     )  # fmt: skip
     if job["kind"] == "prm":
         return train_prm(prm_examples(100, 0), prm_examples(21, 1), labels=LABELS, role="prm", **arguments)

@@ -1,4 +1,7 @@
-"""SFT from the frozen base on every round's harvest: policy r (STaR, ReST^EM, rStar-Math restart too)."""
+"""SFT on every round's harvest: policy r.
+
+On a fresh adapter of the frozen base, as STaR, ReST^EM and rStar-Math restart, or on from the last policy's (`distill.start`).
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import random
 
 from flywheel.records import Question, Role
 from flywheel.run import Context, Stage
-from flywheel.stages.kit import examples, harvested, text_tools
+from flywheel.stages.kit import examples, harvested, start, text_tools
 
 
 def train(ctx: Context) -> dict:
@@ -22,7 +25,8 @@ def train(ctx: Context) -> dict:
     targets = ((row.question_id, prompts.solve(Question(row.question_id, row.question)), (*row.tokens, reader.eos)) for row in rows)
     fit, check, too_long = examples(targets, held, spec.max_length)
     report = train_sft(
-        fit, check, base=ctx.recipe.model.base, model=ctx.recipe.model, spec=spec, out=ctx.dir, seed=ctx.seed("train") % 2**31, keep="last", role=Role.POLICY, ledger=ctx.ledger
+        fit, check, base=ctx.recipe.model.base, model=ctx.recipe.model, spec=spec, out=ctx.dir, seed=ctx.seed("train") % 2**31, keep="last", role=Role.POLICY, ledger=ctx.ledger,
+        start=start(ctx, spec),
     )
     return {
         "trained": True,

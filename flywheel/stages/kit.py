@@ -18,7 +18,7 @@ from flywheel.errors import UserError
 from flywheel.grading import Grader, answer_key
 from flywheel.prm import Prm, label_ids
 from flywheel.prompts import Prompts
-from flywheel.recipe import Recipe
+from flywheel.recipe import Recipe, TrainSpec
 from flywheel.records import Difficulty, Finish, Grade, Harvested, Outcome, Problem, Question, Role, Solution, Split, Strategy, Verdict
 from flywheel.run import Context, read_table
 from flywheel.search.run import search
@@ -203,6 +203,11 @@ def examples(
             continue
         (check if question in held else fit).append(Example((*prompt, *target), len(prompt)))
     return fit, check, too_long
+
+
+def start(ctx: Context, spec: TrainSpec) -> str | None:
+    """The adapter that a training of this round begins with: the last policy's if the recipe says so and there is one."""
+    return ctx.model(Role.POLICY, ctx.round - 1).adapter if spec.start == "policy" else None
 
 
 def closed(solution: Solution, eos: int) -> tuple[int, ...]:

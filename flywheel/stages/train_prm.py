@@ -10,7 +10,7 @@ from flywheel.errors import UserError
 from flywheel.prm import aggregate, encode
 from flywheel.records import Grade, Problem, Role, Solution, Split, StepValues, Verdict
 from flywheel.run import Context, Stage
-from flywheel.stages.kit import by_question, difficulties, text_tools
+from flywheel.stages.kit import by_question, difficulties, start, text_tools
 
 if TYPE_CHECKING:
     from flywheel.prompts import Prompts
@@ -78,7 +78,8 @@ def train(ctx: Context) -> dict:
             f" {found.too_long} longer than prm.max_length {spec.max_length} left out); more label.questions, or a greater prm.max_length"
         )
     report = train_prm(
-        fit, check, labels=labels, base=base, model=ctx.recipe.model, spec=spec, out=ctx.dir, seed=ctx.seed("train") % 2**31, keep="best", role=Role.PRM, ledger=ctx.ledger
+        fit, check, labels=labels, base=base, model=ctx.recipe.model, spec=spec, out=ctx.dir, seed=ctx.seed("train") % 2**31, keep="best", role=Role.PRM, ledger=ctx.ledger,
+        start=start(ctx, spec),
     )
     if ctx.rank:
         return {}

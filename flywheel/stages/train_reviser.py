@@ -10,7 +10,7 @@ import random
 
 from flywheel.records import Role, Solution, Split, Trajectory, Verdict
 from flywheel.run import Context, Stage
-from flywheel.stages.kit import closed, examples, sampled, text_tools, trace
+from flywheel.stages.kit import closed, examples, sampled, start, text_tools, trace
 from flywheel.stats import edit_distance
 
 
@@ -57,7 +57,8 @@ def train(ctx: Context) -> dict:
     )
     fit, check, too_long = examples(targets, held, spec.max_length)
     report = train_sft(
-        fit, check, base=ctx.recipe.model.base, model=ctx.recipe.model, spec=spec, out=ctx.dir, seed=ctx.seed("train") % 2**31, keep="all", role=Role.REVISER, ledger=ctx.ledger
+        fit, check, base=ctx.recipe.model.base, model=ctx.recipe.model, spec=spec, out=ctx.dir, seed=ctx.seed("train") % 2**31, keep="all", role=Role.REVISER, ledger=ctx.ledger,
+        start=start(ctx, spec),
     )
     lengths = [len(row.attempts) - 1 for row in rows]
     return {

@@ -60,11 +60,12 @@ def train_prm(
     keep: Keep,
     role: str,
     ledger: Ledger,
+    start: str | None = None,
 ) -> TrainReport:
     """Train P(labels[0]) / (P(labels[0]) + P(labels[1])) towards the values, by soft binary cross-entropy.
 
     The loss is the weighted mean over all read positions of the global batch. Step 0 of the
-    curve is the un-finetuned base. Otherwise as `train_sft`, TrainingErrors included; values
+    curve is the un-finetuned base, or `start`. Otherwise as `train_sft`, TrainingErrors included; values
     outside [0, 1] and NaN raise too.
     """
     from flywheel.training.trainer import PrmTrainer, fit
@@ -73,7 +74,7 @@ def train_prm(
         PrmTrainer,
         _rows("training", train, spec.max_length),
         _rows("validation", validation, spec.max_length),
-        base=base, model=model, spec=spec, out=out, seed=seed, keep=keep, role=role, ledger=ledger,
+        base=base, model=model, spec=spec, out=out, seed=seed, keep=keep, role=role, ledger=ledger, start=start,
         label_tokens=labels,
     )  # fmt: skip
 

@@ -31,12 +31,14 @@ def train_sft(
     keep: Keep,
     role: str,
     ledger: Ledger,
+    start: str | None = None,
 ) -> TrainReport:
     """Train on the mean negative log-likelihood of the tokens after `loss_from`; leaves `out/adapter/`.
 
     Call it on every rank of the launch environment. `keep`: `best` and `all` keep the lowest
     validation loss as `out/adapter`, `last` the end; `all` also leaves every validation
-    point's adapter in `out/checkpoints/step-N`. Called again after a kill it goes on from
+    point's adapter in `out/checkpoints/step-N`. `start`: an adapter of the same shape to train
+    on from, in place of a fresh one. Called again after a kill it goes on from
     the last whole checkpoint; called again after the end it returns the same report.
     Rank 0 charges `ledger` for all ranks: training tokens of every epoch, validation as scored.
     Raises TrainingError (a RuntimeError) for examples longer than `spec.max_length`, a batch
@@ -48,7 +50,7 @@ def train_sft(
         SftTrainer,
         _rows("training", train, spec.max_length),
         _rows("validation", validation, spec.max_length),
-        base=base, model=model, spec=spec, out=out, seed=seed, keep=keep, role=role, ledger=ledger,
+        base=base, model=model, spec=spec, out=out, seed=seed, keep=keep, role=role, ledger=ledger, start=start,
     )  # fmt: skip
 
 

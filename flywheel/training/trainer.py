@@ -53,7 +53,6 @@ class SftTrainer(SFTTrainer):
     """TRL's loss, summed over the global batch and divided by its trained tokens."""
 
     loss_is_scaled_for_ga = True  # divided by the items of all micro batches, so not by their number
-    start: str | None = None  # an adapter of the same shape to train on from, in place of a fresh one (eval.ablate)
 
     def items(self, batch: dict) -> torch.Tensor:
         """What the loss is a mean over: the tokens that are predicted."""
@@ -176,6 +175,7 @@ def fit(
     keep: Keep,
     role: str,
     ledger: Ledger,
+    start: str | None = None,
     label_tokens: tuple[int, int] | None = None,
 ) -> TrainReport:
     """The training behind `train_sft` and `train_prm`, whose docstrings hold the contract."""
@@ -224,7 +224,7 @@ def fit(
     zero = args.deepspeed_plugin
     mark = {
         # not the micro batch: it changes memory, not what is learned
-        "fingerprint": digest(train, validation, base, model.model_dump(), spec.model_dump(exclude={"micro_batch_size"}), seed, keep, label_tokens),
+        "fingerprint": digest(train, validation, base, model.model_dump(), spec.model_dump(exclude={"micro_batch_size"}, exclude_none=True), seed, keep, label_tokens),
         "sharding": zero and f"ZeRO-{zero.zero_stage} on {ranks.num_processes} processes",  # its checkpoints are cut by rank
     }
 
@@ -260,8 +260,8 @@ def fit(
         ),
         callbacks=[timeline],
     )  # fmt: skip
-    if kind.start:
-        set_peft_model_state_dict(trainer.model, load_peft_weights(kind.start, device="cpu"))
+    if start:
+        set_peft_model_state_dict(trainer.model, load_peft_weights(start, device="cpu"))
     trainer.label_tokens = label_tokens
     trainer.processing_class = None  # lest every checkpoint hold the tokenizer, and training change the model's config
     trainer.remove_callback(PrinterCallback)
@@ -286,7 +286,7 @@ def fit(
         print(f"{role}: out of memory at a micro batch of {micro}; going on with {smaller}, the batch stays {spec.batch_size}", flush=True)
         return fit(
             kind, train, validation, base=base, model=model, spec=spec, out=out, seed=seed, keep=keep, role=role, ledger=ledger,
-            label_tokens=label_tokens,
+            start=start, label_tokens=label_tokens,
         )  # fmt: skip
     report = None
     if ranks.is_main_process:
