@@ -187,14 +187,14 @@ def test_what_other_studies_printed_becomes_rows_with_their_own_command(tmp_path
     bins = [{"bin": b, "small": 0.5, "larger": 0.4, "lead": [0.1, 0.05, 0.2]} for b in range(1, 6)]
     files = {
         "flops_matched.json": {"command": "python -m eval.flops_matched", "M": 3.9, "by_ratio": [{"R": 22.0, "multiplier": 4.3, "lead": [0.1, 0.0, 0.2], "by_bin": bins}]},
-        "compare_restem.json": {"command": "python -m eval.compare", "first_less_others": {"runs/restem": {"within_the_other_s_flops": [{"rounds": [3, 2], "pass@1": [0.05, 0.03, 0.07], "flops": [2e13, 2.1e13]}]}}},
+        "compare_restem.json": {"command": "python -m eval.compare", "runs": {"runs/loop": [], "runs/restem": []}, "first_less_others": {"runs/restem": {"within_the_other_s_flops": [{"rounds": [3, 2], "pass@1": [0.05, 0.03, 0.07], "flops": [2e13, 2.1e13]}]}}},
     }  # fmt: skip
     for file, data in files.items():
         (tmp_path / file).write_text(json.dumps(data))
     rows = {found[0]: (found, command) for found, command in elsewhere.kept(tmp_path)}
     assert rows["13.bin1@22"][0][3] == [0.1, 0.05, 0.2] and rows["13.bin5@22"][0][3] == [-0.1, -0.2, -0.05]  # in the hardest bin the claim is the larger model's
     claim = rows["15.restem"]
-    assert "(rounds 3 and 2, 20.0 and 21.0 TFLOPs)" in claim[0][1] and claim[1] == "python -m eval.compare" and len(rows) == 7
+    assert "`loop` are ahead of those of `restem` for no more FLOPs (rounds 3 and 2, 20.0 and 21.0 TFLOPs)" in claim[0][1] and claim[1] == "python -m eval.compare" and len(rows) == 7
     (tmp_path / "compare_cut.json").write_text("")
     with pytest.raises(UserError, match="compare_cut.json: not what eval.compare prints"):
         list(elsewhere.kept(tmp_path))
