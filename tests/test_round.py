@@ -151,7 +151,7 @@ def test_the_claims_are_measured_on_a_finished_run(finished, tmp_path):
     for module in ("eval.study", "eval.claims"):
         done = subprocess.run([sys.executable, "-m", module, str(run), *sizes], cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-    claims = {c["id"]: c for c in json.loads((tmp_path / "eval/results/claims.json").read_text())}
+    claims = {c["id"]: c for c in json.loads((tmp_path / "eval/results/budgets_4/claims.json").read_text())}
     assert {"1.gross@4", "3.search@4", "9.weighted@4", "14.hardest"} <= claims.keys()
     assert all(c["low"] <= c["ours"] <= c["high"] and c["verdict"] in ("holds", "fails", "undecided") for c in claims.values())
 
