@@ -22,8 +22,6 @@ from flywheel.search.plan import Plan
 from flywheel.stages import stages
 from flywheel.stages.kit import plan_models
 
-LAST_POLICY = ("gate@-1?", "distill@-1?")
-
 
 def changed(round: int, parts: dict[str, Stage | None]) -> list[Stage]:
     """The stages of a round with `parts` in the place of those of their names; None leaves one out."""
@@ -37,13 +35,14 @@ def keep_plan(ctx: Context) -> dict:
     first, made = ctx.figures("calibrate", 1), {}
     for kind in ("serve", "harvest"):
         plan = Plan.from_dict({**first[kind], "models": plan_models(ctx)})
-        plan.write(ctx.dir / f"{kind}_plan.json")
+        if ctx.rank == 0:
+            plan.write(ctx.dir / f"{kind}_plan.json")
         made[kind] = plan.to_dict()
     return made
 
 
 def first_plan(round: int) -> list[Stage]:
-    return changed(round, {"calibrate": Stage("calibrate", (), ("calibrate@1", "train_prm", "choose_reviser", *LAST_POLICY), train=keep_plan)})
+    return changed(round, {"calibrate": Stage("calibrate", (), ("calibrate@1", "train_prm", "choose_reviser", "gate@-1?", "distill@-1?"), train=keep_plan)})
 
 
 def keep_prm(ctx: Context) -> dict:

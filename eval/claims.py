@@ -1,11 +1,10 @@
 """The paper's claims on finished runs: python -m eval.claims RUN [RUN ...] [--round 1] (after eval.study of each, same sizes but for --questions)
 
 Snell et al. 2024, one row a claim: what the paper has, what these runs (seeds) have with the 95%
-interval, and whether it holds. Writes eval/results/claims.json, CLAIMS.md and pictures (of other --budgets
-than the usual ones into a folder of their own). A figure is
-the mean of the runs' own, and its interval a bootstrap over questions and runs; a run counts with the
-most questions that were drawn of it. A plan is always chosen on one half of the questions and
-scored on the other.
+interval, and whether it holds. Writes eval/results/claims.json, CLAIMS.md and pictures (of other
+--budgets than the usual ones into a folder of their own). A figure is the mean of the runs' own, and
+its interval a bootstrap over questions and runs; a run counts with the most questions that were drawn
+of it. A plan is always chosen on one half of the questions and scored on the other.
 
 A claim `holds` if its whole interval is on the claim's side, `fails` if it is wholly on the other
 side, and is `undecided` otherwise.
@@ -25,7 +24,7 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from eval import elsewhere, pictures, prompt_head, seeds
-from eval.study import Difficult, Drawn, Tried, arguments, largest, read_all
+from eval.study import BUDGETS, Difficult, Drawn, Tried, arguments, largest, read_all
 from flywheel.bins import fixed_bins, quantile_bins
 from flywheel.engines.base import ModelRef
 from flywheel.engines.open import parameters
@@ -562,15 +561,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     args = arguments(argv, "python -m eval.claims", __doc__.split("\n\n")[0])
     try:
-        usual = args.budgets == arguments(["run"], "", "").budgets
+        usual = args.budgets == list(BUDGETS)
         results = RESULTS if usual else RESULTS / f"budgets_{'_'.join(map(str, args.budgets))}"
         measured, rounds, others = [], [], list(elsewhere.kept(RESULTS)) if usual else []
-        sizes = [largest(run, args).questions for run in args.runs]
+        asked = [(run, largest(run, args)) for run in args.runs]
         options = [arg for arg in argv if arg not in map(str, args.runs)]
-        drawn = [f"python -m eval.study {' '.join([str(run), *options, *([] if args.questions or not size else ['--questions', str(size)])])}" for run, size in zip(args.runs, sizes)]
+        sizes = [[] if of_run.questions == args.questions else ["--questions", str(of_run.questions)] for _, of_run in asked]
+        drawn = [f"python -m eval.study {' '.join([str(run), *options, *size])}" for (run, _), size in zip(asked, sizes)]
         command = " && ".join([*drawn, f"python -m eval.claims {' '.join(argv)}"])
-        for run in args.runs:
-            study = Study(*read_all(run, largest(run, args)), seed=load(run / "recipe.yaml").seed)
+        for run, of_run in asked:
+            study = Study(*read_all(run, of_run), seed=load(run / "recipe.yaml").seed)
             table, behind = measure(study)
             behind["fixed"], behind["routing"] = fixed_tokens(run, args.round), routing(run)
             amortise(behind, behind["fixed"])

@@ -41,6 +41,7 @@ from flywheel.shards import shard_dirs
 from flywheel.stages.kit import Kit, answer_is_right, ids, kit, search_tools, searchers
 from flywheel.store import read_json, sha256, write_json
 
+BUDGETS = (4, 16, 64)  # generations, where none are named
 SURE = (0.99, 0.95, 0.9, 0.8, 0.7)  # of adaptive sampling: the surest first, which holds the others
 READS = ("train_prm", "choose_reviser", "gate@-1?", "distill@-1?")
 
@@ -284,7 +285,7 @@ def arguments(argv: Sequence[str] | None, program: str, about: str) -> argparse.
     parser.add_argument("--oracle", type=int, default=512, help="samples that bin a question")
     parser.add_argument("--judged", type=int, default=64, help="of these, how many the PRM judges")
     parser.add_argument("--pool", type=int, default=256)
-    parser.add_argument("--budgets", type=int, nargs="+", default=[4, 16, 64])
+    parser.add_argument("--budgets", type=int, nargs="+", default=list(BUDGETS))
     parser.add_argument("--chunk", type=int, default=20, help="questions")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)

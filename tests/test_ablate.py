@@ -38,7 +38,7 @@ def test_the_first_plan_is_used_with_the_models_of_the_day(tmp_path):
     plans = {kind: Plan(kind, {"policy": "policy_0", "prm": "prm_1"}, (Entry(1, 4, BestOfN(4), 10, 0.5, 80.0),)).to_dict() for kind in ("serve", "harvest")}
     figures = {("calibrate", 1): plans, ("choose_reviser", None): {"chosen": None}}
     ctx = SimpleNamespace(
-        round=3, dir=tmp_path, figures=lambda stage, round=None: figures[stage, round], model=lambda role, round: ModelRef(f"{role}_{round}", "base")
+        round=3, rank=0, dir=tmp_path, figures=lambda stage, round=None: figures[stage, round], model=lambda role, round: ModelRef(f"{role}_{round}", "base")
     )
     made = ablate.keep_plan(ctx)
     assert made["harvest"]["models"] == {"policy": "policy_2", "prm": "prm_3"} and made["harvest"]["entries"] == plans["harvest"]["entries"]
