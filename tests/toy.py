@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -13,6 +14,8 @@ from pathlib import Path
 import yaml
 
 HERE = Path(__file__).parent
+# a launch leaves a signal ignored that it inherits so (nohup); a test started in the background would then interrupt nothing
+signal.signal(signal.SIGINT, signal.default_int_handler)
 SPLITS = {"train": 20, "calibrate": 4, "validation": 4, "test": 6}
 
 

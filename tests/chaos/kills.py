@@ -4,7 +4,7 @@ The loop is the real one (launch, ranks, stage processes, shards, manifests, tra
 stages, whose records are the same every time. After each kill every process of the run must be gone,
 no finished shard touched, and at most two chunks a rank computed again; at the end of each run, resumed with some
 number of ranks, every table must be byte for byte that of an undisturbed run. Prints a table and exits with 1 if anything was
-lost, hung or leaked.
+lost, hung or leaked, or if half the kills of a case ended no launch.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ class Tally:
     hung: int = 0
     leaked: int = 0  # a process left
     redone: int = 0  # chunks computed again
+    missed: int = 0  # a launch that ended well in spite of its kill: it was over, or the kill did nothing
     faults: list[str] = field(default_factory=list)
 
 
@@ -138,6 +139,7 @@ def one_run(rng: random.Random, case: str, folder: Path, wanted: dict[str, bytes
             for pid in family(project):
                 os.kill(pid, signal.SIGKILL)
             ended(processes, PATIENCE)
+        tally.missed += not any(p.returncode for p in processes)
         end = time.monotonic() + ORPHAN
         while (left := family(project)) and time.monotonic() < end:
             time.sleep(0.02)
@@ -189,10 +191,11 @@ def main() -> int:
             one_run(rng, case, Path(scratch, f"run{done}"), wanted, tallies[case])
             tallies[case].tries += 1
             done += 1
-    print(f"{'case':36s} {'tries':>5s} {'lost':>5s} {'hung':>5s} {'leaked':>6s} {'redone':>6s}")
+    print(f"{'case':36s} {'tries':>5s} {'lost':>5s} {'hung':>5s} {'leaked':>6s} {'redone':>6s} {'missed':>6s}")
     for case, t in tallies.items():
-        print(f"{case:36s} {t.tries:5d} {t.lost:5d} {t.hung:5d} {t.leaked:6d} {t.redone:6d}")
+        print(f"{case:36s} {t.tries:5d} {t.lost:5d} {t.hung:5d} {t.leaked:6d} {t.redone:6d} {t.missed:6d}")
     faults = [line for t in tallies.values() for line in t.faults]
+    faults += [f"{case}: {t.missed} of {t.tries} kills ended no launch" for case, t in tallies.items() if 2 * t.missed > t.tries]
     print(f"{done} kills in {time.monotonic() - started:.0f} s, {len(wanted)} tables compared after each", *faults, sep="\n")
     return 1 if faults or not wanted else 0
 
