@@ -35,8 +35,6 @@ def keep_plan(ctx: Context) -> dict:
     first, made = ctx.figures("calibrate", 1), {}
     for kind in ("serve", "harvest"):
         plan = Plan.from_dict({**first[kind], "models": plan_models(ctx)})
-        if ctx.rank == 0:
-            plan.write(ctx.dir / f"{kind}_plan.json")
         made[kind] = plan.to_dict()
     return made
 

@@ -62,7 +62,7 @@ def measure(base: str, requests: int, samples: int, max_tokens: int, repeats: in
             drawn = await engine.generate(prompt, Sampling(max_tokens), purpose="sample", n=samples)
             return sum(len(one.tokens) + one.eos for one in drawn)
 
-        return sum(count for _, count in backend.run(prompts, work, in_flight=len(prompts)))
+        return sum(backend.run(prompts, work))
 
     def generate(prompts: list[list[int]]) -> int:
         params = SamplingParams(n=samples, max_tokens=max_tokens, temperature=1.0, detokenize=False)

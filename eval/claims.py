@@ -319,7 +319,7 @@ def measure(study: Study) -> tuple[Table, dict]:
             )  # fmt: skip
 
     # 1, 2: compute-optimal against best-of-N; 3: predicted bins
-    for number, title, kinds in (("1", "search", ["beam"]), ("2", "revisions", ["revise"]), ("1+2", "of all strategies", ["beam", "revise", "adaptive", "refine"])):
+    for number, title, kinds in (("1", "search", ["beam"]), ("2", "revisions", ["revise"]), ("1+2", "of all strategies", ["beam", "revise", "adaptive"])):
         if not s.names(top, kinds[0]) or (number == "1+2" and not s.names(top, "revise")):
             continue
         reached = {}
@@ -409,12 +409,6 @@ def measure(study: Study) -> tuple[Table, dict]:
                       s.best_of(ratios, budget) - s.row(budget, f"revise:1x{budget}:weighted"))  # fmt: skip
             gain = s.row(budget, f"{chain}:weighted") - s.row(budget, f"revise:1x{budget}:weighted")
             table.add(f"10.easy@{budget}", "On the easiest two bins all sequential is at least as good as all parallel (within 0.02)", "all sequential", only(gain, 1, 2) + 0.02)
-
-    for budget in s.budgets:
-        for tried in s.names(budget, "refine"):
-            chain = f"revise:{budget}x1:weighted"
-            if (budget, chain) in s.tried:
-                table.add(f"open.{tried}", f"Search over revisions, {tried}, is ahead of a plain chain of {budget}", "left open", s.row(budget, tried) - s.row(budget, chain))
 
     # 14: the hardest bin
     at_most = {f"best_of_n:{most}:weighted": s.best_of_n(most, "weighted"), **{n: s.row(b, n) for b, n in s.tried if b == top}}

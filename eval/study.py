@@ -4,7 +4,7 @@ On the test questions of each finished run (all of the problem set's, more than 
 
 - difficulty: `--oracle` samples a question that only bin it; the PRM judges the first `--judged`;
 - pool: `--pool` judged samples a question, for every curve of best-of-N;
-- trials: beam, lookahead, search over revisions and the grid of revisions at each of `--budgets`;
+- trials: beam, lookahead and the grid of revisions at each of `--budgets`;
 - adaptive: sampling that stops by itself.
 
 Chunks are kept in RUN/studies/round_R/, so a killed study goes on where it stopped and a second
@@ -32,7 +32,7 @@ from flywheel.engines.base import ModelRef, Sampling
 from flywheel.errors import UserError, explain
 from flywheel.loop import workers
 from flywheel.recipe import load
-from flywheel.records import Adaptive, Beam, BestOfN, Candidate, Outcome, Problem, Refine, Revise, Solution, Split, Strategy
+from flywheel.records import Adaptive, Beam, BestOfN, Candidate, Outcome, Problem, Revise, Solution, Split, Strategy
 from flywheel.run import Context, Stage, fill, read_table
 from flywheel.search.plan import LONGEST, name
 from flywheel.search.run import search, search_all
@@ -151,13 +151,12 @@ def pool(ctx: Context, kit: Kit, questions: Sequence[str], *, size: int) -> Iter
 
 
 def wanted(budgets: Sequence[int], reviser: bool) -> list[tuple[int, Strategy]]:
-    """Beams of width 4 and sqrt, lookahead 1 and 3 at equal budget, search over revisions, every sequential : parallel ratio in powers of four."""
+    """Beams of width 4 and sqrt, lookahead 1 and 3 at equal budget, every sequential : parallel ratio in powers of four."""
     out: list[tuple[int, Strategy]] = []
     for budget in sorted(budgets, reverse=True):
         root = int(budget**0.5)
         out += [(budget, Beam(budget, width)) for width in {min(4, budget), root}]
         out += [(budget, Beam(budget // (k + 1), min(4, budget // (k + 1)), lookahead=k)) for k in (1, 3) if budget >= 4 * (k + 1)]
-        out += [(budget, Refine(budget, width)) for width in (1, 4) if reviser and budget > 4]
         ratios = [4**i for i in range(10) if budget % 4**i == 0 and 4**i <= min(budget, LONGEST)] if reviser else []
         out += [(budget, Revise(a, budget // a, select)) for a in ratios for select in ("weighted", "majority", "last")]
     return list(dict.fromkeys(out))

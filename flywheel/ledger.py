@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, fields
 
 @dataclass(slots=True)
 class Spent:
-    """Tokens of one (role, stage, purpose); FLOPs as a number, seconds of a device's or a training's time."""
+    """Tokens of one (role, stage, purpose); FLOPs as a number."""
 
     prompt: int = 0
     cached: int = 0
@@ -23,7 +23,6 @@ class Spent:
     scored: int = 0
     trained: int = 0
     flops: float = 0.0
-    seconds: float = 0.0
 
     @property
     def tokens(self) -> int:
@@ -72,19 +71,18 @@ class Ledger:
         cached: int = 0,
         generated: int = 0,
         scored: int = 0,
-        seconds: float = 0.0,
     ) -> None:
         """Charge inference. `cached` prompt tokens cost no FLOPs but stay in `prompt`."""
         if min(prompt, cached, generated, scored) < 0 or cached > prompt + scored:
             raise ValueError(f"ledger: impossible charge for {role}/{purpose}: {prompt=} {cached=} {generated=} {scored=}")
         computed = prompt + generated + scored - cached
-        spent = Spent(prompt=prompt, cached=cached, generated=generated, scored=scored, flops=2.0 * parameters * computed, seconds=seconds)
+        spent = Spent(prompt=prompt, cached=cached, generated=generated, scored=scored, flops=2.0 * parameters * computed)
         for account in (self._at(role, purpose), *_METERS.get()):
             account.add(spent)
 
-    def train(self, role: str, purpose: str, *, parameters: int, tokens: int, seconds: float = 0.0) -> None:
+    def train(self, role: str, purpose: str, *, parameters: int, tokens: int) -> None:
         """Charge `tokens` processed in training (every epoch counts)."""
-        self._at(role, purpose).add(Spent(trained=tokens, flops=6.0 * parameters * tokens, seconds=seconds))
+        self._at(role, purpose).add(Spent(trained=tokens, flops=6.0 * parameters * tokens))
 
     def tokens(self) -> int:
         return sum(spent.tokens for spent in self._spent.values())

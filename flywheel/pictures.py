@@ -176,8 +176,6 @@ def strategy_label(strategy: dict) -> str:
             return f"beam of {n}\nwidth {strategy.get('width', '?')}"
         case {"kind": "revise", "length": length}:
             return f"revise {length} x {strategy.get('chains', 1)}\n{strategy.get('select', '')}".rstrip()
-        case {"kind": "refine", "n": n}:
-            return f"refine {n}\nwidth {strategy.get('width', '?')}"
         case {"kind": "adaptive", "n": n}:
             return f"adaptive to {n}\n{strategy.get('maker', '')} {strategy.get('sure', '')}".rstrip()
         case _:

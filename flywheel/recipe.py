@@ -60,7 +60,7 @@ class ModelSpec(Spec):
 
 
 class EngineSpec(Spec):
-    kind: Literal["vllm", "transformers", "scripted"] = "vllm"
+    kind: Literal["vllm", "scripted"] = "vllm"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     max_model_len: Positive = 1024
     kv_cache_mb: Positive = 256  # per engine, CPU only
@@ -156,13 +156,7 @@ class AdaptiveSpec(Competitor):
     step: Positive = 4
 
 
-class RefineSpec(Competitor):
-    kind: Literal["refine"]
-    width: Positive = 4  # attempts at a time
-    context: Positive = 4  # of the best so far
-
-
-StrategySpec = Annotated[BestOfNSpec | BeamSpec | ReviseSpec | AdaptiveSpec | RefineSpec, Field(discriminator="kind")]
+StrategySpec = Annotated[BestOfNSpec | BeamSpec | ReviseSpec | AdaptiveSpec, Field(discriminator="kind")]
 
 
 class CalibrateSpec(Spec):

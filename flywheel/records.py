@@ -211,16 +211,7 @@ class Adaptive:
     step: int = 4
 
 
-@dataclass(frozen=True, slots=True)
-class Refine:
-    """`n` attempts of the reviser, `width` at a time, each shown the best `context` attempts so far by the PRM."""
-
-    n: int
-    width: int = 4
-    context: int = 4
-
-
-Strategy = BestOfN | Beam | Revise | Adaptive | Refine
+Strategy = BestOfN | Beam | Revise | Adaptive
 
 
 @dataclass(frozen=True, slots=True)

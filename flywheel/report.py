@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TextIO
 
 from flywheel.history import History
 from flywheel.ledger import total
+from flywheel.store import plain
 
 LONG = ("curve", "checkpoints")  # figures that belong in a picture, not in a summary
 
@@ -43,16 +43,7 @@ def summary(run: Path) -> dict:
     under_way = {r: [s for at, s in history.manifests if at == r] for r, _ in history.manifests if r not in done}
     if under_way:
         result["unfinished"] = [{"round": r, "finished_stages": stages} for r, stages in under_way.items()]
-    return _finite(result)
-
-
-def _finite(value):
-    """JSON has no NaN: a figure that could not be computed (an AUC of one class) is null."""
-    if isinstance(value, dict):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return plain(result)
 
 
 def _round(history: History, r: int) -> dict:

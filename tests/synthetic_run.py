@@ -149,7 +149,7 @@ def add_round(path: Path, r: int, refused: tuple[int, ...] = ()) -> None:
         ledger = Ledger(stage, r)
         role = {"label": "policy", "train_prm": "prm", "choose_reviser": "reviser", "train_reviser": "reviser", "search": "prm"}.get(stage, "policy")
         if stage.startswith("train") or stage == "distill":
-            ledger.train(role, stage, parameters=1000, tokens=50_000, seconds=3.0)
+            ledger.train(role, stage, parameters=1000, tokens=50_000)
             pq.write_table(pa.Table.from_pylist(ledger.take()), folder / "ledger.parquet")
         else:
             for shard in range(2):

@@ -12,7 +12,7 @@ from eval import elsewhere, flops_matched, foreign_prm, on_policy_reviser, oracl
 from eval.claims import Study, Table, amortise, combine, judge, markdown, measure, multiplier
 from eval.study import Difficult, Drawn, Tried, arguments, largest, parts, shape, wanted
 from flywheel.errors import UserError
-from flywheel.records import Adaptive, Beam, Finish, Refine, Revise, Solution, Step, Trajectory
+from flywheel.records import Adaptive, Beam, Finish, Revise, Solution, Step, Trajectory
 from flywheel.search.plan import name
 from flywheel.training.prm import PrmExample
 
@@ -157,7 +157,7 @@ def test_parts_of_different_questions_are_refused():
 
 def test_every_budget_is_spent_in_full_by_every_strategy():
     asked = wanted([4, 64], True)
-    cost = lambda s: s.n * (s.lookahead + 1) if isinstance(s, Beam) else s.n if isinstance(s, Adaptive | Refine) else s.length * s.chains  # noqa: E731
+    cost = lambda s: s.n * (s.lookahead + 1) if isinstance(s, Beam) else s.n if isinstance(s, Adaptive) else s.length * s.chains  # noqa: E731
     assert all(cost(strategy) == budget for budget, strategy in asked)
     names = [name(s) for _, s in asked]
     assert {"beam:64:4", "beam:64:8", "beam:32:4:lookahead1", "beam:16:4:lookahead3", "revise:16x4:weighted", "revise:1x64:last"} <= set(names)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from flywheel.engines.base import EngineDied, ModelRef, Sampling, TooLong
-from flywheel.engines.driver import Clock, Driver, drive
+from flywheel.engines.driver import Driver, drive
 from flywheel.engines.open import NotAModel, load_merged, load_tokenizer, open_backend, parameters
 from flywheel.ledger import Ledger, total
 from flywheel.recipe import EngineSpec
@@ -55,39 +55,9 @@ def vllm(opened):
     return backend, ledger
 
 
-@pytest.fixture
-def plain(models, tmp_path):
-    ledger = Ledger("test", 1)
-    return open_backend(EngineSpec(kind="transformers", **SPEC), models, ledger, 7, tmp_path), ledger
-
-
-def test_the_seconds_of_a_device_are_shared_out_among_what_it_made(vllm):
-    backend, ledger = vllm
-    spent = Counter()
-
-    class Watched(Clock):
-        def spend(self, seconds):
-            spent[self] += seconds
-            super().spend(seconds)
-
-        __hash__ = object.__hash__
-
-    for role in (Role.POLICY, Role.PRM):
-        engine = backend.engine(role)
-        engine.clock = backend._clocks[id(engine.device)] = Watched()
-
-    async def work(prompt):
-        await backend.engine(Role.POLICY).generate(prompt, Sampling(8, 1.0, 1.0, frozenset()), purpose="sample", n=3)
-        await backend.engine(Role.PRM).score(prompt, [len(prompt)], LABELS, purpose="verify")
-
-    results(backend, range(len(PROMPTS)), lambda i: work(PROMPTS[i]))
-    for row in ledger.rows():
-        assert row["seconds"] == pytest.approx(spent[backend.engine(row["role"]).clock]) and row["seconds"] > 0
-    assert len(ledger.rows()) == 2
-
-
-def results(backend, items, work, in_flight=100):
-    return dict(backend.run(items, work, in_flight))
+def results(backend, items, work):
+    items = list(items)
+    return dict(zip(items, backend.run(items, work)))
 
 
 def reference(weights, adapted: bool):
@@ -115,7 +85,6 @@ def greedy(model, prompt, count):
 # ---- what the model says -------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["vllm", "plain"])
 @pytest.mark.parametrize("role", [Role.POLICY, Role.PRM])
 def test_greedy_is_the_model_s_own(kind, role, weights, request):
     backend, _ = request.getfixturevalue(kind)
@@ -131,7 +100,6 @@ def test_greedy_is_the_model_s_own(kind, role, weights, request):
         assert done.tokens == (expected[:-1] if done.eos else expected)
 
 
-@pytest.mark.parametrize("kind", ["vllm", "plain"])
 def test_scores_with_a_merged_adapter_equal_peft_s(kind, weights, request):
     backend, _ = request.getfixturevalue(kind)
 
@@ -149,7 +117,6 @@ def test_scores_with_a_merged_adapter_equal_peft_s(kind, weights, request):
     assert any(abs(adapted[-1] - bare[-1]) > 0.05 for _, adapted, bare in found.values())  # the adapter is not lost
 
 
-@pytest.mark.parametrize("kind", ["vllm", "plain"])
 @pytest.mark.parametrize("top_p", [1.0, 0.7])
 def test_samples_follow_the_model_s_distribution(kind, top_p, weights, request):
     backend, _ = request.getfixturevalue(kind)
@@ -169,7 +136,6 @@ def test_samples_follow_the_model_s_distribution(kind, top_p, weights, request):
     assert not share[probability == 0].any()
 
 
-@pytest.mark.parametrize("kind", ["vllm", "plain"])
 def test_a_completion_keeps_its_stop_token_and_never_shows_eos(kind, request):
     backend, ledger = request.getfixturevalue(kind)
     stop = frozenset({20, 21, 22, 23})
@@ -189,7 +155,6 @@ def test_a_completion_keeps_its_stop_token_and_never_shows_eos(kind, request):
     assert row["generated"] == sum(len(one.tokens) + one.eos for one in done)
 
 
-@pytest.mark.parametrize("kind", ["vllm", "plain"])
 def test_what_does_not_fit_raises_and_is_not_cut(kind, request):
     backend, ledger = request.getfixturevalue(kind)
     engine = backend.engine(Role.POLICY)
@@ -237,10 +202,10 @@ def test_dependent_calls_over_two_engines_interleave(vllm):
             log.append((i, step))
         return tokens
 
-    found = results(backend, range(6), work, in_flight=4)
+    found = results(backend, range(6), work)
     assert all(found[i][: len(PROMPTS[i])] == PROMPTS[i] for i in range(6)) and len(log) == 18
     starts = {i: log.index((i, 0)) for i in range(6)}
-    assert max(starts[i] for i in range(4)) < log.index((0, 2))  # four at once, not one after the other
+    assert max(starts[i] for i in range(6)) < log.index((0, 2))  # all at once, not one after the other
     rows = {(row["role"], row["purpose"]): row for row in ledger.rows()}
     assert set(rows) == {("policy", "beam"), ("prm", "judge")}
     assert rows["prm", "judge"]["generated"] == 6 * 3 * 3
@@ -326,7 +291,7 @@ def test_an_engine_that_dies_says_why(vllm, monkeypatch):
     assert ledger.tokens() == 0
 
 
-def test_results_come_as_they_end_and_room_is_filled_at_once():
+def test_all_that_can_be_asked_is_asked_before_a_step_and_results_keep_their_order():
     waiting, widths = [], []
 
     def step():
@@ -342,14 +307,12 @@ def test_results_come_as_they_end_and_room_is_filled_at_once():
             await future
         return item * 10
 
-    assert sorted(drive([3, 1, 2, 0, 1], work, 2, step)) == [(0, 0), (1, 10), (1, 10), (2, 20), (3, 30)]
-    assert widths == [2, 2, 2, 2, 2, 2, 1]  # only the last of all runs alone
-    assert list(drive([], work, 2, step)) == []
-    with pytest.raises(ValueError, match="in_flight"):
-        list(drive([1], work, 0, step))
+    assert drive([3, 1, 2, 0, 1], work, step) == [30, 10, 20, 0, 10]
+    assert widths == [4, 4, 3, 3, 2, 1, 1]
+    assert drive([], work, step) == []
 
 
-def test_a_run_that_is_not_read_to_its_end_cancels_what_is_left():
+def test_a_fault_cancels_what_is_left():
     cancelled = []
 
     async def work(item):
@@ -358,11 +321,10 @@ def test_a_run_that_is_not_read_to_its_end_cancels_what_is_left():
         except asyncio.CancelledError:
             cancelled.append(item)
             raise
-        return item
+        raise KeyError(item)
 
-    run = drive(range(3), work, 3, lambda: False)
-    assert next(run) == (0, 0)
-    run.close()
+    with pytest.raises(KeyError, match="0"):
+        drive(range(3), work, lambda: False)
     assert cancelled == [1, 2]
 
 
@@ -393,16 +355,16 @@ def test_the_script_is_played_alike_in_any_order(scripted):
     opened, tokenizer = scripted
     prompts = [tokenizer.encode(f"{i} Q 1 + 2 ? \n Try") for i in range(20)]
 
-    def play(order, in_flight, seed=0):
+    def play(order, seed=0):
         backend, _ = opened(seed)
 
         async def work(i):
             drawn = await backend.engine(Role.POLICY).generate(prompts[i], Sampling(50), purpose="s", n=3)
             return drawn, await backend.engine(Role.PRM).score([*prompts[i], *drawn[0].tokens], [len(prompts[i]), len(prompts[i]) + len(drawn[0].tokens)], (9, 10), purpose="v")
 
-        return results(backend, order, work, in_flight)
+        return results(backend, order, work)
 
-    assert play(range(20), 20) == play(range(19, -1, -1), 3) != play(range(20), 20, seed=1)
+    assert play(range(20)) == play(range(19, -1, -1)) != play(range(20), seed=1)
 
 
 def test_the_script_continues_what_was_begun(scripted):
@@ -446,7 +408,7 @@ def test_a_path_that_is_no_model_is_named(tmp_path, weights):
         with pytest.raises(NotAModel, match=str(path)) as caught:
             load_tokenizer(str(path))
         assert "\n" not in str(caught.value)
-    for kind in ("vllm", "transformers", "scripted"):
+    for kind in ("vllm", "scripted"):
         with pytest.raises(NotAModel, match=str(tmp_path)):
             open_backend(EngineSpec(kind=kind), {Role.POLICY: ModelRef("p", str(tmp_path))}, Ledger("t", 0), 0, tmp_path)
     with pytest.raises(NotAModel, match="adapter_config.json is missing"):

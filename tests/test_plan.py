@@ -176,11 +176,10 @@ def test_the_harvest_plan_is_the_best_of_all_assignments():
         assert sum(e.tokens for e in plan.entries) <= limit
 
 
-def test_a_plan_survives_json_and_refuses_other_models_and_other_schemas(tmp_path):
+def test_a_plan_survives_json_and_refuses_other_models_and_other_schemas():
     rows = trials(BIG, 16, [1] * 6) + trials(BEAM, 16, [0] * 6) + trials(CHAIN, 16, [0] * 3 + [1] * 3)
     plan, _ = serve_plan(rows, MODELS, bins=2)
-    plan.write(tmp_path / "plan.json")
-    assert Plan.read(tmp_path / "plan.json") == plan == Plan.from_dict(json.loads(json.dumps(plan.to_dict())))
+    assert plan == Plan.from_dict(json.loads(json.dumps(plan.to_dict())))
     plan.check_models(MODELS)
     with pytest.raises(UserError, match="made with prm prm_1, not prm_2: calibrate again"):
         plan.check_models({**MODELS, "prm": "prm_2"})
@@ -192,10 +191,6 @@ def test_a_plan_survives_json_and_refuses_other_models_and_other_schemas(tmp_pat
     for broken in ({}, {**data, "entries": [{"bin": 1}]}, {**data, "entries": [{**data["entries"][0], "strategy": {"kind": "oracle"}}]}):
         with pytest.raises(UserError, match=r"x\.json: not a plan"):
             Plan.from_dict(broken, "x.json")
-    (tmp_path / "bad.json").write_text("{")
-    for path in ("bad.json", "absent.json"):
-        with pytest.raises(UserError, match=path):
-            Plan.read(tmp_path / path)
 
 
 def test_the_table_shows_every_strategy_in_every_bin():

@@ -7,7 +7,7 @@ waiting (continuous batching in vLLM), so no strategy knows of batches.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -82,10 +82,8 @@ class Backend(Protocol):
 
     def engine(self, role: Role) -> Engine: ...
 
-    def run(
-        self, items: Iterable[T], work: Callable[[T], Awaitable[R]], in_flight: int
-    ) -> Iterator[tuple[T, R]]:
-        """Run `work(item)` for every item, at most `in_flight` at once; yield as they finish."""
+    def run(self, items: Iterable[T], work: Callable[[T], Awaitable[R]]) -> list[R]:
+        """Run `work(item)` for all items at once; the results in the order of `items`."""
         ...
 
     def close(self) -> None: ...

@@ -10,11 +10,9 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import selectors
-import time
-from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any, Protocol
 
 from flywheel.engines.base import Completion, R, Sampling, T, TooLong
@@ -70,20 +68,6 @@ class Device(Protocol):
     def close(self) -> None: ...
 
 
-@dataclass(slots=True)
-class Clock:
-    """A device's time, shared evenly among the `held` sequences of each step.
-
-    What a sequence took is by how much `pace` rose while it was held, so the shares of all add up to the whole.
-    """
-
-    pace: float = 0.0  # seconds
-    held: int = 0
-
-    def spend(self, seconds: float) -> None:
-        self.pace += seconds / max(1, self.held)
-
-
 class Served:
     """One model in one role on a device; see `flywheel.engines.base.Engine`.
 
@@ -99,16 +83,14 @@ class Served:
         self.role, self.name, self.parameters, self.max_model_len = role, name, parameters, max_model_len
         self.device, self._ledger, self._adapter = device, ledger, adapter
         self.asked: Callable[[Sequence[int]], None] = lambda prompt: None
-        self.clock = Clock()  # the driver gives roles on one device one clock
 
     async def generate(self, prompt: Sequence[int], sampling: Sampling, *, purpose: str, n: int = 1) -> list[Completion]:
         if n > 1 and sampling.temperature == 0:
             raise ValueError(f"{self.name}: {n} samples at temperature 0 would be the same one; ask for one")
         self._check(prompt, sampling.max_tokens)
-        took: list[float] = []
-        drawn = await asyncio.gather(*(self._submit(prompt, sampling, took) for _ in range(n)))
+        drawn = await asyncio.gather(*(self._submit(prompt, sampling) for _ in range(n)))
         generated = sum(len(d.tokens) for d in drawn)
-        self._charge(purpose, prompt=n * len(prompt), cached=sum(d.cached for d in drawn), generated=generated, seconds=sum(took))
+        self._charge(purpose, prompt=n * len(prompt), cached=sum(d.cached for d in drawn), generated=generated)
         return [Completion(d.tokens[:-1] if d.eos else d.tokens, d.finish, d.eos) for d in drawn]
 
     async def score(self, prompt: Sequence[int], reads: Sequence[int], labels: Labels, *, purpose: str) -> list[float]:
@@ -117,28 +99,17 @@ class Served:
         prompt = prompt[: reads[-1]]
         self._check(prompt, 1)
         asked = [tuple(reads)] if self.device.one_pass else [(read,) for read in reads]
-        took: list[float] = []
-        drawn = await asyncio.gather(*(self._submit(prompt[: part[-1]], Reading(labels, part), took) for part in asked))
+        drawn = await asyncio.gather(*(self._submit(prompt[: part[-1]], Reading(labels, part)) for part in asked))
         scored, generated = sum(part[-1] for part in asked), sum(len(d.tokens) for d in drawn)
-        self._charge(purpose, scored=scored, cached=sum(d.cached for d in drawn), generated=generated, seconds=sum(took))
+        self._charge(purpose, scored=scored, cached=sum(d.cached for d in drawn), generated=generated)
         return [value for d in drawn for value in d.values]
 
     def score_tokens(self, reads: Sequence[int]) -> int:
         return max(reads, default=0) if self.device.one_pass else sum(read + 1 for read in reads)
 
-    def _submit(self, prompt: Sequence[int], ask: Sampling | Reading, took: list[float]) -> asyncio.Future[Drawn]:
-        """Queue one sequence; its share of the device's seconds is added to `took` when it is done."""
+    def _submit(self, prompt: Sequence[int], ask: Sampling | Reading) -> asyncio.Future[Drawn]:
         self.asked(prompt)
-        future = self.device.submit(prompt, ask, self._adapter)
-        clock, begun = self.clock, self.clock.pace
-        clock.held += 1
-
-        def done(_) -> None:
-            clock.held -= 1
-            took.append(clock.pace - begun)
-
-        future.add_done_callback(done)  # before any waiter's own: so `took` is whole when the waiter goes on
-        return future
+        return self.device.submit(prompt, ask, self._adapter)
 
     def _check(self, prompt: Sequence[int], new: int) -> None:
         if not prompt:
@@ -149,7 +120,7 @@ class Served:
                 f" do not fit engine.max_model_len {self.max_model_len}"
             )
 
-    def _charge(self, purpose: str, **counts: float) -> None:
+    def _charge(self, purpose: str, **counts: int) -> None:
         # a key such as `prm:base` is another model in the role of the PRM
         self._ledger.charge(self.role.partition(":")[0], purpose, parameters=self.parameters, **counts)
 
@@ -161,17 +132,16 @@ class Driver:
         self._engines, self._devices, self._seed = dict(engines), list(devices), seed
         self._opening: Any = None  # hash of what a run asked for before its first step
         self._seen: Counter[bytes] = Counter()
-        self._clocks = {id(device): Clock() for device in self._devices}
         for engine in self._engines.values():
-            engine.asked, engine.clock = self._note, self._clocks[id(engine.device)]
+            engine.asked = self._note
 
     def engine(self, role: str) -> Served:
         return self._engines[role]
 
-    def run(self, items: Iterable[T], work: Callable[[T], Awaitable[R]], in_flight: int) -> Iterator[tuple[T, R]]:
+    def run(self, items: Iterable[T], work: Callable[[T], Awaitable[R]]) -> list[R]:
         """See Backend.run. An exception of `work` (or EngineDied) ends the run and cancels the rest."""
         self._opening = hashlib.sha256(str(self._seed).encode())
-        return drive(items, work, in_flight, self._step)
+        return drive(items, work, self._step)
 
     def close(self) -> None:
         for device in self._devices:
@@ -186,9 +156,7 @@ class Driver:
         if busy and self._opening is not None:
             self._reseed()
         for device in busy:
-            begun = time.perf_counter()
             device.step()
-            self._clocks[id(device)].spend(time.perf_counter() - begun)
         return bool(busy)
 
     def _reseed(self) -> None:
@@ -221,44 +189,20 @@ class _SteppingSelector(selectors.DefaultSelector):
         return super().select(timeout)
 
 
-def drive(
-    items: Iterable[T], work: Callable[[T], Awaitable[R]], in_flight: int, step: Callable[[], bool]
-) -> Iterator[tuple[T, R]]:
-    """Run `work` on all items, `in_flight` at once, calling `step` whenever all of them wait.
+def drive(items: Iterable[T], work: Callable[[T], Awaitable[R]], step: Callable[[], bool]) -> list[R]:
+    """`work` on all items at once, calling `step` whenever all of them wait; results in the order of `items`.
 
-    `step` returns whether it had anything to do. Yields (item, result) in the order in
-    which the work ended, which depends on the items and the devices alone.
+    `step` returns whether it had anything to do.
     """
-    if in_flight < 1:
-        raise ValueError(f"in_flight must be at least 1, got {in_flight}")
-    loop = asyncio.SelectorEventLoop(_SteppingSelector(step))
-    source, running, ended = iter(items), {}, deque()
-    closing = False
 
-    async def one(item: T) -> R:
-        return await work(item)
+    async def all_items() -> list[R]:
+        tasks = [asyncio.ensure_future(work(item)) for item in items]
+        try:
+            return await asyncio.gather(*tasks)
+        finally:  # where one failed, the others must not be left half done
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
-    def end(task: asyncio.Task) -> None:
-        ended.append(task)
-        if not closing:
-            loop.stop()  # takes effect before the loop would wait, so room is filled before the next step
-
-    try:
-        while True:
-            for item in islice(source, in_flight - len(running)):
-                task = loop.create_task(one(item))
-                task.add_done_callback(end)
-                running[task] = item
-            if not running:
-                return
-            loop.run_forever()
-            while ended:
-                task = ended.popleft()
-                yield running.pop(task), task.result()
-    finally:
-        closing = True
-        for task in running:
-            task.cancel()
-        if running:
-            loop.run_until_complete(asyncio.gather(*running, return_exceptions=True))
-        loop.close()
+    with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(_SteppingSelector(step))) as runner:
+        return runner.run(all_items())

@@ -29,8 +29,6 @@ def open_backend(spec: EngineSpec, models: Mapping[str, ModelRef], ledger: Ledge
     match spec.kind:
         case "vllm":
             from flywheel.engines import vllm as adapter
-        case "transformers":
-            from flywheel.engines import transformers as adapter
         case "scripted":
             from flywheel.engines import scripted as adapter
     return adapter.open_backend(spec, models, ledger, seed, scratch)

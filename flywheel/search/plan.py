@@ -7,22 +7,20 @@ selected answer must be right; to *harvest*, gold is known and any verified solu
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from math import isqrt
-from pathlib import Path
 
 from flywheel.errors import UserError
-from flywheel.recipe import AdaptiveSpec, BeamSpec, BestOfNSpec, CalibrateSpec, RefineSpec, ReviseSpec, StrategySpec
-from flywheel.records import Adaptive, Beam, BestOfN, Refine, Revise, Strategy
+from flywheel.recipe import AdaptiveSpec, BeamSpec, BestOfNSpec, CalibrateSpec, ReviseSpec, StrategySpec
+from flywheel.records import Adaptive, Beam, BestOfN, Revise, Strategy
 
 SCHEMA = 1
 ENOUGH = 5  # questions that a bin needs to choose for itself
 LONGEST = 64  # attempts in a revision chain (Snell et al., 6.2)
-KINDS: dict[str, type] = {"best_of_n": BestOfN, "beam": Beam, "revise": Revise, "adaptive": Adaptive, "refine": Refine}
+KINDS: dict[str, type] = {"best_of_n": BestOfN, "beam": Beam, "revise": Revise, "adaptive": Adaptive}
 
 
 def name(strategy: Strategy) -> str:
@@ -37,8 +35,6 @@ def name(strategy: Strategy) -> str:
             return f"beam:{n}:{width}" + (f":rounds{rounds}" if rounds != Beam(n).max_rounds else "") + (f":lookahead{k}" if k else "")
         case Revise(length=length, chains=chains, select=select, context=context):
             return f"revise:{length}x{chains}:{select}" + (f":context{context}" if context != Revise(length).context else "")
-        case Refine(n=n, width=width, context=context):
-            return f"refine:{n}:{width}" + (f":context{context}" if context != Refine(n).context else "")
         case Adaptive(n=n, sure=sure, maker=maker, step=step):
             return f"adaptive:{n}:{sure:g}:{maker}" + (f":step{step}" if step != Adaptive(n).step else "")
 
@@ -88,8 +84,6 @@ def _expand(spec: StrategySpec, budget: int) -> Strategy:
             return Beam(beams, isqrt(beams) if width == "sqrt" else width, rounds, k)
         case ReviseSpec(chains=chains, select=select, context=context):
             return Revise(budget // chains, chains, select, context)
-        case RefineSpec(width=width, context=context):
-            return Refine(budget, min(width, budget), context)
         case AdaptiveSpec(sure=sure, maker=maker, step=step):
             return Adaptive(budget, sure, maker, step)
 
@@ -171,17 +165,6 @@ class Plan:
             return cls(data["kind"], dict(data["models"]), tuple(entries))
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{source}: not a plan: {type(error).__name__}: {error}") from None
-
-    def write(self, path: str | Path) -> None:
-        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
-
-    @classmethod
-    def read(cls, path: str | Path) -> Plan:
-        try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path}: cannot be read as a plan: {error}") from None
-        return cls.from_dict(data, str(path))
 
 
 def _kind(strategy: Strategy) -> str:

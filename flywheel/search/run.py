@@ -7,13 +7,12 @@ from dataclasses import replace
 
 from flywheel.ledger import metered
 from flywheel.prm import together
-from flywheel.records import Adaptive, Beam, BestOfN, Candidate, Outcome, Question, Refine, Revise, Strategy
+from flywheel.records import Adaptive, Beam, BestOfN, Candidate, Outcome, Question, Revise, Strategy
 from flywheel.search.adaptive import adaptive, stopped
 from flywheel.search.beam import beam
 from flywheel.search.best_of_n import best_of_n
 from flywheel.search.limit import OutOfTokens, limited
 from flywheel.search.plan import name
-from flywheel.search.refine import refine
 from flywheel.search.revise import revise
 from flywheel.search.select import argmax, hierarchical, majority, weighted
 from flywheel.search.tools import Found, Tools, judges
@@ -41,8 +40,6 @@ async def search(strategy: Strategy, question: Question, tools: Tools, *, tag: s
                     found = await beam(strategy, question, tools, tag=tag)
                 case Revise():
                     found = await revise(strategy, question, tools, tag=tag)
-                case Refine():
-                    found = await refine(strategy, question, tools, tag=tag)
                 case Adaptive():
                     found = await adaptive(strategy, question, tools, tag=tag)
         except OutOfTokens:
@@ -84,7 +81,7 @@ def select(strategy: Strategy, candidates: Sequence[Candidate]) -> str | None:
     match strategy:
         case BestOfN(select="majority") | Revise(select="majority"):
             return majority(answers)
-        case BestOfN(select="weighted") | Beam() | Adaptive() | Refine():
+        case BestOfN(select="weighted") | Beam() | Adaptive():
             return weighted(answers, scores)
         case BestOfN(select="best"):
             return argmax(answers, scores)

@@ -10,7 +10,7 @@ from flywheel.ledger import metered
 from flywheel.prm import Prm, aggregate, together
 from flywheel.prompts import Prompts
 from flywheel.recipe import SampleSpec
-from flywheel.records import Adaptive, Beam, BestOfN, Candidate, Question, Refine, Revise, Solution, Strategy
+from flywheel.records import Adaptive, Beam, BestOfN, Candidate, Question, Revise, Solution, Strategy
 from flywheel.steps import Reader
 
 
@@ -49,7 +49,7 @@ class Tools:
         match strategy:
             case BestOfN() | Beam() | Adaptive(maker="policy"):
                 maker = self.policy
-            case Revise() | Refine() | Adaptive():
+            case Revise() | Adaptive():
                 maker = self.reviser
         return maker is not None and (self.prm is not None or not judges(strategy))
 
@@ -60,7 +60,7 @@ class Tools:
 
 def judges(strategy: Strategy) -> bool:
     """Whether `strategy` needs the PRM's scores; a vote does not."""
-    return isinstance(strategy, Beam | Adaptive | Refine) or strategy.select not in ("majority", "last")
+    return isinstance(strategy, Beam | Adaptive) or strategy.select not in ("majority", "last")
 
 
 @dataclass(frozen=True)

@@ -58,8 +58,6 @@ def finish(ctx: Context) -> dict:
     models, spec = plan_models(ctx), ctx.recipe.calibrate
     serve, two_fold = serve_plan(trials, models, spec.bins, seed=ctx.seed("folds") % 2**31)
     harvest = harvest_plan(trials, models, ctx.recipe.harvest.budget, ctx.recipe.harvest.keep, spec.bins)
-    for plan in (serve, harvest):
-        plan.write(ctx.dir / f"{plan.kind}_plan.json")
     return {
         "trials": len(trials),
         "serve": serve.to_dict(),

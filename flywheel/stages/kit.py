@@ -72,8 +72,7 @@ class Kit:
     def each(self, items: Iterable[T], work: Callable[[T], Awaitable[R]]) -> Iterator[tuple[T, R]]:
         """`work` on all items at once, results in the order of `items` whatever order they end in."""
         items = list(items)
-        done = dict(self.backend.run(range(len(items)), lambda i: work(items[i]), in_flight=len(items) or 1))
-        return ((item, done[i]) for i, item in enumerate(items))
+        return zip(items, self.backend.run(items, work))
 
     async def solutions(self, question: Question, n: int, *, purpose: str, tag: str, key: str = Role.POLICY) -> list[Solution]:
         """`n` independent solutions of `question` by the engine `key`."""
@@ -175,11 +174,11 @@ def votes(right: Iterable[Solution], parents: Mapping[str, str | None]) -> Count
     """trace -> how many independent draws gave it, of the `right` solutions. `parents`: solution id -> its parent's.
 
     An attempt sees the ones before it and beams share their beginnings, so a whole revision
-    chain, or a whole search by beams or over revisions, is one draw, however often it repeats itself.
+    chain, or a whole search by beams, is one draw, however often it repeats itself.
     """
 
     def draw(solution: Solution) -> str:
-        if solution.origin.startswith(("beam:", "refine:")):
+        if solution.origin.startswith("beam:"):
             return solution.id.rpartition("/")[0]
         id = solution.id
         while parents.get(id):

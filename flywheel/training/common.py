@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import math
-import os
 import random
 import shutil
 from collections.abc import Sequence
@@ -14,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from flywheel.store import sha256
+from flywheel.store import read_json, sha256, write_json
 
 log = logging.getLogger(__name__)
 
@@ -104,16 +102,6 @@ def digest(*parts: object) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
-def write_json(path: Path, data: dict) -> None:
-    """Whole or not at all."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # several ranks may write one file
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(data, file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
 def copy_adapter(source: Path, target: Path) -> None:
     """Copy a PEFT adapter (weights and config only); `target` appears whole or not at all."""
     temporary = target.with_name(target.name + ".tmp")
@@ -199,10 +187,6 @@ def curve_of(history: list[dict]) -> list[dict[str, Any]]:
             point = curve.setdefault(entry["step"], {"step": entry["step"], "loss": None, "eval_loss": None})
             point.update({name: entry[name] for name in ("loss", "eval_loss") if name in entry})
     return [curve[step] for step in sorted(curve)]
-
-
-def read_json(path: Path) -> dict | None:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def check_lengths(name: str, lengths: Sequence[int], longest: int, of: Sequence[str] | None = None) -> None:

@@ -25,6 +25,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from flywheel.ledger import Ledger
 from flywheel.recipe import ModelSpec, TrainSpec
+from flywheel.store import read_json, write_json
 from flywheel.training.common import (
     MARK,
     ROOM,
@@ -37,12 +38,10 @@ from flywheel.training.common import (
     digest,
     order,
     points,
-    read_json,
     settle,
     share,
     standing,
     sums,
-    write_json,
 )
 from flywheel.training.values import PrmCollator, dtype, label_margins, on_cpu
 
@@ -231,7 +230,7 @@ def fit(
     def finished(report: TrainReport) -> TrainReport:
         if ranks.is_main_process:
             conclude(out, keep, report, mark["fingerprint"])
-            ledger.train(role, "train", parameters=report.parameters, tokens=report.tokens, seconds=report.seconds)
+            ledger.train(role, "train", parameters=report.parameters, tokens=report.tokens)
             passes = sum(point["eval_loss"] is not None for point in report.curve)
             validated = passes * sum(len(row["input_ids"]) for row in validation)
             ledger.charge(role, "validate", parameters=report.parameters, scored=validated)
