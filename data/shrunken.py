@@ -22,7 +22,7 @@ from pathlib import Path
 import yaml
 
 from flywheel import recipe as recipes
-from flywheel.prompts import Prompts
+from flywheel.models.prompts import Prompts
 from flywheel.records import Question
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "qwen25_05b_gsm8k.yaml"
@@ -32,7 +32,9 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 # Qwen2's own pre-tokenizer: digits one by one, punctuation together with the newlines after it.
-PIECES = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+PIECES = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 NAMES = ("Ada", "Ben", "Chen", "Dora", "Emil", "Fay", "Gus", "Hana")
 THINGS = ("apples", "books", "cards", "coins", "pens", "shells", "stamps", "toys")
@@ -73,7 +75,9 @@ def make_problem(rng: random.Random, how_many: tuple[int, ...] = CHANGES) -> Wor
         value += change
         changes.append(change)
         told.append(f"{name} {rng.choice(GAINS if change > 0 else LOSSES).format(abs(change))}.")
-    return WordProblem(f"{name} has {start} {thing}. {' '.join(told)} How many {thing} does {name} have now?", start, tuple(changes))
+    return WordProblem(
+        f"{name} has {start} {thing}. {' '.join(told)} How many {thing} does {name} have now?", start, tuple(changes)
+    )
 
 
 def distinct(rng: random.Random, count: int) -> list[WordProblem]:
@@ -104,15 +108,29 @@ def make_tokenizer(prompts: recipes.PromptSpec, seed: int):
     texts += [text for text in (prompts.solve, prompts.check, prompts.again, prompts.system or "") for _ in range(200)]
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(PIECES), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        [
+            pre_tokenizers.Split(Regex(PIECES), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=512, special_tokens=[PAD, START, END], initial_alphabet=alphabet, show_progress=False))
+    bpe.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=512, special_tokens=[PAD, START, END], initial_alphabet=alphabet, show_progress=False
+        ),
+    )
     return PreTrainedTokenizerFast(
-        tokenizer_object=bpe, pad_token=PAD, eos_token=END, additional_special_tokens=[START],
-        chat_template=TEMPLATE, padding_side="left", clean_up_tokenization_spaces=False, model_max_length=1024,
-    )  # fmt: skip
+        tokenizer_object=bpe,
+        pad_token=PAD,
+        eos_token=END,
+        additional_special_tokens=[START],
+        chat_template=TEMPLATE,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        model_max_length=1024,
+    )
 
 
 def make_model(architecture: str, tokenizer, seed: int):
@@ -123,10 +141,20 @@ def make_model(architecture: str, tokenizer, seed: int):
     torch.manual_seed(seed)
     config = AutoConfig.for_model(
         # two heads of 32: vLLM's CPU attention takes no head of 16
-        architecture, vocab_size=len(tokenizer), hidden_size=64, intermediate_size=176, num_hidden_layers=3,
-        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=1024, tie_word_embeddings=True,
-        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, dtype="float32",
-    )  # fmt: skip
+        architecture,
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=176,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        dtype="float32",
+    )
     model = AutoModelForCausalLM.from_config(config)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
@@ -138,7 +166,9 @@ def curriculum(progress: float) -> tuple[int, ...]:
     return (1,) if progress < 0.15 else (1, 2) if progress < 0.3 else CHANGES
 
 
-def planted(prompts: Prompts, rng: random.Random, reserved: set[str], documents: int) -> Iterator[tuple[list[int], list[bool]]]:
+def planted(
+    prompts: Prompts, rng: random.Random, reserved: set[str], documents: int
+) -> Iterator[tuple[list[int], list[bool]]]:
     """`documents` times (token ids, whether each is learned): fresh problems, never one of the problem set."""
 
     def encode(text: str) -> list[int]:
@@ -158,7 +188,9 @@ def planted(prompts: Prompts, rng: random.Random, reserved: set[str], documents:
         yield [*ids, prompts.tokenizer.eos_token_id], [*learned, True]
 
 
-def pretrain(model, prompts: Prompts, reserved: set[str], *, steps: int, seed: int, batch: int = 16, peak: float = 4e-3) -> float:
+def pretrain(
+    model, prompts: Prompts, reserved: set[str], *, steps: int, seed: int, batch: int = 16, peak: float = 4e-3
+) -> float:
     """Train on planted solutions; returns the mean loss of the last tenth of the steps."""
     import torch
 
@@ -173,14 +205,18 @@ def pretrain(model, prompts: Prompts, reserved: set[str], *, steps: int, seed: i
         labels = torch.full((batch, width), -100)
         for row, (tokens, learned) in enumerate(rows):
             ids[row, : len(tokens)] = torch.tensor(tokens)
-            labels[row, : len(tokens)] = torch.tensor([token if known else -100 for token, known in zip(tokens, learned)])
+            labels[row, : len(tokens)] = torch.tensor(
+                [token if known else -100 for token, known in zip(tokens, learned)]
+            )
         wanted = labels[:, 1:] != -100  # right padding: causal attention never sees it
         hidden = model.model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state[wanted]
         loss = torch.nn.functional.cross_entropy(model.lm_head(hidden), labels[:, 1:][wanted])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for group in optimizer.param_groups:
-            group["lr"] = peak * min(1.0, (step + 1) / 50) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+            group["lr"] = (
+                peak * min(1.0, (step + 1) / 50) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+            )
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         losses.append(loss.item())
@@ -233,13 +269,19 @@ def build(out: Path, architecture: str = "qwen2", questions: int = 160, steps: i
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--arch", default="qwen2", help="a transformers model type with Llama-like settings (qwen2, llama, ...)")
-    parser.add_argument("--questions", type=int, default=160, help="train questions; a quarter as many test questions are added")
+    parser.add_argument(
+        "--arch", default="qwen2", help="a transformers model type with Llama-like settings (qwen2, llama, ...)"
+    )
+    parser.add_argument(
+        "--questions", type=int, default=160, help="train questions; a quarter as many test questions are added"
+    )
     parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     loss = build(args.out, args.arch, args.questions, args.steps, args.seed)
-    print(f"{args.out}: {args.questions} questions, model trained to loss {loss:.3f}; next: accelerate launch -m flywheel.iterate --recipe {args.out}/recipe.yaml --round 1")
+    print(
+        f"{args.out}: {args.questions} questions, model trained to loss {loss:.3f}; next: accelerate launch -m flywheel.iterate --recipe {args.out}/recipe.yaml --round 1"
+    )
 
 
 if __name__ == "__main__":

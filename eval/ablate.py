@@ -17,7 +17,7 @@ import shutil
 import sys
 
 from flywheel import iterate
-from flywheel.run import Context, Stage
+from flywheel.runs.run import Context, Stage
 from flywheel.search.plan import Plan
 from flywheel.stages import stages
 from flywheel.stages.kit import plan_models
@@ -40,7 +40,17 @@ def keep_plan(ctx: Context) -> dict:
 
 
 def first_plan(round: int) -> list[Stage]:
-    return changed(round, {"calibrate": Stage("calibrate", (), ("calibrate@1", "train_prm", "choose_reviser", "gate@-1?", "distill@-1?"), train=keep_plan)})
+    return changed(
+        round,
+        {
+            "calibrate": Stage(
+                "calibrate",
+                (),
+                ("calibrate@1", "train_prm", "choose_reviser", "gate@-1?", "distill@-1?"),
+                train=keep_plan,
+            )
+        },
+    )
 
 
 def keep_prm(ctx: Context) -> dict:
@@ -59,7 +69,10 @@ ABLATIONS = ("first_plan", "first_prm")
 def main(argv: list[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] not in ABLATIONS:
-        print(f"python -m eval.ablate: {' or '.join(ABLATIONS)} wanted first, then the arguments of flywheel.iterate", file=sys.stderr)
+        print(
+            f"python -m eval.ablate: {' or '.join(ABLATIONS)} wanted first, then the arguments of flywheel.iterate",
+            file=sys.stderr,
+        )
         return 2
     return iterate.main(argv[1:], stages=f"eval.ablate:{argv[0]}")
 

@@ -19,10 +19,9 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from flywheel.grading import Grader
+from flywheel.problems.grading import Grader, last_boxed
 from flywheel.recipe import ProblemSpec
 from flywheel.records import Finish, Problem, Question, Solution, Split, Step, Verdict
-from flywheel.steps import last_boxed
 
 Pair = tuple[str, str | None, bool]  # gold, answer, the publisher's verdict
 
@@ -40,7 +39,11 @@ def sets(data: Path) -> dict[str, list[Pair]]:
             if isinstance(model, dict):
                 found = re.findall(r"A: *(.*)", model["solution"])
                 gsm8k.append((gold, found[-1] if found else None, model["is_correct"]))
-    cot = [(row["gt"], last_boxed(text), bool(score)) for row in lines(data / "triples/math_cot_100.jsonl") for text, score in zip(row["code"], row["score"])]
+    cot = [
+        (row["gt"], last_boxed(text), bool(score))
+        for row in lines(data / "triples/math_cot_100.jsonl")
+        for text, score in zip(row["code"], row["score"])
+    ]
     tests = [(row["gold"], row["pred"], row["verdict"]) for row in lines(data / "triples/math_verify_tests.jsonl")]
     return {"math_verify_tests": tests, "math_cot_100": cot, "gsm8k_example_solutions": gsm8k}
 
@@ -57,7 +60,10 @@ def ours(pairs: list[Pair], seconds: float) -> list[Verdict]:
 def plain(pairs: list[Pair]) -> list[bool]:
     from math_verify import parse, verify
 
-    say = lambda gold, answer: answer is not None and bool(verify(parse(gold, parsing_timeout=None), parse(answer, parsing_timeout=None), timeout_seconds=None))  # noqa: E731
+    say = lambda gold, answer: (
+        answer is not None
+        and bool(verify(parse(gold, parsing_timeout=None), parse(answer, parsing_timeout=None), timeout_seconds=None))
+    )
     return [say(gold, answer) for gold, answer, _ in pairs]
 
 
@@ -72,7 +78,9 @@ def main() -> int:
     except FileNotFoundError as error:
         print(f"{error.filename}: no such file", file=sys.stderr)
         return 1
-    print("| set | pairs | ours agrees | math-verify agrees | both differ | better | worse | undecided |\n|---|---|---|---|---|---|---|---|")
+    print(
+        "| set | pairs | ours agrees | math-verify agrees | both differ | better | worse | undecided |\n|---|---|---|---|---|---|---|---|"
+    )
     shown = []
     for name, pairs in found.items():
         mine, theirs = ours(pairs, args.seconds), plain(pairs)
@@ -90,7 +98,9 @@ def main() -> int:
                 shown.append(f"{name} {kind}: gold {gold!r:.80} answer {answer!r:.80} publisher {truth}")
         agree = classes["agrees"] + classes["better"]
         other = sum(t == truth for t, (_, _, truth) in zip(theirs, pairs))
-        print(f"| {name} | {len(pairs):,} | {agree:,} | {other:,} | {classes['both']} | {classes['better']} | {classes['worse']} | {classes['undecided']} |")
+        print(
+            f"| {name} | {len(pairs):,} | {agree:,} | {other:,} | {classes['both']} | {classes['better']} | {classes['worse']} | {classes['undecided']} |"
+        )
     if args.show:
         print("\n".join(["", *shown]))
     return 0

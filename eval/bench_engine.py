@@ -17,11 +17,11 @@ import tempfile
 import time
 from pathlib import Path
 
-from flywheel.engines.base import ModelRef, Sampling
-from flywheel.engines.open import load_tokenizer, open_backend
 from flywheel.ledger import Ledger
+from flywheel.models.engine import Sampling
+from flywheel.models.weights import load_tokenizer, open_backend
 from flywheel.recipe import EngineSpec
-from flywheel.records import Role
+from flywheel.records import ModelRef, Role
 
 
 def questions(base: str, count: int, seed: int) -> list[list[int]]:
@@ -29,9 +29,13 @@ def questions(base: str, count: int, seed: int) -> list[list[int]]:
     tokenizer, chance = load_tokenizer(base), random.Random(seed)
     special = set(tokenizer.all_special_ids)
     usual = [i for i in range(len(tokenizer)) if i not in special]
-    operations = [i for i in usual if tokenizer.decode([i]).strip()[:1] in set("+-*") and len(tokenizer.decode([i]).strip()) > 1]
+    operations = [
+        i for i in usual if tokenizer.decode([i]).strip()[:1] in set("+-*") and len(tokenizer.decode([i]).strip()) > 1
+    ]
     words = operations or usual
-    head, tail = (tokenizer.encode(text, add_special_tokens=False) for text in ("Q 5", "?\nTry")) if operations else ([], [])
+    head, tail = (
+        (tokenizer.encode(text, add_special_tokens=False) for text in ("Q 5", "?\nTry")) if operations else ([], [])
+    )
     return [[*head, *chance.choices(words, k=chance.randint(1, 12)), *tail] for _ in range(count)]
 
 
@@ -39,20 +43,36 @@ def plain(base: str, spec: EngineSpec, seed: int):
     """`vllm.LLM` with the settings that the scheduler's engine has."""
     from vllm import LLM
 
-    from flywheel.engines import vllm as adapter  # sets vLLM's environment before its import
+    from flywheel.models import vllm as adapter  # sets vLLM's environment before its import
 
     on_cpu = adapter.current_platform.is_cpu()
     dtype = adapter.cpu_dtype(spec) if on_cpu else spec.dtype
-    options = {"block_size": adapter.CPU_BLOCK, "kv_cache_memory_bytes": spec.kv_cache_mb << 20, "ir_op_priority": adapter.cpu_norms()} if on_cpu else {"gpu_memory_utilization": 0.4}
+    options = (
+        {
+            "block_size": adapter.CPU_BLOCK,
+            "kv_cache_memory_bytes": spec.kv_cache_mb << 20,
+            "ir_op_priority": adapter.cpu_norms(),
+        }
+        if on_cpu
+        else {"gpu_memory_utilization": 0.4}
+    )
     return LLM(
-        model=base, dtype=dtype, seed=seed, max_model_len=spec.max_model_len, max_num_seqs=spec.max_running,
-        enable_prefix_caching=True, enforce_eager=on_cpu, **options,
-    )  # fmt: skip
+        model=base,
+        dtype=dtype,
+        seed=seed,
+        max_model_len=spec.max_model_len,
+        max_num_seqs=spec.max_running,
+        enable_prefix_caching=True,
+        enforce_eager=on_cpu,
+        **options,
+    )
 
 
 def measure(base: str, requests: int, samples: int, max_tokens: int, repeats: int, spec: EngineSpec) -> dict:
     """The figures that `main` prints. `samples` are drawn for each of `requests` prompts."""
-    backend = open_backend(spec, {Role.POLICY: ModelRef("policy_0", base)}, Ledger("bench", 0), 0, Path(tempfile.gettempdir()))
+    backend = open_backend(
+        spec, {Role.POLICY: ModelRef("policy_0", base)}, Ledger("bench", 0), 0, Path(tempfile.gettempdir())
+    )
     from vllm import SamplingParams
 
     llm, engine = plain(base, spec, 0), backend.engine(Role.POLICY)

@@ -1,4 +1,4 @@
-"""Verdicts a second: the gate of flywheel.grading beside math-verify called directly.
+"""Verdicts a second: the gate of flywheel.problems.grading beside math-verify called directly.
 
     python -m eval.bench_grading SOLUTIONS.jsonl
 
@@ -15,7 +15,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from flywheel.grading import Grader
+from flywheel.problems.grading import Grader
 from flywheel.recipe import ProblemSpec
 from flywheel.records import Finish, Problem, Question, Solution, Split
 
@@ -36,22 +36,33 @@ def mixture(count: int, seed: int) -> list[tuple[str, str]]:
 
 def read(path: Path, gold: str, answer: str) -> list[tuple[str, str]]:
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    return [(str(row[gold]), str(item)) for row in rows for item in (row[answer] if isinstance(row[answer], list) else [row[answer]])]
+    return [
+        (str(row[gold]), str(item))
+        for row in rows
+        for item in (row[answer] if isinstance(row[answer], list) else [row[answer]])
+    ]
 
 
 def ungated(pairs: list[tuple[str, str]]) -> list[bool]:
     from math_verify import parse, verify
 
-    return [verify(parse(f"${gold}$", parsing_timeout=None), parse(f"${answer}$", parsing_timeout=None), timeout_seconds=None) for gold, answer in pairs]
+    return [
+        verify(
+            parse(f"${gold}$", parsing_timeout=None), parse(f"${answer}$", parsing_timeout=None), timeout_seconds=None
+        )
+        for gold, answer in pairs
+    ]
 
 
 def gated(pairs: list[tuple[str, str]], workers: int) -> tuple[list[bool], float, dict[str, int]]:
     items = [
         (Problem(Question("q", "?"), gold, Split.TRAIN), Solution(str(i), "q", (), Finish.STOP, answer, "bench"))
         for i, (gold, answer) in enumerate(pairs)
-    ]  # fmt: skip
+    ]
     with Grader(ProblemSpec(path="bench", check_workers=workers)) as grader:
-        started = [(item[0], replace(item[1], answer=f"\\frac{{1}}{{{n}}}")) for n, item in enumerate(items[: 4 * workers], 2)]
+        started = [
+            (item[0], replace(item[1], answer=f"\\frac{{1}}{{{n}}}")) for n, item in enumerate(items[: 4 * workers], 2)
+        ]
         grader.verdicts(started)  # the workers' start, a second once, is not on the clock
         grader.counts.clear()
         begun = time.perf_counter()
@@ -73,7 +84,9 @@ def main() -> None:
     ours, seconds, counts = gated(pairs, args.workers)
     rates = len(pairs) / alone, len(pairs) / seconds
     print(f"{len(pairs)} answers, distinct ones decided: {counts}")
-    print(f"math-verify alone {rates[0]:,.0f}/s; gated {rates[1]:,.0f}/s; ratio {rates[1] / rates[0]:.1f}; disagreements {sum(map(bool.__ne__, plain, ours))}")
+    print(
+        f"math-verify alone {rates[0]:,.0f}/s; gated {rates[1]:,.0f}/s; ratio {rates[1] / rates[0]:.1f}; disagreements {sum(map(bool.__ne__, plain, ours))}"
+    )
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from eval.cli import answer
 from flywheel.ledger import total
 from flywheel.recipe import load
 from flywheel.records import Beam, BestOfN, Role, Split, Strategy
-from flywheel.run import Context, Stage
+from flywheel.runs.run import Context, Stage
 from flywheel.search.run import search
 from flywheel.stages.kit import ids, kit, search_tools, searchers
 
@@ -73,17 +73,23 @@ def measure(run: Path, round: int, n: int, questions: int) -> dict:
     out["questions"] = len(asked)
     models = {role: ref for role, ref in searchers(ctx).items() if role != Role.REVISER}
     with kit(ctx, models, Split.TRAIN) as open_kit:
-        from flywheel.engines.vllm import CPU_BLOCK, current_platform
+        from flywheel.models.vllm import CPU_BLOCK, current_platform
 
         tools = search_tools(open_kit, reviser=False)
         for strategy in (BestOfN(n), Beam(n, min(4, n))):
-            out[type(strategy).__name__] = one(ctx, open_kit, tools, asked, strategy, CPU_BLOCK if current_platform.is_cpu() else 16)
-    out["beam_over_best_of_n"] = out["Beam"]["processed_tokens_per_second"] / out["BestOfN"]["processed_tokens_per_second"]
+            out[type(strategy).__name__] = one(
+                ctx, open_kit, tools, asked, strategy, CPU_BLOCK if current_platform.is_cpu() else 16
+            )
+    out["beam_over_best_of_n"] = (
+        out["Beam"]["processed_tokens_per_second"] / out["BestOfN"]["processed_tokens_per_second"]
+    )
     return out
 
 
 def one(ctx: Context, open_kit, tools, asked: Sequence[str], strategy: Strategy, block: int) -> dict:
-    devices = {id(device): device for device in (open_kit.engine(role).device for role in (Role.POLICY, Role.PRM))}  # one on a GPU
+    devices = {
+        id(device): device for device in (open_kit.engine(role).device for role in (Role.POLICY, Role.PRM))
+    }  # one on a GPU
     watches = {}
     for key, device in devices.items():
         for name in ("submit", "step"):
@@ -109,8 +115,13 @@ def one(ctx: Context, open_kit, tools, asked: Sequence[str], strategy: Strategy,
             "hit_rate_bound": watch.reachable / watch.prompt,
         }
     processed = sum(s.tokens - s.cached for s in spent.values())
-    return {"seconds": seconds, "processed_tokens": processed, "processed_tokens_per_second": processed / seconds,
-            "outside_the_devices": seconds - sum(w.seconds for w in watches.values()), **by_device}  # fmt: skip
+    return {
+        "seconds": seconds,
+        "processed_tokens": processed,
+        "processed_tokens_per_second": processed / seconds,
+        "outside_the_devices": seconds - sum(w.seconds for w in watches.values()),
+        **by_device,
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> int:

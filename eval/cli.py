@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import redirect_stdout
 
 from flywheel.errors import UserError, explain
-from flywheel.store import plain
+from flywheel.runs.files import plain
 
 
 def answer(measure: Callable[[], dict]) -> int:

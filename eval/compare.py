@@ -19,9 +19,9 @@ from pathlib import Path
 from eval.cli import answer
 from eval.seeds import context
 from flywheel.errors import UserError
-from flywheel.history import History
+from flywheel.measure.stats import bootstrap_mean, paired_gain
+from flywheel.runs.history import History
 from flywheel.stages.kit import test_rates
-from flywheel.stats import bootstrap_mean, paired_gain
 
 MEASURING = ("evaluate", "search")
 
@@ -32,7 +32,9 @@ def course(run: Path, unused: Sequence[str] = ()) -> list[dict]:
     last = max(history.rounds)
     reader, out, flops = context(run, last), [], 0.0
     for r in range(last + 1):
-        flops += sum(row["flops"] for row in history.ledger if row["round"] == r and row["stage"] not in (*MEASURING, *unused))
+        flops += sum(
+            row["flops"] for row in history.ledger if row["round"] == r and row["stage"] not in (*MEASURING, *unused)
+        )
         out.append({"round": r, "flops": flops, "rates": test_rates(reader, r)})
     return out
 
@@ -42,7 +44,12 @@ def compare(runs: Sequence[Path], unused: Sequence[str]) -> dict:
     out: dict = {"runs": {}, "first_less_others": {}}
     for run, rows in zip(runs, courses):
         out["runs"][str(run)] = [
-            {"round": row["round"], "flops": row["flops"], "pass@1": bootstrap_mean([row["rates"][q] for q in sorted(row["rates"])])} for row in rows
+            {
+                "round": row["round"],
+                "flops": row["flops"],
+                "pass@1": bootstrap_mean([row["rates"][q] for q in sorted(row["rates"])]),
+            }
+            for row in rows
         ]
     questions = sorted(courses[0][0]["rates"])
 
@@ -53,15 +60,23 @@ def compare(runs: Sequence[Path], unused: Sequence[str]) -> dict:
     for run, rows in zip(runs[1:], courses[1:]):
         if sorted(rows[-1]["rates"]) != questions:
             raise UserError(f"{run}: other test questions than {runs[0]}")
-        within = [against([mine for mine in courses[0] if mine["flops"] <= theirs["flops"]][-1], theirs) for theirs in rows[1:]]
-        out["first_less_others"][str(run)] = {"last_rounds": against(courses[0][-1], rows[-1]), "within_the_other_s_flops": within}
+        within = [
+            against([mine for mine in courses[0] if mine["flops"] <= theirs["flops"]][-1], theirs)
+            for theirs in rows[1:]
+        ]
+        out["first_less_others"][str(run)] = {
+            "last_rounds": against(courses[0][-1], rows[-1]),
+            "within_the_other_s_flops": within,
+        }
     return out
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m eval.compare", description=__doc__.split("\n\n")[0])
     parser.add_argument("runs", nargs="+", type=Path)
-    parser.add_argument("--without", nargs="*", default=[], metavar="STAGE", help="stages that the other runs' policies do not use")
+    parser.add_argument(
+        "--without", nargs="*", default=[], metavar="STAGE", help="stages that the other runs' policies do not use"
+    )
     args = parser.parse_args(argv)
     if len(args.runs) < 2:
         parser.error("two runs at least")

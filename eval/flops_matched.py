@@ -23,18 +23,22 @@ from eval.cli import answer
 from eval.greedy import greedy, reader
 from eval.study import arguments as sizes
 from eval.study import read_all
-from flywheel.engines.base import ModelRef
-from flywheel.engines.open import load_tokenizer, parameters
 from flywheel.errors import UserError
+from flywheel.measure.stats import bootstrap_mean
+from flywheel.models.weights import load_tokenizer, parameters
 from flywheel.recipe import load
-from flywheel.stats import bootstrap_mean
+from flywheel.records import ModelRef
 
 RATIOS = (0.16, 0.79, 22.0)  # D_inf / D_pre, the paper's
 
 
 def best_within(study: Study, tokens: float) -> tuple[np.ndarray, list[list[str]]]:
     """Accuracy of each question by the strategy that its bin did best with on the other half, of mean cost at most `tokens`."""
-    options = {f"best_of_n:{n}:{how}": (study.best_of_n(n, how), study.best_of_n_tokens(n, how)) for n in study.sizes for how in ("weighted", "majority")}
+    options = {
+        f"best_of_n:{n}:{how}": (study.best_of_n(n, how), study.best_of_n_tokens(n, how))
+        for n in study.sizes
+        for how in ("weighted", "majority")
+    }
     options |= {name: (study.row(b, name), study.row(b, name, "tokens")) for b, name in study.tried}
     bins, order = study.bins("oracle"), np.random.default_rng(study.seed).permutation(len(study.questions))
     right, chosen = np.zeros(len(order)), []
@@ -42,7 +46,9 @@ def best_within(study: Study, tokens: float) -> tuple[np.ndarray, list[list[str]
         chosen.append([])
         for b in range(1, BINS + 1):
             mine, theirs = fit[bins[fit] == b], use[bins[use] == b]
-            fits = {name: row[mine].mean() for name, (row, cost) in options.items() if cost[mine].mean() <= tokens} or {"best_of_n:1:majority": 0.0}
+            fits = {name: row[mine].mean() for name, (row, cost) in options.items() if cost[mine].mean() <= tokens} or {
+                "best_of_n:1:majority": 0.0
+            }
             name = max(fits, key=fits.__getitem__)
             right[theirs] = options[name][0][theirs]
             chosen[-1].append(name)
@@ -51,16 +57,35 @@ def best_within(study: Study, tokens: float) -> tuple[np.ndarray, list[list[str]
 
 def compare(study: Study, larger: dict[str, float], answer_tokens: float, times: float) -> dict:
     theirs, bins = np.array([larger[q] for q in study.questions]), study.bins("oracle")
-    out: dict = {"M": times, "larger_greedy": bootstrap_mean(theirs), "tokens_of_an_answer": answer_tokens, "by_ratio": []}
+    out: dict = {
+        "M": times,
+        "larger_greedy": bootstrap_mean(theirs),
+        "tokens_of_an_answer": answer_tokens,
+        "by_ratio": [],
+    }
     for ratio in RATIOS:
         allowed = multiplier(times, ratio) * answer_tokens
         ours, chosen = best_within(study, allowed)
         lead = ours - theirs
         out["by_ratio"].append(
-            {"R": ratio, "multiplier": multiplier(times, ratio), "tokens": allowed, "small": bootstrap_mean(ours), "lead": bootstrap_mean(lead),
-             "by_bin": [{"bin": b, "small": ours[bins == b].mean(), "larger": theirs[bins == b].mean(), "lead": bootstrap_mean(lead[bins == b])} for b in range(1, BINS + 1)],
-             "strategies": chosen}
-        )  # fmt: skip
+            {
+                "R": ratio,
+                "multiplier": multiplier(times, ratio),
+                "tokens": allowed,
+                "small": bootstrap_mean(ours),
+                "lead": bootstrap_mean(lead),
+                "by_bin": [
+                    {
+                        "bin": b,
+                        "small": ours[bins == b].mean(),
+                        "larger": theirs[bins == b].mean(),
+                        "lead": bootstrap_mean(lead[bins == b]),
+                    }
+                    for b in range(1, BINS + 1)
+                ],
+                "strategies": chosen,
+            }
+        )
     return out
 
 

@@ -23,16 +23,16 @@ import numpy as np
 
 from eval.cli import answer
 from eval.verifiers import context
-from flywheel.engines.open import load_tokenizer
 from flywheel.errors import UserError
-from flywheel.grading import answer_key
 from flywheel.ledger import Ledger
-from flywheel.prm import aggregate, label_ids
+from flywheel.measure.stats import bootstrap_runs
+from flywheel.models.prm import aggregate, label_ids
+from flywheel.models.weights import load_tokenizer
+from flywheel.problems.grading import answer_key
 from flywheel.records import Role, Split
 from flywheel.search.select import Scored, accuracy_at, by_argmax, by_weight
 from flywheel.stages.kit import test_samples, text_tools
 from flywheel.stages.train_prm import Labelled, example, labelled
-from flywheel.stats import bootstrap_runs
 from flywheel.training.prm import PrmExample, score_all, train_prm, within_question_auc
 
 DRAWS = 32
@@ -78,23 +78,31 @@ def judge(run: Path, other: Path, round: int) -> Judged:
     base = ctx.recipe.model.base
     their_base = context(other, round).recipe.model.base
     if load_tokenizer(base).get_vocab() != load_tokenizer(their_base).get_vocab():
-        raise UserError(f"{other}: the tokenizer of {their_base} is not that of {base}; its samples are no texts of this model")
+        raise UserError(
+            f"{other}: the tokenizer of {their_base} is not that of {base}; its samples are no texts of this model"
+        )
     prompts, _ = text_tools(ctx)
     labels = label_ids(prompts.tokenizer, ctx.recipe.prm.labels)
     found = {"own": labels_of(run, round), "other": labels_of(other, round)}
     theirs = context(other, round).recipe
     for key, ours, there in (
-        ("prompts", ctx.recipe.prompts, theirs.prompts), ("prm.target", ctx.recipe.prm.target, theirs.prm.target), ("prm.max_length", ctx.recipe.prm.max_length, theirs.prm.max_length)
-    ):  # fmt: skip
+        ("prompts", ctx.recipe.prompts, theirs.prompts),
+        ("prm.target", ctx.recipe.prm.target, theirs.prm.target),
+        ("prm.max_length", ctx.recipe.prm.max_length, theirs.prm.max_length),
+    ):
         if ours != there:
             raise UserError(f"{other}: another {key} than {run}; what would be compared is the recipes")
     if found["own"].target != found["other"].target:
-        raise UserError(f"{other}: its labels can only serve as {found['other'].target}, those of {run} serve as {found['own'].target}")
+        raise UserError(
+            f"{other}: its labels can only serve as {found['other'].target}, those of {run} serve as {found['own'].target}"
+        )
     data = dict(zip(found, zip(alike([f.fit for f in found.values()]), alike([f.check for f in found.values()]))))
     problems = {p.id: p for p in ctx.problems(Split.TEST)}
     solutions, grades = test_samples(ctx, round - 1)
     correct = {g.solution_id: g.correct for group in grades.values() for g in group}
-    distinct = list({(s.question_id, s.tokens): s for group in solutions.values() for s in group if s.answer is not None}.values())
+    distinct = list(
+        {(s.question_id, s.tokens): s for group in solutions.values() for s in group if s.answer is not None}.values()
+    )
     examples = [example(prompts, problems[s.question_id], s, (0.0,) * len(s.steps)) for s in distinct]
     n_all = len(next(iter(solutions.values())))
     ns = [n for n in (1, 2, 4, 8, 16, 32, 64, 128, 256) if n < n_all] + [n_all]
@@ -103,18 +111,37 @@ def judge(run: Path, other: Path, round: int) -> Judged:
     for name, (fit, check) in data.items():
         out = ctx.dir / f"foreign_{name}"
         train_prm(
-            fit, check, labels=labels, base=base, model=ctx.recipe.model, spec=ctx.recipe.prm, out=out, seed=ctx.recipe.seed, keep="best",
-            role=Role.PRM, ledger=Ledger("foreign", round),
-        )  # fmt: skip
+            fit,
+            check,
+            labels=labels,
+            base=base,
+            model=ctx.recipe.model,
+            spec=ctx.recipe.prm,
+            out=out,
+            seed=ctx.recipe.seed,
+            keep="best",
+            role=Role.PRM,
+            ledger=Ledger("foreign", round),
+        )
         values = score_all(base, str(out / "adapter"), examples, labels, ledger=Ledger("foreign", round))
         score = {(s.question_id, s.tokens): aggregate(v, ctx.recipe.prm.aggregate) for s, v in zip(distinct, values)}
-        rows = [(score[s.question_id, s.tokens], correct[s.id], s.question_id) for group in solutions.values() for s in group if s.answer is not None]
+        rows = [
+            (score[s.question_id, s.tokens], correct[s.id], s.question_id)
+            for group in solutions.values()
+            for s in group
+            if s.answer is not None
+        ]
         area[name] = within_question_auc(*zip(*rows))
         for q in sorted(solutions):
-            pool = [Scored(None if s.answer is None else answer_key(s.answer), score.get((q, s.tokens), 0.0), correct[s.id]) for s in solutions[q]]
+            pool = [
+                Scored(None if s.answer is None else answer_key(s.answer), score.get((q, s.tokens), 0.0), correct[s.id])
+                for s in solutions[q]
+            ]
             for how, select in (("weighted", by_weight), ("best", by_argmax)):
                 for n in ns:
-                    right.setdefault((name, how, n), []).append(accuracy_at(pool, n, select, DRAWS, random.Random(f"{q}/{n}")))
+                    right.setdefault((name, how, n), []).append(
+                        accuracy_at(pool, n, select, DRAWS, random.Random(f"{q}/{n}"))
+                    )
     return Judged(right, ns, area, len(data["own"][0]), len({e.question_id for e in data["own"][0]}))
 
 
@@ -130,11 +157,19 @@ def study(runs: Sequence[Path], other: Path, round: int) -> dict:
         "labelled_solutions": [f.solutions for f in found],
         "labelled_questions": [f.questions for f in found],
         "auc_within_question": {name: [f.area[name] for f in found] for name in names},
-        "accuracy": {name: {how: {n: bootstrap_runs(right[name, how, n]) for n in ns} for how in lead} for name in names},
-        "own_less_other": {how: {n: bootstrap_runs(values) for n, values in by_n.items()} for how, by_n in lead.items()},
+        "accuracy": {
+            name: {how: {n: bootstrap_runs(right[name, how, n]) for n in ns} for how in lead} for name in names
+        },
+        "own_less_other": {
+            how: {n: bootstrap_runs(values) for n, values in by_n.items()} for how, by_n in lead.items()
+        },
         "best_falls": {name: bootstrap_runs(fall) for name, fall in fallen.items()},
         "other_falls_more": bootstrap_runs(more),
-        "each_run": {"weighted": lead["weighted"][ns[-1]].mean(1).tolist(), "best": lead["best"][ns[-1]].mean(1).tolist(), "exploited": more.mean(1).tolist()},
+        "each_run": {
+            "weighted": lead["weighted"][ns[-1]].mean(1).tolist(),
+            "best": lead["best"][ns[-1]].mean(1).tolist(),
+            "exploited": more.mean(1).tolist(),
+        },
     }
 
 

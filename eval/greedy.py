@@ -19,16 +19,18 @@ import numpy as np
 from eval.cli import answer
 from eval.seeds import together
 from eval.study import context
-from flywheel.engines.base import ModelRef, Sampling
-from flywheel.history import History
-from flywheel.records import Role, Split
-from flywheel.run import Context, Stage
+from flywheel.measure.stats import bootstrap_mean, paired_gain
+from flywheel.models.engine import Sampling
+from flywheel.records import ModelRef, Role, Split
+from flywheel.runs.history import History
+from flywheel.runs.run import Context, Stage
 from flywheel.stages.kit import ids, kit
-from flywheel.stats import bootstrap_mean, paired_gain
 
 
 def reader(run: Path, round: int, *inputs: str) -> Context:
-    return context(run, round, Stage("greedy", (), inputs, items=lambda ctx: [], work=lambda *_: iter(()), test_split=True), 20)
+    return context(
+        run, round, Stage("greedy", (), inputs, items=lambda ctx: [], work=lambda *_: iter(()), test_split=True), 20
+    )
 
 
 def greedy(ctx: Context, model: ModelRef, questions: Sequence[str]) -> tuple[dict[str, float], float]:
@@ -38,8 +40,12 @@ def greedy(ctx: Context, model: ModelRef, questions: Sequence[str]) -> tuple[dic
 
         async def one(question: str):
             prompt = opened.prompts.solve(opened.problems[question].question)
-            [done] = await opened.engine("model").generate(prompt, Sampling(sample.max_tokens, 0.0, stop=opened.reader.stop), purpose="greedy")
-            return opened.reader.solution(done.tokens, done.finish, id=f"{question}/greedy", question_id=question, origin="greedy"), len(prompt) + len(done.tokens) + done.eos
+            [done] = await opened.engine("model").generate(
+                prompt, Sampling(sample.max_tokens, 0.0, stop=opened.reader.stop), purpose="greedy"
+            )
+            return opened.reader.solution(
+                done.tokens, done.finish, id=f"{question}/greedy", question_id=question, origin="greedy"
+            ), len(prompt) + len(done.tokens) + done.eos
 
         drawn = [found for _, found in opened.each(questions, one)]
         grades = opened.grade([solution for solution, _ in drawn])
@@ -58,7 +64,15 @@ def study(runs: Sequence[Path]) -> dict:
             spent.append(tokens)
         values = together(found)
         first = first or values
-        rows.append({"round": r, "accuracy": bootstrap_mean(values), "runs": [float(np.mean(list(right.values()))) for right in found], "gain": paired_gain(first, values), "tokens": float(np.mean(spent))})
+        rows.append(
+            {
+                "round": r,
+                "accuracy": bootstrap_mean(values),
+                "runs": [float(np.mean(list(right.values()))) for right in found],
+                "gain": paired_gain(first, values),
+                "tokens": float(np.mean(spent)),
+            }
+        )
     return {"questions": len(first), "rounds": rows}
 
 

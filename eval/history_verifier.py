@@ -24,26 +24,27 @@ import numpy as np
 
 from eval.cli import answer
 from eval.verifiers import AGGREGATES, averaged
-from flywheel.engines.base import ModelRef
 from flywheel.errors import UserError
 from flywheel.ledger import Ledger
-from flywheel.prm import aggregate, encode, label_ids
-from flywheel.prompts import Prompts
+from flywheel.measure.stats import bootstrap_mean, paired_gain
+from flywheel.models.prm import aggregate, encode, label_ids
+from flywheel.models.prompts import Prompts
 from flywheel.recipe import load
-from flywheel.records import Grade, Problem, Revise, Role, Solution, Split
-from flywheel.run import Context, Stage, fill
+from flywheel.records import Grade, ModelRef, Problem, Revise, Role, Solution, Split
+from flywheel.runs.files import read_table
+from flywheel.runs.run import Context, Stage, fill
+from flywheel.runs.shards import shard_dirs
 from flywheel.search.select import majority, weighted
 from flywheel.search.tools import Tools
-from flywheel.shards import shard_dirs
 from flywheel.stages.kit import answer_is_right, by_question, ids, kit, searchers, text_tools
-from flywheel.stats import bootstrap_mean, paired_gain
-from flywheel.store import read_table
 from flywheel.training.prm import PrmExample, score_all, train_prm, within_question_auc
 
 READS = ("train_prm", "choose_reviser", "gate@-1?", "distill@-1?")
 
 
-def chains(run: Path, round: int, split: Split, strategy: Revise, count: int | None, reviser: ModelRef | None = None) -> tuple[list[list[Solution]], dict[str, bool]]:
+def chains(
+    run: Path, round: int, split: Split, strategy: Revise, count: int | None, reviser: ModelRef | None = None
+) -> tuple[list[list[Solution]], dict[str, bool]]:
     """Chains of a reviser (the round's) on a split, kept in RUN/studies: each in order, and what is right. `strategy` asks no PRM."""
 
     def work(ctx, open_kit, questions):
@@ -55,8 +56,20 @@ def chains(run: Path, round: int, split: Split, strategy: Revise, count: int | N
             raise UserError(f"{run}: round {round} has no reviser")
         return kit(ctx, {Role.REVISER: ref}, split)
 
-    title = f"chains_{split}_{strategy.length}x{strategy.chains}" + (f"_first_{count}" if count else "") + (f"_{reviser.name}" if reviser else "")
-    stage = Stage(title, (), READS, items=lambda ctx: ids(ctx, split)[:count], tools=tools, work=work, test_split=split is Split.TEST)
+    title = (
+        f"chains_{split}_{strategy.length}x{strategy.chains}"
+        + (f"_first_{count}" if count else "")
+        + (f"_{reviser.name}" if reviser else "")
+    )
+    stage = Stage(
+        title,
+        (),
+        READS,
+        items=lambda ctx: ids(ctx, split)[:count],
+        tools=tools,
+        work=work,
+        test_split=split is Split.TEST,
+    )
     ctx = Context(load(run / "recipe.yaml"), run, round, stage)
     ctx.dir = run / "studies" / f"round_{round}" / title
     ctx.dir.mkdir(parents=True, exist_ok=True)
@@ -72,14 +85,27 @@ def _read(ctx: Context, kind: type) -> list:
     return [row for shard in shard_dirs(ctx.dir) for row in read_table(shard / f"{kind.__name__}.parquet", kind)]
 
 
-def example(prompts: Prompts, problem: Problem, chain: Sequence[Solution], place: int, context: int, longest: int, value: float = 0.0) -> PrmExample:
+def example(
+    prompts: Prompts,
+    problem: Problem,
+    chain: Sequence[Solution],
+    place: int,
+    context: int,
+    longest: int,
+    value: float = 0.0,
+) -> PrmExample:
     """The attempt at `place` as a PRM reads it, after up to `context` earlier ones that have an answer."""
     tokens, reads = encode(prompts, problem.question, chain[place].steps)
     seen = [s for s in chain[:place] if s.answer is not None][-context:] if context else []
     while seen and len(prompts.revise(problem.question, seen)) + len(tokens) > longest:
         seen = seen[1:]  # as a revision's own prompt does, where the model is too short
     before = prompts.revise(problem.question, seen) if seen else []
-    return PrmExample((*before, *tokens), tuple(len(before) + read for read in reads), (value,) * len(reads), question_id=problem.question.id)
+    return PrmExample(
+        (*before, *tokens),
+        tuple(len(before) + read for read in reads),
+        (value,) * len(reads),
+        question_id=problem.question.id,
+    )
 
 
 def study(run: Path, round: int, attempts: int) -> dict[str, dict[str, float]]:
@@ -97,26 +123,53 @@ def study(run: Path, round: int, attempts: int) -> dict[str, dict[str, float]]:
     adapters["prm+history"] = adapters["prm"]
     for name, shown in (("own", 0), ("own+history", context)):
         rows = [
-            (s.question_id in held, example(prompts, problems[s.question_id], chain, i, shown, spec.max_length, float(train_right[s.id])))
-            for chain in train for i, s in enumerate(chain) if s.answer is not None
-        ]  # fmt: skip
+            (
+                s.question_id in held,
+                example(prompts, problems[s.question_id], chain, i, shown, spec.max_length, float(train_right[s.id])),
+            )
+            for chain in train
+            for i, s in enumerate(chain)
+            if s.answer is not None
+        ]
         out = run / "studies" / f"round_{round}" / f"verifier_{name}"
         train_prm(
-            [e for kept, e in rows if not kept], [e for kept, e in rows if kept], labels=labels, base=base, model=recipe.model, spec=spec, out=out,
-            seed=recipe.seed, keep="best", role=Role.PRM, ledger=Ledger("history", round),
-        )  # fmt: skip
+            [e for kept, e in rows if not kept],
+            [e for kept, e in rows if kept],
+            labels=labels,
+            base=base,
+            model=recipe.model,
+            spec=spec,
+            out=out,
+            seed=recipe.seed,
+            keep="best",
+            role=Role.PRM,
+            ledger=Ledger("history", round),
+        )
         adapters[name] = str(out / "adapter")
     readable = [(chain, i) for chain in test for i, s in enumerate(chain) if s.answer is not None]
     results = {"majority": {c[0].question_id: answer_is_right(majority([s.answer for s in c]), c, right) for c in test}}
     for name, adapter in adapters.items():
         shown = context if name.endswith("+history") else 0
-        values = score_all(base, adapter, [example(prompts, problems[c[i].question_id], c, i, shown, spec.max_length) for c, i in readable], labels, ledger=Ledger("history", round))
+        values = score_all(
+            base,
+            adapter,
+            [example(prompts, problems[c[i].question_id], c, i, shown, spec.max_length) for c, i in readable],
+            labels,
+            ledger=Ledger("history", round),
+        )
         for how in AGGREGATES:
             score = {c[i].id: aggregate(v, how) for (c, i), v in zip(readable, values)}
             results[f"{name}:{how}"] = {
-                c[0].question_id: answer_is_right(weighted([s.answer for s in c], [score.get(s.id, 0.0) for s in c]), c, right) for c in test
+                c[0].question_id: answer_is_right(
+                    weighted([s.answer for s in c], [score.get(s.id, 0.0) for s in c]), c, right
+                )
+                for c in test
             }
-            results[f"auc:{name}:{how}"] = {"": within_question_auc(*zip(*((score[c[i].id], right[c[i].id], c[i].question_id) for c, i in readable)))}
+            results[f"auc:{name}:{how}"] = {
+                "": within_question_auc(
+                    *zip(*((score[c[i].id], right[c[i].id], c[i].question_id) for c, i in readable))
+                )
+            }
     return results
 
 
@@ -130,7 +183,9 @@ def report(studies: Sequence[dict[str, dict[str, float]]], chosen: str) -> dict:
     return {
         "questions": len(averaged(studies, "majority")),
         "accuracy": {m: bootstrap_mean(averaged(studies, m)) for m in methods},
-        f"over_{plain}": {m: paired_gain(averaged(studies, plain), averaged(studies, m)) for m in methods if m != plain},
+        f"over_{plain}": {
+            m: paired_gain(averaged(studies, plain), averaged(studies, m)) for m in methods if m != plain
+        },
         "auc_within_question": {m[4:]: _mean([s[m][""] for s in studies]) for m in studies[0] if m.startswith("auc:")},
     }
 
@@ -141,7 +196,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--round", type=int, default=1)
     parser.add_argument("--attempts", type=int, default=16)
     args = parser.parse_args(argv)
-    return answer(lambda: report([study(run, args.round, args.attempts) for run in args.runs], load(args.runs[0] / "recipe.yaml").prm.aggregate))
+    return answer(
+        lambda: report(
+            [study(run, args.round, args.attempts) for run in args.runs],
+            load(args.runs[0] / "recipe.yaml").prm.aggregate,
+        )
+    )
 
 
 if __name__ == "__main__":

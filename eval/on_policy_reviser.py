@@ -21,15 +21,14 @@ import numpy as np
 
 from eval.cli import answer
 from eval.history_verifier import READS, chains
-from flywheel.engines.base import ModelRef
 from flywheel.errors import UserError
 from flywheel.ledger import Ledger
+from flywheel.measure.stats import bootstrap_runs
 from flywheel.recipe import load
-from flywheel.records import Finish, Revise, Role, Solution, Split, Trajectory
-from flywheel.run import Context, Stage
+from flywheel.records import Finish, ModelRef, Revise, Role, Solution, Split, Trajectory
+from flywheel.runs.run import Context, Stage
 from flywheel.stages.kit import closed, examples, text_tools
 from flywheel.stages.train_reviser import trajectories
-from flywheel.stats import bootstrap_runs
 from flywheel.training.sft import train_sft
 
 
@@ -38,7 +37,9 @@ def first_right(chain: Sequence[Solution], right: dict[str, bool], context: int)
     place = next((i for i, s in enumerate(chain) if right[s.id]), None)
     if place is None or chain[place].finish is not Finish.STOP:
         return None
-    return Trajectory(chain[place].question_id, (*[s for s in chain[:place] if s.answer is not None][-context:], chain[place]))
+    return Trajectory(
+        chain[place].question_id, (*[s for s in chain[:place] if s.answer is not None][-context:], chain[place])
+    )
 
 
 def alike(data: dict[str, list[Trajectory]]) -> dict[str, list[Trajectory]]:
@@ -58,7 +59,10 @@ def play(run: Path, round: int, attempts: int, count: int) -> tuple[list[int], d
     prompts, reader = text_tools(ctx)
     problems = {p.id: p for p in ctx.problems(Split.TRAIN)}
     made, right = chains(run, round, Split.TRAIN, Revise(recipe.reviser.context + 1, 3, "majority"), None)
-    data = {"off_policy": trajectories(ctx), "on_policy": [t for chain in made if (t := first_right(chain, right, recipe.reviser.context))]}
+    data = {
+        "off_policy": trajectories(ctx),
+        "on_policy": [t for chain in made if (t := first_right(chain, right, recipe.reviser.context))],
+    }
     data = alike(data)
     lengths = [len(t.attempts) - 1 for t in data["on_policy"]]
     if len(lengths) < 2:
@@ -66,13 +70,28 @@ def play(run: Path, round: int, attempts: int, count: int) -> tuple[list[int], d
     rate: dict[str, np.ndarray] = {}
     for name, rows in data.items():
         held = set(sorted({t.question_id for t in rows})[::10])
-        texts = ((t.question_id, prompts.revise(problems[t.question_id].question, t.attempts[:-1]), closed(t.attempts[-1], reader.eos)) for t in rows)
+        texts = (
+            (
+                t.question_id,
+                prompts.revise(problems[t.question_id].question, t.attempts[:-1]),
+                closed(t.attempts[-1], reader.eos),
+            )
+            for t in rows
+        )
         fit, check, _ = examples(texts, held, recipe.reviser.max_length)
         at = run / "studies" / f"round_{round}" / f"reviser_{name}"
         train_sft(
-            fit, check, base=recipe.model.base, model=recipe.model, spec=recipe.reviser, out=at, seed=recipe.seed, keep="last", role=Role.REVISER,
+            fit,
+            check,
+            base=recipe.model.base,
+            model=recipe.model,
+            spec=recipe.reviser,
+            out=at,
+            seed=recipe.seed,
+            keep="last",
+            role=Role.REVISER,
             ledger=Ledger("on_policy", round),
-        )  # fmt: skip
+        )
         ref = ModelRef(f"reviser_{name}", recipe.model.base, str(at / "adapter"))
         played, graded = chains(run, round, Split.TEST, Revise(attempts, 1, "majority"), count, ref)
         played.sort(key=lambda chain: chain[0].question_id)
@@ -94,7 +113,10 @@ def study(runs: Sequence[Path], round: int, attempts: int, count: int) -> dict:
             "slope": bootstrap_runs(slope["on_policy"] - slope["off_policy"]),
             "first": bootstrap_runs(rate["on_policy"][:, :, 0] - rate["off_policy"][:, :, 0]),
         },
-        "each_run": {"slope": (slope["on_policy"] - slope["off_policy"]).mean(1).tolist(), "first": (rate["on_policy"] - rate["off_policy"])[:, :, 0].mean(1).tolist()},
+        "each_run": {
+            "slope": (slope["on_policy"] - slope["off_policy"]).mean(1).tolist(),
+            "first": (rate["on_policy"] - rate["off_policy"])[:, :, 0].mean(1).tolist(),
+        },
     }
 
 

@@ -11,14 +11,14 @@ import argparse
 import sys
 from pathlib import Path
 
-from flywheel.bins import quantile_bins
 from flywheel.errors import UserError, explain
 from flywheel.ledger import Ledger
+from flywheel.measure.bins import quantile_bins
+from flywheel.models.steps import one_token
 from flywheel.recipe import load
 from flywheel.records import Role, Split
-from flywheel.run import Context, Stage
+from flywheel.runs.run import Context, Stage
 from flywheel.stages.kit import difficulties, text_tools
-from flywheel.steps import one_token
 from flywheel.training.sft import Example, train_sft
 
 BINS = 5
@@ -48,9 +48,17 @@ def train(run: Path, round: int) -> dict:
         (check if i % 10 == 0 else fit).append(example)
     spec = ctx.recipe.prm.model_copy(update={"epochs": 6, "evals": 12})  # stops at the lowest validation loss
     report = train_sft(
-        fit, check, base=ctx.recipe.model.base, model=ctx.recipe.model, spec=spec, out=out, seed=ctx.recipe.seed, keep="best",
-        role=Role.POLICY, ledger=Ledger("prompt_head", round),
-    )  # fmt: skip
+        fit,
+        check,
+        base=ctx.recipe.model.base,
+        model=ctx.recipe.model,
+        spec=spec,
+        out=out,
+        seed=ctx.recipe.seed,
+        keep="best",
+        role=Role.POLICY,
+        ledger=Ledger("prompt_head", round),
+    )
     return {"questions": len(fit), "validation_questions": len(check), "curve": report.curve}
 
 

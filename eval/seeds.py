@@ -16,19 +16,21 @@ from pathlib import Path
 import numpy as np
 
 from eval.cli import answer
-from flywheel.bins import fixed_bins, left_bin
-from flywheel.history import History
+from flywheel.measure.bins import fixed_bins, left_bin
+from flywheel.measure.stats import bootstrap_mean, paired_gain
 from flywheel.recipe import load
 from flywheel.records import Answered, Split
-from flywheel.run import Context, Stage
+from flywheel.runs.history import History
+from flywheel.runs.run import Context, Stage
 from flywheel.stages.kit import test_rates
-from flywheel.stats import bootstrap_mean, paired_gain
 
 
 def context(run: Path, round: int) -> Context:
     """A reader of one round's test results."""
     inputs = tuple(f"{stage}@{r}" for r in range(round + 1) for stage in ("evaluate", "search", "calibrate"))
-    return Context(load(run / "recipe.yaml"), run, round, Stage("seeds", (), inputs, train=lambda ctx: {}, test_split=True))
+    return Context(
+        load(run / "recipe.yaml"), run, round, Stage("seeds", (), inputs, train=lambda ctx: {}, test_split=True)
+    )
 
 
 def together(runs: Sequence[dict[str, float]]) -> list[float]:
@@ -70,12 +72,18 @@ def study(runs: Sequence[Path]) -> dict:
             row["reviser"] = [History.of(run).figures("search", r).get("reviser") for run in runs]
         start = [fixed_bins(test_rates(ctx, 0, "bin"), edges) for ctx in readers]
         row["by_fixed_bin"] = [
-            float(np.mean([rate for run, bins in zip(rates[r], start) for q, rate in run.items() if bins[q] == b] or [np.nan]))
+            float(
+                np.mean(
+                    [rate for run, bins in zip(rates[r], start) for q, rate in run.items() if bins[q] == b] or [np.nan]
+                )
+            )
             for b in range(1, len(edges) + 2)
         ]
         out["rounds"].append(row)
     if last:
-        best = next(m for m in out["rounds"][1]["search"] if m.startswith("best_of_n_weighted@") and not m.endswith("verifier"))
+        best = next(
+            m for m in out["rounds"][1]["search"] if m.startswith("best_of_n_weighted@") and not m.endswith("verifier")
+        )
         searched = together([answers(ctx, 1)[best] for ctx in readers])
         out[f"round_{last}_single_samples_over_round_1_{best}"] = paired_gain(searched, together(rates[last]))
     return out

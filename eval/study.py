@@ -27,19 +27,31 @@ from functools import partial
 from pathlib import Path
 
 from eval import prompt_head
-from flywheel import manifest
-from flywheel.engines.base import ModelRef, Sampling
 from flywheel.errors import UserError, explain
-from flywheel.loop import workers
+from flywheel.models.engine import Sampling
 from flywheel.recipe import load
-from flywheel.records import Adaptive, Beam, BestOfN, Candidate, Outcome, Problem, Revise, Solution, Split, Strategy
-from flywheel.run import Context, Stage, fill, read_table
+from flywheel.records import (
+    Adaptive,
+    Beam,
+    BestOfN,
+    Candidate,
+    ModelRef,
+    Outcome,
+    Problem,
+    Revise,
+    Solution,
+    Split,
+    Strategy,
+)
+from flywheel.runs import manifest
+from flywheel.runs.files import read_json, sha256, write_json
+from flywheel.runs.loop import workers
+from flywheel.runs.run import Context, Stage, fill, read_table
+from flywheel.runs.shards import shard_dirs
 from flywheel.search.plan import LONGEST, name
 from flywheel.search.run import search, search_all
 from flywheel.search.tools import judged
-from flywheel.shards import shard_dirs
 from flywheel.stages.kit import Kit, answer_is_right, ids, kit, search_tools, searchers
-from flywheel.store import read_json, sha256, write_json
 
 BUDGETS = (4, 16, 64)  # generations, where none are named
 SURE = (0.99, 0.95, 0.9, 0.8, 0.7)  # of adaptive sampling: the surest first, which holds the others
@@ -57,7 +69,9 @@ class Difficult:
     judged: int
     tokens: int  # of the samples
     judged_tokens: int  # of the judged ones, with their judging
-    level: float  # what the problem set says: the laboratory's number of operations, MATH's level; 0 where it says nothing
+    level: (
+        float  # what the problem set says: the laboratory's number of operations, MATH's level; 0 where it says nothing
+    )
     said: int  # the bin that the prompt alone gave (eval.prompt_head), 1 the easiest
     said_tokens: int
 
@@ -127,7 +141,12 @@ def difficulty(ctx: Context, kit: Kit, questions: Sequence[str], *, oracle: int,
         prompt = kit.prompts.solve(item)
         [word] = await kit.engine("head").generate(prompt, Sampling(1, 0.0), purpose="head")
         said = words.index(word.tokens[0]) + 1 if word.tokens and word.tokens[0] in words else (len(words) + 1) // 2
-        return list(drawn.candidates), list(await judged(item, drawn.candidates[:judge], tools.prm)), said, len(prompt) + 1
+        return (
+            list(drawn.candidates),
+            list(await judged(item, drawn.candidates[:judge], tools.prm)),
+            said,
+            len(prompt) + 1,
+        )
 
     words = prompt_head.words(kit.prompts.tokenizer)
     for question, (drawn, seen, said, said_tokens) in kit.each(questions, one):
@@ -135,7 +154,16 @@ def difficulty(ctx: Context, kit: Kit, questions: Sequence[str], *, oracle: int,
         tokens = sum(c.cost for c in drawn)
         judged_tokens = sum(c.cost + c.score_cost for c in seen)
         yield Difficult(
-            question, right, len(drawn), sum(c.score for c in seen) / len(seen), len(seen), tokens, judged_tokens, level(ctx, kit.problems[question]), said, said_tokens
+            question,
+            right,
+            len(drawn),
+            sum(c.score for c in seen) / len(seen),
+            len(seen),
+            tokens,
+            judged_tokens,
+            level(ctx, kit.problems[question]),
+            said,
+            said_tokens,
         )
 
 
@@ -147,7 +175,16 @@ def pool(ctx: Context, kit: Kit, questions: Sequence[str], *, size: int) -> Iter
         usual = usual_steps(ctx, kit.problems[question].question.text)
         right = {g.solution_id: g.correct for g in kit.grade([c.solution for c in outcome.candidates])}
         for c in outcome.candidates:
-            yield Drawn(question, c.solution.answer, c.score, right[c.solution.id], c.cost, c.score_cost, c.cached + c.score_cached, shape(c.solution, usual))
+            yield Drawn(
+                question,
+                c.solution.answer,
+                c.score,
+                right[c.solution.id],
+                c.cost,
+                c.score_cost,
+                c.cached + c.score_cached,
+                shape(c.solution, usual),
+            )
 
 
 def wanted(budgets: Sequence[int], reviser: bool) -> list[tuple[int, Strategy]]:
@@ -156,7 +193,11 @@ def wanted(budgets: Sequence[int], reviser: bool) -> list[tuple[int, Strategy]]:
     for budget in sorted(budgets, reverse=True):
         root = int(budget**0.5)
         out += [(budget, Beam(budget, width)) for width in {min(4, budget), root}]
-        out += [(budget, Beam(budget // (k + 1), min(4, budget // (k + 1)), lookahead=k)) for k in (1, 3) if budget >= 4 * (k + 1)]
+        out += [
+            (budget, Beam(budget // (k + 1), min(4, budget // (k + 1)), lookahead=k))
+            for k in (1, 3)
+            if budget >= 4 * (k + 1)
+        ]
         ratios = [4**i for i in range(10) if budget % 4**i == 0 and 4**i <= min(budget, LONGEST)] if reviser else []
         out += [(budget, Revise(a, budget // a, select)) for a in ratios for select in ("weighted", "majority", "last")]
     return list(dict.fromkeys(out))
@@ -165,10 +206,23 @@ def wanted(budgets: Sequence[int], reviser: bool) -> list[tuple[int, Strategy]]:
 def adaptive(budgets: Sequence[int], reviser: bool) -> list[tuple[int, Strategy]]:
     """Adaptive sampling by each maker and surety; of 4 it stops at its first step or is best-of-4."""
     makers = ("policy", "reviser") if reviser else ("policy",)
-    return [(budget, Adaptive(budget, sure, maker)) for budget in sorted(budgets, reverse=True) if budget > 4 for maker in makers for sure in SURE]
+    return [
+        (budget, Adaptive(budget, sure, maker))
+        for budget in sorted(budgets, reverse=True)
+        if budget > 4
+        for maker in makers
+        for sure in SURE
+    ]
 
 
-def trials(ctx: Context, kit: Kit, questions: Sequence[str], *, budgets: Sequence[int], which: Callable[[Sequence[int], bool], list]) -> Iterator[Tried]:
+def trials(
+    ctx: Context,
+    kit: Kit,
+    questions: Sequence[str],
+    *,
+    budgets: Sequence[int],
+    which: Callable[[Sequence[int], bool], list],
+) -> Iterator[Tried]:
     tools = search_tools(kit)
     asked = which(budgets, tools.reviser is not None)
 
@@ -202,16 +256,26 @@ def trials(ctx: Context, kit: Kit, questions: Sequence[str], *, budgets: Sequenc
 def parts(args: argparse.Namespace) -> dict[str, tuple[type, Stage]]:
     """Directory -> what its shards hold, and the stage that draws it. Sizes are in the name: other sizes are another study."""
     drawn = {
-        f"difficulty_{args.oracle}_{args.judged}": (Difficult, partial(difficulty, oracle=args.oracle, judge=args.judged)),
+        f"difficulty_{args.oracle}_{args.judged}": (
+            Difficult,
+            partial(difficulty, oracle=args.oracle, judge=args.judged),
+        ),
         f"pool_{args.pool}": (Drawn, partial(pool, size=args.pool)),
-        "trials_" + "_".join(map(str, sorted(args.budgets))): (Tried, partial(trials, budgets=args.budgets, which=wanted)),
-        "adaptive_" + "_".join(map(str, sorted(args.budgets))): (Tried, partial(trials, budgets=args.budgets, which=adaptive)),
+        "trials_" + "_".join(map(str, sorted(args.budgets))): (
+            Tried,
+            partial(trials, budgets=args.budgets, which=wanted),
+        ),
+        "adaptive_" + "_".join(map(str, sorted(args.budgets))): (
+            Tried,
+            partial(trials, budgets=args.budgets, which=adaptive),
+        ),
     }
-    tools = lambda ctx: kit(ctx, {**searchers(ctx), "head": head(ctx)}, Split.TEST)  # noqa: E731
-    items = lambda ctx: ids(ctx, Split.TEST)[: args.questions]  # noqa: E731
+    tools = lambda ctx: kit(ctx, {**searchers(ctx), "head": head(ctx)}, Split.TEST)
+    items = lambda ctx: ids(ctx, Split.TEST)[: args.questions]
     part = f"_first_{args.questions}" if args.questions else ""
     return {
-        title + part: (kind, Stage(title + part, (), READS, items=items, tools=tools, work=work, test_split=True)) for title, (kind, work) in drawn.items()
+        title + part: (kind, Stage(title + part, (), READS, items=items, tools=tools, work=work, test_split=True))
+        for title, (kind, work) in drawn.items()
     }
 
 
@@ -224,7 +288,10 @@ def context(run: Path, round: int, stage: Stage, chunk: int) -> Context:
     recipe = load(run / "recipe.yaml")
     limits = {split: n for split, n in recipe.problems.limits.items() if split != Split.TEST}
     recipe = recipe.model_copy(
-        update={"engine": recipe.engine.model_copy(update={"chunk": chunk}), "problems": recipe.problems.model_copy(update={"limits": limits})}
+        update={
+            "engine": recipe.engine.model_copy(update={"chunk": chunk}),
+            "problems": recipe.problems.model_copy(update={"limits": limits}),
+        }
     )
     ctx = Context(recipe, run, round, stage)
     ctx.dir = run / "studies" / f"round_{round}" / stage.name  # a study is no stage: it stays out of the rounds
@@ -233,8 +300,15 @@ def context(run: Path, round: int, stage: Stage, chunk: int) -> Context:
 
 def origin(run: Path, round: int) -> dict[str, str]:
     """sha256 of what decides a study's draws: the manifests of the round's models, the prompt's head."""
-    models = [(round, "train_prm"), (round, "choose_reviser"), (round, "sample"), *((r, "gate") for r in range(1, round))]
-    files = [manifest.stage_dir(run, *at) / "manifest.json" for at in models] + [prompt_head.folder(run, round) / "adapter" / "adapter_model.safetensors"]
+    models = [
+        (round, "train_prm"),
+        (round, "choose_reviser"),
+        (round, "sample"),
+        *((r, "gate") for r in range(1, round)),
+    ]
+    files = [manifest.stage_dir(run, *at) / "manifest.json" for at in models] + [
+        prompt_head.folder(run, round) / "adapter" / "adapter_model.safetensors"
+    ]
     return {str(path.relative_to(run)): sha256(path) for path in files}
 
 
@@ -246,13 +320,15 @@ def check_origin(directory: Path, run: Path, round: int) -> None:
     was = read_json(note) or {}
     if was != now:
         changed = next(name for name in now if was.get(name) != now[name])
-        raise UserError(f"{directory}: drawn with another {changed}; remove it, and what else of this round is in {directory.parent}, and draw again")
+        raise UserError(
+            f"{directory}: drawn with another {changed}; remove it, and what else of this round is in {directory.parent}, and draw again"
+        )
 
 
 def largest(run: Path, args: argparse.Namespace) -> argparse.Namespace:
     """`args` for the most questions of which every part is drawn, where they name no number: all, else the most `--questions`."""
     folder = run / "studies" / f"round_{args.round}"
-    drawn = lambda asked: all((folder / title / "finished").is_file() for title in parts(asked))  # noqa: E731
+    drawn = lambda asked: all((folder / title / "finished").is_file() for title in parts(asked))
     if args.questions or drawn(args):
         return args
     sizes = {int(path.parent.name.rpartition("_first_")[2]) for path in folder.glob("trials_*_first_*/finished")}
@@ -263,7 +339,9 @@ def largest(run: Path, args: argparse.Namespace) -> argparse.Namespace:
 def read_all(run: Path, args: argparse.Namespace) -> tuple[list[Difficult], list[Drawn], list[Tried]]:
     """Everything that was drawn of a run, by kind. Raises UserError where a part is not finished."""
     rows = [(kind, read(run, args.round, title, kind)) for title, (kind, _) in parts(args).items()]
-    return tuple([row for kind, part in rows if kind is wanted_kind for row in part] for wanted_kind in (Difficult, Drawn, Tried))
+    return tuple(
+        [row for kind, part in rows if kind is wanted_kind for row in part] for wanted_kind in (Difficult, Drawn, Tried)
+    )
 
 
 def read(run: Path, round: int, title: str, kind: type) -> list:
@@ -272,7 +350,9 @@ def read(run: Path, round: int, title: str, kind: type) -> list:
     if not (directory / "finished").is_file():
         raise UserError(f"{directory}: not drawn; python -m eval.study {run} --round {round} draws it")
     check_origin(directory, run, round)
-    tables = [table for shard in shard_dirs(directory) if (table := shard / f"{kind.__name__}.parquet").is_file()]  # a chunk may yield none
+    tables = [
+        table for shard in shard_dirs(directory) if (table := shard / f"{kind.__name__}.parquet").is_file()
+    ]  # a chunk may yield none
     return [row for table in tables for row in read_table(table, kind)]
 
 
@@ -291,7 +371,9 @@ def arguments(argv: Sequence[str] | None, program: str, about: str) -> argparse.
     if not 1 <= args.judged <= args.oracle:
         parser.error(f"--judged {args.judged}: 1 to --oracle ({args.oracle}) wanted")
     if wrong := [b for b in args.budgets if b & (b - 1) or not 1 <= b <= args.pool]:
-        parser.error(f"--budgets {wrong[0]}: a power of two, and at most --pool ({args.pool}), wanted: best-of-N is read off the pool")
+        parser.error(
+            f"--budgets {wrong[0]}: a power of two, and at most --pool ({args.pool}), wanted: best-of-N is read off the pool"
+        )
     return args
 
 
@@ -307,9 +389,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             recipe = load(args.runs[0] / "recipe.yaml")
             for run in args.runs:
                 if not (prompt_head.folder(run, args.round) / "adapter" / "adapter_model.safetensors").is_file():
-                    subprocess.run([sys.executable, "-m", "eval.prompt_head", str(run), "--round", str(args.round)], check=True, stdout=sys.stderr)
+                    subprocess.run(
+                        [sys.executable, "-m", "eval.prompt_head", str(run), "--round", str(args.round)],
+                        check=True,
+                        stdout=sys.stderr,
+                    )
             count = min(len(cores), recipe.engine.workers or workers(recipe.model.base, len(cores)))
-            others = [subprocess.Popen([sys.executable, "-m", "eval.study", *argv, "--worker", f"{i}/{count}"]) for i in range(1, count)]
+            others = [
+                subprocess.Popen([sys.executable, "-m", "eval.study", *argv, "--worker", f"{i}/{count}"])
+                for i in range(1, count)
+            ]
             mine = 0
         else:
             mine, count = map(int, args.worker.split("/"))

@@ -18,13 +18,13 @@ import numpy as np
 
 from eval.cli import answer
 from flywheel.ledger import Ledger
-from flywheel.prm import aggregate, encode, label_ids
+from flywheel.measure.stats import bootstrap_mean, paired_gain
+from flywheel.models.prm import aggregate, encode, label_ids
 from flywheel.recipe import load
 from flywheel.records import Problem, Role, Solution, Split, StepValues
-from flywheel.run import Context, Stage
+from flywheel.runs.run import Context, Stage
 from flywheel.search.select import majority, weighted
 from flywheel.stages.kit import answer_is_right, test_samples, text_tools
-from flywheel.stats import bootstrap_mean, paired_gain
 from flywheel.training.prm import PrmExample, score_all, targets, train_prm, within_question_auc
 
 AGGREGATES = ("last", "min", "product")
@@ -58,10 +58,18 @@ def true_prm(ctx: Context, problems: dict[str, Problem]) -> str:
         (check if problem.id in held else fit).append(example)
     out = ctx.dir / "true_steps"
     train_prm(
-        fit, check, labels=label_ids(prompts.tokenizer, ctx.recipe.prm.labels), base=ctx.recipe.model.base,
-        model=ctx.recipe.model, spec=ctx.recipe.prm, out=out, seed=ctx.recipe.seed, keep="best", role=Role.PRM,
+        fit,
+        check,
+        labels=label_ids(prompts.tokenizer, ctx.recipe.prm.labels),
+        base=ctx.recipe.model.base,
+        model=ctx.recipe.model,
+        spec=ctx.recipe.prm,
+        out=out,
+        seed=ctx.recipe.seed,
+        keep="best",
+        role=Role.PRM,
         ledger=Ledger("verifiers", ctx.round),
-    )  # fmt: skip
+    )
     return str(out / "adapter")
 
 
@@ -80,19 +88,34 @@ def study(run: Path, round: int) -> dict[str, dict[str, float]]:
     for solution in distinct.values():
         tokens, reads = encode(prompts, problems[solution.question_id].question, solution.steps)
         examples.append(PrmExample(tuple(tokens), tuple(reads), (0.0,) * len(reads), question_id=solution.question_id))
-    adapters = {"base": None, "monte_carlo": str(ctx.path("train_prm") / "adapter"), "true_steps": true_prm(ctx, problems)}
+    adapters = {
+        "base": None,
+        "monte_carlo": str(ctx.path("train_prm") / "adapter"),
+        "true_steps": true_prm(ctx, problems),
+    }
     k = len(next(iter(pool.values())))
-    results = {f"majority@{k}": {q: answer_is_right(majority([s.answer for s in group]), group, correct) for q, group in pool.items()}}
+    results = {
+        f"majority@{k}": {
+            q: answer_is_right(majority([s.answer for s in group]), group, correct) for q, group in pool.items()
+        }
+    }
     for name, adapter in adapters.items():
         values = score_all(ctx.recipe.model.base, adapter, examples, labels, ledger=Ledger("verifiers", round))
         for how in AGGREGATES:
             score = {key: aggregate(v, how) for key, v in zip(distinct, values)}
             results[f"{name}:{how}"] = {
-                q: answer_is_right(weighted([s.answer for s in group], [score.get((q, s.tokens), 0.0) for s in group]), group, correct)
+                q: answer_is_right(
+                    weighted([s.answer for s in group], [score.get((q, s.tokens), 0.0) for s in group]), group, correct
+                )
                 for q, group in pool.items()
             }
             # every sample, not every distinct one: that is what selection sees
-            rows = [(score[q, s.tokens], correct[s.id], q) for q, group in pool.items() for s in group if s.answer is not None]
+            rows = [
+                (score[q, s.tokens], correct[s.id], q)
+                for q, group in pool.items()
+                for s in group
+                if s.answer is not None
+            ]
             results[f"auc:{name}:{how}"] = {"": within_question_auc(*zip(*rows))}
     return results
 
@@ -112,7 +135,9 @@ def report(studies: Sequence[dict[str, dict[str, float]]], chosen: str) -> dict:
         "questions": len(averaged(studies, vote)),
         "aggregate": chosen,
         "accuracy": {m: bootstrap_mean(averaged(studies, m)) for m in methods},
-        "auc_within_question": {m[4:]: float(np.mean([s[m][""] for s in studies])) for m in studies[0] if m.startswith("auc:")},
+        "auc_within_question": {
+            m[4:]: float(np.mean([s[m][""] for s in studies])) for m in studies[0] if m.startswith("auc:")
+        },
         "monte_carlo_over_majority": paired_gain(averaged(studies, vote), averaged(studies, ours)),
         "monte_carlo_over_base": {
             how: paired_gain(averaged(studies, f"base:{how}"), averaged(studies, ours)) for how in AGGREGATES
@@ -126,7 +151,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--round", type=int, default=1)
     args = parser.parse_args(argv)
-    return answer(lambda: report([study(run, args.round) for run in args.runs], load(args.runs[0] / "recipe.yaml").prm.aggregate))
+    return answer(
+        lambda: report([study(run, args.round) for run in args.runs], load(args.runs[0] / "recipe.yaml").prm.aggregate)
+    )
 
 
 if __name__ == "__main__":

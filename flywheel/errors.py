@@ -12,6 +12,14 @@ class UserError(Exception):
     """One clear line for the user."""
 
 
+class TooLong(UserError, ValueError):
+    """A prompt and what is to be generated do not fit the model; nothing is ever cut to fit."""
+
+
+class EngineDied(RuntimeError):
+    """The engine cannot go on; the message says why, and the chunk's shard is not written."""
+
+
 def explain(error: BaseException) -> str | None:
     """The one line that `error` has for a person; None where it is a bug (its traceback is wanted).
 

@@ -1,9 +1,9 @@
 """`python -m flywheel.export RUN --out DIR`: what a run made, as others' tools load it.
 
-    DIR/README.md            model card with the figures
-    DIR/policy/              merged policy and tokenizer (transformers, vLLM)
-    DIR/adapters/ROLE/       LoRA adapters policy, prm, reviser (PeftModel, vllm serve --lora-modules)
-    DIR/harvest/             the verified solutions of all rounds (datasets.load_dataset)
+DIR/README.md            model card with the figures
+DIR/policy/              merged policy and tokenizer (transformers, vLLM)
+DIR/adapters/ROLE/       LoRA adapters policy, prm, reviser (PeftModel, vllm serve --lora-modules)
+DIR/harvest/             the verified solutions of all rounds (datasets.load_dataset)
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 
 from flywheel.errors import UserError
-from flywheel.history import History
+from flywheel.runs.history import History
 
 HARVEST_COLUMNS = ("question_id", "question", "solution", "answer", "bin", "round", "votes")
 
@@ -78,7 +78,9 @@ def _merge(base: str, adapter: Path | None, out: Path) -> None:
         model = AutoModelForCausalLM.from_pretrained(base, dtype="auto", use_safetensors=True)
         tokenizer = AutoTokenizer.from_pretrained(base)
     except (OSError, ValueError) as error:
-        raise UserError(f"model.base {base!r} cannot be loaded from {Path.cwd()}: {str(error).splitlines()[0]}") from None
+        raise UserError(
+            f"model.base {base!r} cannot be loaded from {Path.cwd()}: {str(error).splitlines()[0]}"
+        ) from None
     if adapter is not None:
         from peft import PeftModel
 
@@ -117,7 +119,7 @@ def _card(history: History, round: int, adapters: list[str], rows: int) -> str:
 
     import yaml
 
-    from flywheel.report import print_round, summary
+    from flywheel.report.tables import print_round, summary
 
     data, recipe = summary(history.run), history.recipe
     text = StringIO()
@@ -130,7 +132,9 @@ def _card(history: History, round: int, adapters: list[str], rows: int) -> str:
         low, high = policy.get("pass@1_ci") or (None, None)
         interval = f"{low:.3f} to {high:.3f}" if low is not None and high is not None else ""
         value = f"{policy['pass@1']:.3f}" if policy.get("pass@1") is not None else ""
-        progress.append(f"| {item['round']} | {policy.get('name', '')} | {value} | {interval} | {item.get('gate', '')} |")
+        progress.append(
+            f"| {item['round']} | {policy.get('name', '')} | {value} | {interval} | {item.get('gate', '')} |"
+        )
     lora = "\n".join(f"    {role}=adapters/{role} \\" for role in adapters).rstrip(" \\")
     front = {
         "base_model": recipe["model"]["base"],
@@ -153,19 +157,26 @@ def _card(history: History, round: int, adapters: list[str], rows: int) -> str:
         "reviser on the samples, searches the training questions with them, and distils the verified solutions into the "
         "policy. The adapters `prm` and `reviser` are those of this round's search.",
         "## Test questions\n\n" + "\n".join(progress),
-        f"Each figure of round {now['round']} with the models that made it:\n\n```\n" + text.getvalue().strip("\n") + "\n```",
+        f"Each figure of round {now['round']} with the models that made it:\n\n```\n"
+        + text.getvalue().strip("\n")
+        + "\n```",
         "## Use\n\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'model = AutoModelForCausalLM.from_pretrained("policy")\ntokenizer = AutoTokenizer.from_pretrained("policy")\n```',
-        f"The prompt is `{json.dumps(recipe['prompts']['solve'])}`" + (" in the chat template." if recipe["prompts"].get("chat") else " as plain text."),
+        f"The prompt is `{json.dumps(recipe['prompts']['solve'])}`"
+        + (" in the chat template." if recipe["prompts"].get("chat") else " as plain text."),
     ]
     if adapters:
-        parts.append(f"```sh\nvllm serve {recipe['model']['base']} --enable-lora --max-lora-rank {recipe['model'].get('lora_rank', 16)} --lora-modules \\\n{lora}\n```")
+        parts.append(
+            f"```sh\nvllm serve {recipe['model']['base']} --enable-lora --max-lora-rank {recipe['model'].get('lora_rank', 16)} --lora-modules \\\n{lora}\n```"
+        )
     if "prm" in adapters:
         good, bad = (recipe.get("prm") or {}).get("labels", ("+", "-"))
-        parts.append(f"The PRM's value of a step is the probability of `{good}` against `{bad}` as the next token after it.")
+        parts.append(
+            f"The PRM's value of a step is the probability of `{good}` against `{bad}` as the next token after it."
+        )
     if rows:
         parts.append(
-            f"## Harvest\n\n{rows:,} verified solutions of training questions: `datasets.load_dataset(\"harvest\")`. `bin` is the "
+            f'## Harvest\n\n{rows:,} verified solutions of training questions: `datasets.load_dataset("harvest")`. `bin` is the '
             "question's fixed difficulty bin (1 easiest) when harvested, `votes` how many independent candidates gave the same solution."
         )
     else:
@@ -176,15 +187,21 @@ def _card(history: History, round: int, adapters: list[str], rows: int) -> str:
         + "\n".join(f"- {role}: {n:,} tokens" for role, n in spent["tokens"].items())
         + f"\n- {spent['flops']:.3g} FLOPs (2N a token, 6N in training), {data['wall_seconds']:,.0f} s of stages (whole run, {data['finished_rounds']} rounds)"
     )
-    parts.append("## Recipe\n\n```yaml\n" + yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).strip() + "\n```")
+    parts.append(
+        "## Recipe\n\n```yaml\n" + yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).strip() + "\n```"
+    )
     return "\n\n".join(parts) + "\n"
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m flywheel.export", description="Export a run's models, harvest and model card.")
+    parser = argparse.ArgumentParser(
+        prog="python -m flywheel.export", description="Export a run's models, harvest and model card."
+    )
     parser.add_argument("run", type=Path, help="a run directory, e.g. runs/chain")
     parser.add_argument("--out", type=Path, required=True, help="a new or empty directory")
-    parser.add_argument("--round", type=int, default=None, help="the models after this round (default: the last finished one)")
+    parser.add_argument(
+        "--round", type=int, default=None, help="the models after this round (default: the last finished one)"
+    )
     args = parser.parse_args(argv)
     try:
         print(f"exported to {export(args.run, args.out, args.round)}")

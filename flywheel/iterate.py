@@ -2,7 +2,7 @@
 
 Finished work is skipped, unfinished work is continued, and nothing is computed twice.
 Rank 0 decides and prints; the other ranks follow its orders. Every stage runs in a process
-of its own (flywheel.isolate).
+of its own (flywheel.runs.isolate).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flywheel.errors import explain
-from flywheel.isolate import PRELOAD
+from flywheel.runs.isolate import PRELOAD
 
 if TYPE_CHECKING:
     from flywheel.recipe import Recipe
@@ -32,9 +32,26 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--recipe", default="recipes/chain.yaml", help="YAML recipe (default: %(default)s)")
     p.add_argument("--name", help="name of the run (default: the recipe's name)")
     p.add_argument("--runs", default="runs", type=Path, help="directory that holds the runs (default: %(default)s)")
-    p.add_argument("--round", default=1, type=int, metavar="R", help="the round to reach; 0 evaluates the base (default: %(default)s)")
-    p.add_argument("--problems", metavar="FILE", help="your own questions: JSONL with the fields question, answer and, if you like, id, split")
-    p.add_argument("--set", action="extend", nargs="+", default=[], metavar="SECTION.KEY=VALUE", help="change recipe keys; may be repeated")
+    p.add_argument(
+        "--round",
+        default=1,
+        type=int,
+        metavar="R",
+        help="the round to reach; 0 evaluates the base (default: %(default)s)",
+    )
+    p.add_argument(
+        "--problems",
+        metavar="FILE",
+        help="your own questions: JSONL with the fields question, answer and, if you like, id, split",
+    )
+    p.add_argument(
+        "--set",
+        action="extend",
+        nargs="+",
+        default=[],
+        metavar="SECTION.KEY=VALUE",
+        help="change recipe keys; may be repeated",
+    )
     p.add_argument("--dry-run", action="store_true", help="say what would run and what it would cost, and end")
     return p
 
@@ -43,7 +60,7 @@ def main(
     argv: list[str] | None = None,
     *,
     stages: str = "flywheel.stages:stages",
-    report: str = "flywheel.report",
+    report: str = "flywheel.report.tables",
     preload: tuple[str, ...] = PRELOAD,
     preflight: str | None = "flywheel.stages.kit:preflight",
 ) -> int:
@@ -53,8 +70,8 @@ def main(
     args = parser().parse_args(argv)
     if args.round < 0:
         parser().error("--round: 0 or more")
-    from flywheel.launch import Ranks
-    from flywheel.loop import Loop, Stopped, signals  # not before --help is answered
+    from flywheel.runs.loop import Loop, Stopped, signals  # not before --help is answered
+    from flywheel.runs.ranks import Ranks
 
     ranks = Ranks.from_env()
     loop = Loop(args, lambda: load_recipe(args), ranks, stages, report, preload, preflight)
@@ -84,8 +101,14 @@ def load_recipe(args: argparse.Namespace) -> Recipe:
     from flywheel import recipe
 
     path = find_recipe(args.recipe)
-    own = [f"problems.path={json.dumps(str(Path(args.problems).absolute()))}", "problems.format=jsonl"] if args.problems else []
-    whole = ["problems.limits={}", "problems.step_checker=null"] if args.problems else []  # the recipe's are for its own set; --set may limit again
+    own = (
+        [f"problems.path={json.dumps(str(Path(args.problems).absolute()))}", "problems.format=jsonl"]
+        if args.problems
+        else []
+    )
+    whole = (
+        ["problems.limits={}", "problems.step_checker=null"] if args.problems else []
+    )  # the recipe's are for its own set; --set may limit again
     loaded = recipe.load(path, [*whole, *args.set, *own])
     folder = path.resolve().parent
     root = folder.parent if folder.name == "recipes" else folder

@@ -74,9 +74,13 @@ class Ledger:
     ) -> None:
         """Charge inference. `cached` prompt tokens cost no FLOPs but stay in `prompt`."""
         if min(prompt, cached, generated, scored) < 0 or cached > prompt + scored:
-            raise ValueError(f"ledger: impossible charge for {role}/{purpose}: {prompt=} {cached=} {generated=} {scored=}")
+            raise ValueError(
+                f"ledger: impossible charge for {role}/{purpose}: {prompt=} {cached=} {generated=} {scored=}"
+            )
         computed = prompt + generated + scored - cached
-        spent = Spent(prompt=prompt, cached=cached, generated=generated, scored=scored, flops=2.0 * parameters * computed)
+        spent = Spent(
+            prompt=prompt, cached=cached, generated=generated, scored=scored, flops=2.0 * parameters * computed
+        )
         for account in (self._at(role, purpose), *_METERS.get()):
             account.add(spent)
 

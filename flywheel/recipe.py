@@ -19,14 +19,18 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 T = TypeVar("T")
-Pair = Annotated[tuple[T, T], BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)]  # YAML has lists
+Pair = Annotated[
+    tuple[T, T], BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
+]  # YAML has lists
 
 
 class Loader(yaml.SafeLoader):
     """YAML in which 1e-3 is a number, as it is in JSON and in Python."""
 
 
-Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789"))
+Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
 
 
 class RecipeError(ValueError):
@@ -44,7 +48,7 @@ class ProblemSpec(Spec):
     path: str
     fields: dict[str, str] = {}  # our name -> the file's name, e.g. {question: problem}
     limits: dict[Literal["train", "calibrate", "validation", "test"], Annotated[int, Field(ge=0)]] = {}
-    checker: str = "flywheel.grading:same_answer"  # module:function(gold, answer) -> bool
+    checker: str = "flywheel.problems.grading:same_answer"  # module:function(gold, answer) -> bool
     step_checker: str | None = None  # module:function(question, solution text) -> bool, reported only
     check_seconds: Annotated[float, Field(gt=0)] = 5.0
     check_workers: Positive = 1
@@ -60,14 +64,18 @@ class ModelSpec(Spec):
 
 
 class EngineSpec(Spec):
-    kind: Literal["vllm", "scripted"] = "vllm"
+    kind: Annotated[str, Field(pattern=r"^(vllm|[\w.]+:\w+)$")] = (
+        "vllm"  # or module:function of an engine of one's own (see `models/weights.py`, `open_backend`)
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     max_model_len: Positive = 1024
     kv_cache_mb: Positive = 256  # per engine, CPU only
     gpu_memory: Share = 0.9
     max_running: Positive = 256  # sequences decoded at once
     chunk: Positive = 50  # questions to a shard: what a kill can cost
-    workers: Annotated[int, Field(ge=0)] = 0  # sampling processes of a rank; 0: on a CPU and for a small model one a core, else one
+    workers: Annotated[int, Field(ge=0)] = (
+        0  # sampling processes of a rank; 0: on a CPU and for a small model one a core, else one
+    )
 
 
 class PromptSpec(Spec):
@@ -101,7 +109,9 @@ class LabelSpec(Spec):
 
 
 class TrainSpec(Spec):
-    start: Literal["policy"] | None = None  # the adapter to train on from: the last policy's; none: a fresh one on the base
+    start: Literal["policy"] | None = (
+        None  # the adapter to train on from: the last policy's; none: a fresh one on the base
+    )
     epochs: Annotated[float, Field(gt=0)] = 3
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
     batch_size: Positive = 32  # global, over all ranks and accumulation steps
@@ -210,26 +220,42 @@ class Recipe(Spec):
             raise ValueError(f"calibrate.edges: {self.calibrate.bins - 1} falling numbers wanted, got {edges}")
         for key in ("harvest", "evaluate"):
             if (budget := getattr(self, key).budget) not in self.calibrate.budgets:
-                raise ValueError(f"{key}.budget: {budget} is not among calibrate.budgets {self.calibrate.budgets}; a plan has no strategy for it")
+                raise ValueError(
+                    f"{key}.budget: {budget} is not among calibrate.budgets {self.calibrate.budgets}; a plan has no strategy for it"
+                )
         if self.evaluate.samples < max(self.evaluate.budget, self.evaluate.probe):
-            raise ValueError(f"evaluate.samples: {self.evaluate.samples} is fewer than evaluate.budget {self.evaluate.budget} or evaluate.probe {self.evaluate.probe}")
+            raise ValueError(
+                f"evaluate.samples: {self.evaluate.samples} is fewer than evaluate.budget {self.evaluate.budget} or evaluate.probe {self.evaluate.probe}"
+            )
         if self.sample.max_tokens >= self.engine.max_model_len:
             raise ValueError("sample.max_tokens: must be below engine.max_model_len")
         for strategy in self.calibrate.strategies:
             if strategy.max_budget is not None and strategy.max_budget < min(self.calibrate.budgets):
-                raise ValueError(f"calibrate.strategies: {strategy.kind} with max_budget {strategy.max_budget} is never tried; the smallest of calibrate.budgets is {min(self.calibrate.budgets)}")
-        plain = [strategy.max_budget or max(self.calibrate.budgets) for strategy in self.calibrate.strategies if isinstance(strategy, BestOfNSpec)]
+                raise ValueError(
+                    f"calibrate.strategies: {strategy.kind} with max_budget {strategy.max_budget} is never tried; the smallest of calibrate.budgets is {min(self.calibrate.budgets)}"
+                )
+        plain = [
+            strategy.max_budget or max(self.calibrate.budgets)
+            for strategy in self.calibrate.strategies
+            if isinstance(strategy, BestOfNSpec)
+        ]
         if max(plain, default=0) < max(self.calibrate.budgets):
             at = f" at budget {max(self.calibrate.budgets)}" if plain else ""
-            raise ValueError(f"calibrate.strategies: best_of_n is missing{at}; it is what a round without a reviser has, and what all else is measured against")
+            raise ValueError(
+                f"calibrate.strategies: best_of_n is missing{at}; it is what a round without a reviser has, and what all else is measured against"
+            )
         if self.prm.target == "progress" and self.prm.aggregate not in ("min", "product"):
-            raise ValueError(f"prm.aggregate: {self.prm.aggregate} does not sum up a PRM of prm.target progress, which judges each step alone; product or min does")
+            raise ValueError(
+                f"prm.aggregate: {self.prm.aggregate} does not sum up a PRM of prm.target progress, which judges each step alone; product or min does"
+            )
         if self.label.prefer[0] > self.label.prefer[1]:
             raise ValueError(f"label.prefer: a rising pair wanted, got {list(self.label.prefer)}")
         for key in ("prm", "reviser", "distill"):
             spec = getattr(self, key)
             if spec.batch_size % spec.micro_batch_size:
-                raise ValueError(f"{key}.batch_size: {spec.batch_size} is not a multiple of {key}.micro_batch_size {spec.micro_batch_size}")
+                raise ValueError(
+                    f"{key}.batch_size: {spec.batch_size} is not a multiple of {key}.micro_batch_size {spec.micro_batch_size}"
+                )
         return self
 
 
@@ -279,15 +305,27 @@ def _one_line(error: ValidationError) -> str:
     """The first fault as `key: what is wrong`; unknown keys name the nearest known one."""
     faults = error.errors()
     fault = next((f for f in faults if f["type"] == "extra_forbidden"), faults[0])
-    where = ".".join(str(part) if str(part).strip() and str(part).isprintable() else repr(part) for part in fault["loc"])
+    where = ".".join(
+        str(part) if str(part).strip() and str(part).isprintable() else repr(part) for part in fault["loc"]
+    )
     more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
     if fault["type"] == "extra_forbidden":
         known = known_keys()
         # a place in a list, and the kind that follows it, are no keys
-        written = ".".join(str(p) for i, p in enumerate(fault["loc"]) if not isinstance(p, int) and not (i and isinstance(fault["loc"][i - 1], int)))
-        near = difflib.get_close_matches(written, known, 1, 0.5) or [
-            key for key in known if key.rsplit(".", 1)[-1] in difflib.get_close_matches(where.rsplit(".", 1)[-1], [k.rsplit(".", 1)[-1] for k in known], 1, 0.6)
-        ][:1]
+        written = ".".join(
+            str(p)
+            for i, p in enumerate(fault["loc"])
+            if not isinstance(p, int) and not (i and isinstance(fault["loc"][i - 1], int))
+        )
+        near = (
+            difflib.get_close_matches(written, known, 1, 0.5)
+            or [
+                key
+                for key in known
+                if key.rsplit(".", 1)[-1]
+                in difflib.get_close_matches(where.rsplit(".", 1)[-1], [k.rsplit(".", 1)[-1] for k in known], 1, 0.6)
+            ][:1]
+        )
         return f"{where}: unknown key" + (f"; did you mean {near[0]}?" if near else "") + more
     if not where:
         return fault["msg"].removeprefix("Value error, ") + more

@@ -29,6 +29,20 @@ class Role(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class ModelRef:
+    """A frozen base plus at most one LoRA adapter, under the name that every figure quotes.
+
+    With `labels`, the token ids of a good and a bad label, it is asked for `Engine.score` with
+    these labels alone, which lets an engine read all prefixes of a text in one pass.
+    """
+
+    name: str
+    base: str
+    adapter: str | None = None
+    labels: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Question:
     """What search may see."""
 

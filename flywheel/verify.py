@@ -12,11 +12,11 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from flywheel import manifest
 from flywheel.errors import UserError, explain
 from flywheel.recipe import Recipe, load
-from flywheel.run import Stage, entries
-from flywheel.shards import check_shard, shard_dirs
+from flywheel.runs import manifest
+from flywheel.runs.run import Stage, entries
+from flywheel.runs.shards import check_shard, shard_dirs
 
 
 def verify(run: Path, stages: Callable[[int], Sequence[Stage]], say: Callable[[str], None] = print) -> list[Path]:
@@ -37,7 +37,11 @@ def verify(run: Path, stages: Callable[[int], Sequence[Stage]], say: Callable[[s
         except UserError as error:
             redo[directory] = str(error)
             say(f"{manifest.name_of(at):24s} to redo: {error}")
-            redo |= {path: f"made from {manifest.name_of(at)}" for later in manifest.made_from(at, plan) if (path := manifest.stage_dir(run, *later)).is_dir()}
+            redo |= {
+                path: f"made from {manifest.name_of(at)}"
+                for later in manifest.made_from(at, plan)
+                if (path := manifest.stage_dir(run, *later)).is_dir()
+            }
             continue
         if (made := manifest.load(run, *at)) is not None:
             say(f"{manifest.name_of(at):24s} whole: {len(made['files'])} files")
@@ -69,7 +73,7 @@ def run_recipe(run: Path) -> Recipe:
 
 
 def main(argv: Sequence[str] | None = None, stages: str = "flywheel.stages:stages") -> int:
-    from flywheel.isolate import resolve
+    from flywheel.runs.isolate import resolve
 
     parser = argparse.ArgumentParser(prog="python -m flywheel.verify", description=__doc__.split("\n\n")[0])
     parser.add_argument("run", type=Path)
@@ -80,7 +84,10 @@ def main(argv: Sequence[str] | None = None, stages: str = "flywheel.stages:stage
         print(f"flywheel: {explain(error)}", file=sys.stderr)
         return 1
     if redo:
-        print(f"flywheel: {len(redo)} to redo; then the same launch makes them again: rm -r {' '.join(map(str, redo))}", file=sys.stderr)
+        print(
+            f"flywheel: {len(redo)} to redo; then the same launch makes them again: rm -r {' '.join(map(str, redo))}",
+            file=sys.stderr,
+        )
         return 1
     print("whole: nothing to redo")
     return 0

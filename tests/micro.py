@@ -4,7 +4,22 @@ from __future__ import annotations
 
 from pathlib import Path
 
-WORDS = ["<pad>", "<eos>", "\n", "Q", "?", "Try", "Check", "Again", "Answer", "ok", "no", "+", "=", *map(str, range(50))]
+WORDS = [
+    "<pad>",
+    "<eos>",
+    "\n",
+    "Q",
+    "?",
+    "Try",
+    "Check",
+    "Again",
+    "Answer",
+    "ok",
+    "no",
+    "+",
+    "=",
+    *map(str, range(50)),
+]
 EOS = 1
 
 
@@ -17,7 +32,9 @@ def tokenizer():
     words.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Split(Regex(" +"), "removed")]
     )
-    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", clean_up_tokenization_spaces=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", clean_up_tokenization_spaces=False
+    )
 
 
 def model(folder: Path, seed: int = 0) -> str:
@@ -27,10 +44,19 @@ def model(folder: Path, seed: int = 0) -> str:
 
     torch.manual_seed(seed)
     config = Qwen2Config(
-        vocab_size=len(WORDS), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=True, initializer_range=0.15,
-        bos_token_id=None, eos_token_id=EOS, pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=len(WORDS),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        initializer_range=0.15,
+        bos_token_id=None,
+        eos_token_id=EOS,
+        pad_token_id=0,
+    )
     Qwen2ForCausalLM(config).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return str(folder)

@@ -1,4 +1,5 @@
 """Claims about the laboratory's domain, problem set, tokenizer, corpus and seed model."""
+
 import random
 from collections import Counter
 
@@ -91,7 +92,7 @@ def test_documents_are_encodable_and_learned_after_the_question():
     rng = random.Random(1)
     for _ in range(300):
         words, start = corpus.document(rng)
-        assert words[start - 2:start] == ["?", "\n"] and words[-1] == tokenizer.EOS
+        assert words[start - 2 : start] == ["?", "\n"] and words[-1] == tokenizer.EOS
         assert words[start] in ("Try", "Check") and all(word in tokenizer.ID for word in words)
         assert len(words) < 1024
 

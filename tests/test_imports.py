@@ -10,20 +10,25 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-MODULES = {".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p for p in sorted((ROOT / "flywheel").rglob("*.py"))}
+MODULES = {
+    ".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p
+    for p in sorted((ROOT / "flywheel").rglob("*.py"))
+}
 HEAVY = {"torch", "vllm", "transformers", "trl", "peft", "datasets", "wandb", "matplotlib", "deepspeed", "accelerate"}
-# Rank of each part; an import may only point to its own rank or below.
-PARTS = [
-    {"iterate", "verify"},
-    {"loop"},
-    {"stages", "report", "tracking", "pictures", "export", "history"},
-    {"search", "training"},
-    {"engines", "prm"},
-    {"prompts", "steps", "grading", "check_worker", "bins", "stats", "health", "overlap", "ledger", "run", "recipe", "isolate", "launch", "manifest", "estimate", "shards", "store", "problems"},
-    {"records", "errors"},
+# Each package has a rank of its own, the highest first; an import may point down, or stay inside its package.
+COMMANDS, NOUNS = {"iterate", "verify", "export", "summary"}, {"records", "recipe", "ledger", "errors"}
+RANKS = [
+    COMMANDS,
+    {"report"},
+    {"stages"},
+    {"training"},
+    {"search"},
+    {"models"},
+    {"runs"},
+    {"problems"},
+    {"measure"},
+    NOUNS,
 ]
-# `engines.base` holds protocols and plain records: everything may know it.
-CONTRACTS = {"flywheel.engines.base"}
 
 
 def imported(path: Path, module: str, top_only: bool = False) -> set[str]:
@@ -55,21 +60,23 @@ def imported(path: Path, module: str, top_only: bool = False) -> set[str]:
 
 def rank(module: str) -> int:
     part = module.split(".")[1]
-    return next(i for i, parts in enumerate(PARTS) if part in parts)
+    return next(i for i, parts in enumerate(RANKS) if part in parts)
 
 
 def test_the_checks_see_imports():
     """The reader of imports finds the kinds that it is to forbid."""
-    assert "flywheel.records" in imported(ROOT / "flywheel/run.py", "flywheel.run", top_only=True)
-    assert "flywheel.problems" in imported(ROOT / "flywheel/run.py", "flywheel.run")
-    assert "flywheel.problems" not in imported(ROOT / "flywheel/run.py", "flywheel.run", top_only=True)
-    assert "flywheel.manifest" in imported(ROOT / "flywheel/run.py", "flywheel.run")
+    assert "flywheel.records" in imported(ROOT / "flywheel/runs/run.py", "flywheel.runs.run", top_only=True)
+    assert "flywheel.problems.sources" in imported(ROOT / "flywheel/runs/run.py", "flywheel.runs.run")
+    assert "flywheel.problems.sources" not in imported(
+        ROOT / "flywheel/runs/run.py", "flywheel.runs.run", top_only=True
+    )
+    assert "flywheel.runs.manifest" in imported(ROOT / "flywheel/runs/run.py", "flywheel.runs.run")
 
 
 @pytest.mark.parametrize("module", [m for m in MODULES if m != "flywheel"])
 def test_imports_point_down(module):
     for name in imported(MODULES[module], module):
-        if name.startswith("flywheel.") and name not in CONTRACTS:
+        if name.startswith("flywheel."):
             assert rank(name) >= rank(module), f"{module} imports {name}, which is above it"
 
 
@@ -80,14 +87,18 @@ def test_flywheel_stands_alone(module):
 
 
 def test_vllm_is_imported_in_its_engine_only():
-    users = {module for module, path in MODULES.items() if any(n.split(".")[0] == "vllm" for n in imported(path, module))}
-    assert users == {"flywheel.engines.vllm"}
+    users = {
+        module for module, path in MODULES.items() if any(n.split(".")[0] == "vllm" for n in imported(path, module))
+    }
+    assert users == {"flywheel.models.vllm"}
 
 
 def test_no_stage_imports_another():
     for module, path in MODULES.items():
         if module.startswith("flywheel.stages.") and module != "flywheel.stages.kit":
-            others = {n for n in imported(path, module) if n.startswith("flywheel.stages.") and n != "flywheel.stages.kit"}
+            others = {
+                n for n in imported(path, module) if n.startswith("flywheel.stages.") and n != "flywheel.stages.kit"
+            }
             assert not others, f"{module} imports {others}"
 
 
@@ -95,9 +106,16 @@ def test_search_never_sees_a_gold_answer():
     for module, path in MODULES.items():
         if module.startswith("flywheel.search"):
             names = {node.id for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Name)}
-            taken = {alias.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom) for alias in node.names}
+            taken = {
+                alias.name
+                for node in ast.walk(ast.parse(path.read_text()))
+                if isinstance(node, ast.ImportFrom)
+                for alias in node.names
+            }
             assert not {"Problem", "Grade", "Grader"} & (names | taken), f"{module} knows gold answers"
-            assert not {n for n in imported(path, module) if n in ("flywheel.problems", "flywheel.run")}, f"{module} could read problems"
+            assert not {n for n in imported(path, module) if n in ("flywheel.problems.sources", "flywheel.runs.run")}, (
+                f"{module} could read problems"
+            )
 
 
 def reached(start: str) -> set[str]:
@@ -114,7 +132,21 @@ def reached(start: str) -> set[str]:
     return seen
 
 
-@pytest.mark.parametrize("start", ["iterate", "loop", "recipe", "run", "records", "search", "stages.kit", "report", "problems", "training"])
+@pytest.mark.parametrize(
+    "start",
+    [
+        "iterate",
+        "runs.loop",
+        "recipe",
+        "runs.run",
+        "records",
+        "search",
+        "stages.kit",
+        "report.tables",
+        "problems.sources",
+        "training",
+    ],
+)
 def test_nothing_heavy_is_imported_before_it_is_needed(start):
     heavy = {n for n in reached(f"flywheel.{start}") if n.split(".")[0] in HEAVY}
     assert not heavy, f"importing flywheel.{start} imports {heavy}"
@@ -122,6 +154,6 @@ def test_nothing_heavy_is_imported_before_it_is_needed(start):
 
 def test_the_rank_process_really_loads_no_torch():
     """What the source says, seen: the loop and all stages are imported, and torch is not there."""
-    code = f"import sys, flywheel.loop, flywheel.stages; flywheel.stages.stages(1); print(sorted(set(sys.modules) & set({HEAVY!r})))"
+    code = f"import sys, flywheel.runs.loop, flywheel.stages; flywheel.stages.stages(1); print(sorted(set(sys.modules) & set({HEAVY!r})))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert out.stdout.strip() == "[]", out.stdout + out.stderr

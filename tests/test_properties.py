@@ -14,8 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rapidfuzz.distance import Levenshtein
 
-from flywheel.bins import fixed_bins, quantile_bins
 from flywheel.ledger import Ledger, total
+from flywheel.measure.bins import fixed_bins, quantile_bins
+from flywheel.measure.stats import edit_distance
+from flywheel.models.steps import Reader
 from flywheel.recipe import Loader, Recipe, RecipeError, known_keys, parse
 from flywheel.records import (
     Answered,
@@ -34,11 +36,9 @@ from flywheel.records import (
     Step,
     StepValues,
 )
+from flywheel.runs.files import read_table, write_table
 from flywheel.search.plan import Trial, held_out, most_right
 from flywheel.search.select import weighted
-from flywheel.stats import edit_distance
-from flywheel.steps import Reader
-from flywheel.store import read_table, write_table
 from tests import micro
 
 # ---- records and shards ------------------------------------------------------------------
@@ -48,9 +48,12 @@ finite = st.floats(allow_nan=False, allow_infinity=False)
 numbers = st.integers(-(2**40), 2**40)
 tokens = st.lists(st.integers(0, 2**31), max_size=5).map(tuple)
 for kind, made in {
-    str: st.text(max_size=20), int: numbers, float: finite, Step: st.builds(Step, st.text(max_size=9), tokens),
+    str: st.text(max_size=20),
+    int: numbers,
+    float: finite,
+    Step: st.builds(Step, st.text(max_size=9), tokens),
     Question: st.builds(Question, st.text(max_size=9), st.text(max_size=30)),
-}.items():  # fmt: skip
+}.items():
     st.register_type_strategy(kind, made)
 
 
@@ -72,12 +75,30 @@ def test_records_come_back_from_disk_as_they_went(kind, tmp_path_factory):
 
 # ---- recipes -----------------------------------------------------------------------------
 
-SHIPPED = [yaml.load(Path(f"recipes/{name}.yaml").read_text(encoding="utf-8"), Loader) for name in ("chain", "chain_lab", "qwen25_05b_gsm8k")]
-odd = st.one_of(st.none(), st.booleans(), st.integers(-3, 10**9), st.floats(), st.text(max_size=8), st.lists(st.integers(-2, 9), max_size=3), st.dictionaries(st.text(max_size=5), st.integers(), max_size=2))
+SHIPPED = [
+    yaml.load(Path(f"recipes/{name}.yaml").read_text(encoding="utf-8"), Loader)
+    for name in ("chain", "chain_lab", "qwen25_05b_gsm8k")
+]
+odd = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-3, 10**9),
+    st.floats(),
+    st.text(max_size=8),
+    st.lists(st.integers(-2, 9), max_size=3),
+    st.dictionaries(st.text(max_size=5), st.integers(), max_size=2),
+)
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.sampled_from(SHIPPED), st.lists(st.tuples(st.one_of(st.sampled_from(known_keys()), st.text(max_size=12)), odd, st.booleans()), min_size=1, max_size=3))
+@given(
+    st.sampled_from(SHIPPED),
+    st.lists(
+        st.tuples(st.one_of(st.sampled_from(known_keys()), st.text(max_size=12)), odd, st.booleans()),
+        min_size=1,
+        max_size=3,
+    ),
+)
 def test_a_recipe_edited_at_random_is_a_recipe_or_one_clear_line(shipped, edits):
     data = copy.deepcopy(shipped)
     for key, value, remove in edits:
@@ -122,7 +143,10 @@ def test_the_edit_distance_is_the_reference_library_s(a, b):
     assert edit_distance(a, b) == Levenshtein.distance(a, b)
 
 
-@given(st.lists(st.tuples(st.sampled_from(["1", "2", "3", None]), st.sampled_from([0.0, 0.25, 0.5, 1.0])), max_size=12), st.randoms())
+@given(
+    st.lists(st.tuples(st.sampled_from(["1", "2", "3", None]), st.sampled_from([0.0, 0.25, 0.5, 1.0])), max_size=12),
+    st.randoms(),
+)
 def test_the_order_of_candidates_changes_the_winner_only_between_equals(pairs, chance):
     weight = Counter()
     for answer, score in pairs:
@@ -150,16 +174,32 @@ def test_every_question_is_in_one_bin_and_an_easier_one_in_no_harder(rates, coun
 def test_what_serves_a_question_was_chosen_without_it(chance, count, bins):
     """Whatever a question's own trials say, the strategies that serve it stay."""
     options = [BestOfN(4), Beam(4, 2), Revise(4)]
-    trials = [Trial(f"q{q}", 1 + q % bins, 4, s, chance.random() < 0.5, 0, chance.randint(1, 9)) for q in range(count) for s in options]
-    fit = lambda rows: most_right(rows, {}, bins)  # noqa: E731
+    trials = [
+        Trial(f"q{q}", 1 + q % bins, 4, s, chance.random() < 0.5, 0, chance.randint(1, 9))
+        for q in range(count)
+        for s in options
+    ]
+    fit = lambda rows: most_right(rows, {}, bins)
     before = {t.question_id: t.strategy for t in held_out(trials, fit)[4]}
     victim = f"q{chance.randrange(count)}"
-    changed = [Trial(t.question_id, t.bin, t.budget, t.strategy, not t.correct, 0, t.tokens + 7) if t.question_id == victim else t for t in trials]
+    changed = [
+        Trial(t.question_id, t.bin, t.budget, t.strategy, not t.correct, 0, t.tokens + 7)
+        if t.question_id == victim
+        else t
+        for t in trials
+    ]
     after = {t.question_id: t.strategy for t in held_out(changed, fit)[4]}
     assert after[victim] == before[victim] and after.keys() == before.keys() == {t.question_id for t in trials}
 
 
-charges = st.tuples(st.sampled_from(["policy", "prm"]), st.sampled_from(["sample", "verify"]), st.integers(0, 99), st.integers(0, 99), st.integers(0, 99), st.integers(1, 9))
+charges = st.tuples(
+    st.sampled_from(["policy", "prm"]),
+    st.sampled_from(["sample", "verify"]),
+    st.integers(0, 99),
+    st.integers(0, 99),
+    st.integers(0, 99),
+    st.integers(1, 9),
+)
 
 
 @given(st.lists(charges, max_size=20), st.integers(0, 2**32))
@@ -170,7 +210,9 @@ def test_a_ledger_adds_up_in_any_order_and_however_it_is_cut(rows, seed):
             ledger.charge(role, purpose, parameters=parameters, prompt=prompt, generated=generated, scored=scored)
             if i % 3 == 2:
                 out += ledger.take()  # a shard is written, and another begins
-        return {key: (s.prompt, s.generated, s.scored, s.flops) for key, s in total(out + ledger.take(), "role", "purpose")}
+        return {
+            key: (s.prompt, s.generated, s.scored, s.flops) for key, s in total(out + ledger.take(), "role", "purpose")
+        }
 
     whole = charged(rows)
     assert whole == charged(random.Random(seed).sample(rows, len(rows)))

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from flywheel.grading import load_function
 from flywheel.iterate import parser
+from flywheel.problems.grading import load_function
 from flywheel.recipe import RecipeError, load
 
 ROOT = Path(__file__).parents[1]
@@ -48,8 +48,14 @@ def test_the_published_model_says_what_it_has_not_run_on():
         ("label.prefer=[0.9, 0.1]", "label.prefer: a rising pair wanted"),
         ("calibrate.strategies=[]", "calibrate.strategies"),
         ("calibrate.strategies=[{kind: revise}]", "calibrate.strategies: best_of_n is missing;"),
-        ("calibrate.strategies=[{kind: best_of_n}, {kind: revise, max_budget: 2}]", "calibrate.strategies: revise with max_budget 2 is never tried"),
-        ("calibrate.strategies=[{kind: best_of_n, max_budget: 4}]", "calibrate.strategies: best_of_n is missing at budget 64;"),
+        (
+            "calibrate.strategies=[{kind: best_of_n}, {kind: revise, max_budget: 2}]",
+            "calibrate.strategies: revise with max_budget 2 is never tried",
+        ),
+        (
+            "calibrate.strategies=[{kind: best_of_n, max_budget: 4}]",
+            "calibrate.strategies: best_of_n is missing at budget 64;",
+        ),
         ("label.rollout=8", "label.rollout: unknown key; did you mean label.rollouts?"),
     ],
 )

@@ -25,13 +25,17 @@ class Project:
         (root / "base").mkdir(parents=True)
         (root / "base" / "config.json").write_text("{}")
         (root / "base" / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
-        rows = [{"id": f"{split}{i:02d}", "question": f"{split} {i}?", "answer": str(i % 5), "split": split} for split, n in SPLITS.items() for i in range(n)]
+        rows = [
+            {"id": f"{split}{i:02d}", "question": f"{split} {i}?", "answer": str(i % 5), "split": split}
+            for split, n in SPLITS.items()
+            for i in range(n)
+        ]
         (root / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         recipe = {
             "name": "toy",
             "problems": {"path": "questions.jsonl"},
             "model": {"base": "base"},
-            "engine": {"kind": "scripted", "chunk": 2, "workers": 1},
+            "engine": {"chunk": 2, "workers": 1},
             "prompts": {"solve": "{question}", "check": "{question}", "again": "\n"},
             "calibrate": {"strategies": [{"kind": "best_of_n"}], "budgets": [4, 16]},
         }
@@ -45,13 +49,31 @@ class Project:
         return self.run_dir / f"round_{round}" / name
 
     def start(self, *argv: str, wrapper: Sequence[str] = (), **env: object) -> subprocess.Popen:
-        clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT") and not k.startswith("ACCELERATE_")}
+        clean = {
+            k: v
+            for k, v in os.environ.items()
+            if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
+            and not k.startswith("ACCELERATE_")
+        }
         path = os.pathsep.join([str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")])
-        command = [*wrapper, sys.executable, str(HERE / "toy_run.py"), "--recipe", str(self.root / "toy.yaml"), "--runs", str(self.runs), *argv]
+        command = [
+            *wrapper,
+            sys.executable,
+            str(HERE / "toy_run.py"),
+            "--recipe",
+            str(self.root / "toy.yaml"),
+            "--runs",
+            str(self.runs),
+            *argv,
+        ]
         return subprocess.Popen(
-            command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=self.root,
+            command,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            cwd=self.root,
             env={**clean, "PYTHONPATH": path, "TOY_LOG": str(self.log), **{k: str(v) for k, v in env.items()}},
-        )  # fmt: skip
+        )
 
     def run(self, *argv: str, **env: object) -> subprocess.CompletedProcess:
         process = self.start(*argv, **env)
@@ -60,7 +82,11 @@ class Project:
 
     def logged(self, kind: str) -> list[list[str]]:
         """The log's lines that begin with `kind`, as [what, rank, pid]."""
-        return [line.split() for line in self.log.read_text().splitlines() if line.startswith(kind)] if self.log.exists() else []
+        return (
+            [line.split() for line in self.log.read_text().splitlines() if line.startswith(kind)]
+            if self.log.exists()
+            else []
+        )
 
     def shards(self, round: int = 1, stage: str = "sample") -> list[Path]:
         return sorted(p for p in (self.stage(round, stage) / "shards").glob("*") if p.name.isdigit())

@@ -17,10 +17,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from flywheel.engines.base import EngineDied
-from flywheel.errors import UserError
+from flywheel.errors import EngineDied, UserError
 from flywheel.records import Beam, BestOfN, Finish, Grade, Solution, Split, Step, Strategy, Verdict
-from flywheel.run import Context, Stage
+from flywheel.runs.run import Context, Stage
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,11 +110,19 @@ def train(ctx: Context) -> dict:
     if ctx.rank == 0:
         (ctx.dir / "adapter" / "weights").write_text(str(ctx.seed("weights")))
         ctx.ledger.train("policy", "distill", parameters=10, tokens=100)
-    return {"trained": True, "port": os.environ.get("MASTER_PORT"), "rank": os.environ.get("RANK"), "threads": os.environ["OMP_NUM_THREADS"]}
+    return {
+        "trained": True,
+        "port": os.environ.get("MASTER_PORT"),
+        "rank": os.environ.get("RANK"),
+        "threads": os.environ["OMP_NUM_THREADS"],
+    }
 
 
 def gate(ctx: Context) -> dict:
-    return {"passed": ctx.round != 2, "environment": {key: os.environ.get(key) for key in ("RANK", "WANDB_MODE", "DO_NOT_TRACK")}}
+    return {
+        "passed": ctx.round != 2,
+        "environment": {key: os.environ.get(key) for key in ("RANK", "WANDB_MODE", "DO_NOT_TRACK")},
+    }
 
 
 def train_ids(ctx: Context) -> list[str]:
@@ -132,7 +139,9 @@ SAMPLE = Stage("sample", ("sample", "engine"), ("gate@-1", "distill@-1"), train_
 LABEL = Stage("label", ("label",), ("sample",), train_ids, tools, trials)
 DISTILL = Stage("distill", ("distill",), ("label", "sample@all"), train=train)
 GATE = Stage("gate", ("distill",), ("distill",), items=lambda ctx: [], work=work, finish=gate)
-EVALUATE = Stage("evaluate", ("evaluate",), ("gate", "evaluate@-1"), test_ids, tools, work, finish=finish, test_split=True)
+EVALUATE = Stage(
+    "evaluate", ("evaluate",), ("gate", "evaluate@-1"), test_ids, tools, work, finish=finish, test_split=True
+)
 
 
 def stages(round: int) -> list[Stage]:

@@ -6,6 +6,7 @@ majority and the model's own marks select.  Intervals are 95% percentile bootstr
 With ``--run RUN [RUN ...]`` (finished runs, seeds of one recipe) it prints properties 4 to 7 instead:
 the verifiers (eval.verifiers), beam against best-of-n by bin, revision by attempt, and the loop (eval.seeds).
 """
+
 from __future__ import annotations
 
 import argparse
@@ -37,8 +38,15 @@ def encode(text: str) -> list[int]:
     return [ID[word] for word in text.replace("\n", " \n ").split(" ") if word]
 
 
-def sample(model, questions: list[str], n: int, seed: int = 0, batch: int = 384, prefix: str = "Try",
-           max_lines: int = MAX_K + 2) -> tuple[list[list[str]], int]:
+def sample(
+    model,
+    questions: list[str],
+    n: int,
+    seed: int = 0,
+    batch: int = 384,
+    prefix: str = "Try",
+    max_lines: int = MAX_K + 2,
+) -> tuple[list[list[str]], int]:
     """n solutions a question at temperature 1, as text, and the number of tokens generated."""
     import torch
 
@@ -51,13 +59,21 @@ def sample(model, questions: list[str], n: int, seed: int = 0, batch: int = 384,
     generated = 0
     for rows in waiting.values():
         for at in range(0, len(rows), batch):
-            part = rows[at:at + batch]
+            part = rows[at : at + batch]
             ids = torch.tensor([prompt for _, prompt in part])
             with torch.inference_mode():
-                out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=1.0,
-                                     top_k=0, top_p=1.0, max_new_tokens=4 * max_lines + 3,
-                                     eos_token_id=[ID[EOS], ID["Again"]], pad_token_id=ID[PAD])
-            for (i, _), row in zip(part, out[:, ids.shape[1]:].tolist()):
+                out = model.generate(
+                    ids,
+                    attention_mask=torch.ones_like(ids),
+                    do_sample=True,
+                    temperature=1.0,
+                    top_k=0,
+                    top_p=1.0,
+                    max_new_tokens=4 * max_lines + 3,
+                    eos_token_id=[ID[EOS], ID["Again"]],
+                    pad_token_id=ID[PAD],
+                )
+            for (i, _), row in zip(part, out[:, ids.shape[1] :].tolist()):
                 words = [WORDS[token] for token in row if token != ID[PAD]]
                 generated += len(words)
                 end = words.index("Answer") + 2 if "Answer" in words else len(words)
@@ -75,7 +91,7 @@ def marks(model, pairs: list[tuple[str, str]], tokens: int = 12_000) -> list[np.
     at = 0
     while at < len(order):
         rows = max(1, tokens // len(texts[order[min(len(order) - 1, at + 64)]]))
-        part, at = order[at:at + rows], at + rows
+        part, at = order[at : at + rows], at + rows
         width = len(texts[part[-1]])
         ids = torch.tensor([texts[i] + [ID[PAD]] * (width - len(texts[i])) for i in part])
         with torch.inference_mode():
@@ -130,8 +146,12 @@ def fixed_bin(pass_at_1: float) -> int:
 
 def selection(rows: list[dict], solutions, values, n: int) -> dict[str, list[float]]:
     """Accuracy of the answer chosen among the first n solutions of each question."""
-    ways = {"majority": lambda v: 1.0, "weighted_last": lambda v: v[-1],
-            "weighted_product": np.prod, "weighted_min": np.min}
+    ways = {
+        "majority": lambda v: 1.0,
+        "weighted_last": lambda v: v[-1],
+        "weighted_product": np.prod,
+        "weighted_min": np.min,
+    }
     hits: dict[str, list[float]] = {way: [] for way in [*ways, "argmax_last", "argmax_min"]}
     for row, texts, own in zip(rows, solutions, values):
         parsed = [parse_solution(text)[1] for text in texts[:n]]
@@ -164,12 +184,17 @@ def mark_quality(rows, solutions, values) -> dict:
                 if step and (i == 0 or verdicts[i - 1]):
                     by_class[FACTS[step[:2]].class_.author].append((value[i], step_is_right(line)))
     split = {c.author: tuple(zip(*by_class[c.author])) for c in CLASSES if by_class[c.author]}
-    return {"by_class": {str(c): round(auc(*pair), 4) for c, pair in split.items()},
-            "mean_value_right_wrong_by_class": {
-                str(c): [round(float(np.mean([s for s, label in zip(*pair) if label == want])), 3) for want in (True, False)]
-                for c, pair in split.items()},
-            "so_far": round(auc(*zip(*so_far)), 4),
-            "answer_within_question": {way: interval(v) for way, v in within.items()}}
+    return {
+        "by_class": {str(c): round(auc(*pair), 4) for c, pair in split.items()},
+        "mean_value_right_wrong_by_class": {
+            str(c): [
+                round(float(np.mean([s for s, label in zip(*pair) if label == want])), 3) for want in (True, False)
+            ]
+            for c, pair in split.items()
+        },
+        "so_far": round(auc(*zip(*so_far)), 4),
+        "answer_within_question": {way: interval(v) for way, v in within.items()},
+    }
 
 
 def measure(folder: Path, split: str, limit: int, n: int, seed: int) -> dict:
@@ -179,7 +204,7 @@ def measure(folder: Path, split: str, limit: int, n: int, seed: int) -> dict:
     solutions, generated = sample(model, [row["question"] for row in rows], n, seed)
     seconds = time.monotonic() - begun
     flat = marks(model, [(row["question"], text) for row, texts in zip(rows, solutions) for text in texts])
-    values = [flat[i * n:(i + 1) * n] for i in range(len(rows))]
+    values = [flat[i * n : (i + 1) * n] for i in range(len(rows))]
 
     by_k, by_bin, guess, clean, unparsed, short = defaultdict(list), defaultdict(list), {}, [], 0, 0
     p1, pn = [], []
@@ -196,7 +221,11 @@ def measure(folder: Path, split: str, limit: int, n: int, seed: int) -> dict:
         guess[row["id"]] = 1 - (1 - 1 / P) ** n
     weights = sum(p.numel() for p in model.parameters())
     return {
-        "model": folder.name, "split": split, "questions": len(rows), "samples": n, "seed": seed,
+        "model": folder.name,
+        "split": split,
+        "questions": len(rows),
+        "samples": n,
+        "seed": seed,
         "1_pass_at_1": interval(p1),
         "1_pass_at_1_by_k": {k: interval(v) for k, v in sorted(by_k.items())},
         "1_questions_by_fixed_bin": dict(sorted(Counter(map(fixed_bin, p1)).items())),
@@ -221,9 +250,9 @@ def beam_over_best_of_n(readers: list) -> dict:
     budgets, on the logarithm of tokens, where it costs what the beam costs in that group of
     bins; only beams that cost no more than its largest budget are compared so.
     """
+    from flywheel.measure.stats import bootstrap_mean
     from flywheel.records import Beam, BestOfN
     from flywheel.search.plan import Trial, name
-    from flywheel.stats import bootstrap_mean
 
     groups = {"all": range(1, 6), "bins 1-2": (1, 2), "bins 3-5": (3, 4, 5), **{f"bin {b}": (b,) for b in range(1, 6)}}
     gains: dict[str, dict[str, dict[str, list[float]]]] = {}
@@ -241,14 +270,21 @@ def beam_over_best_of_n(readers: list) -> dict:
                 if cost[beam] <= cost[plain[-1]]:
                     low = max((s for s in plain if cost[s] <= cost[beam]), key=lambda s: s.n, default=plain[0])
                     high = next((s for s in plain if s.n > low.n), low)
-                    share = 0.0 if high is low else max(0.0, float(np.log(cost[beam] / cost[low]) / np.log(cost[high] / cost[low])))
+                    share = (
+                        0.0
+                        if high is low
+                        else max(0.0, float(np.log(cost[beam] / cost[low]) / np.log(cost[high] / cost[low])))
+                    )
                     pairs["equal tokens"] = [(1 - share, low), (share, high)]
                 for how, mix in pairs.items():
                     at = gains.setdefault(f"{name(beam)}, {how}", {}).setdefault(group, defaultdict(list))
                     for q in inside:
                         at[q].append(trials[beam][q].correct - sum(weight * trials[s][q].correct for weight, s in mix))
     return {
-        title: {group: [round(x, 3) for x in bootstrap_mean([float(np.mean(v)) for v in at.values()])] for group, at in by_group.items()}
+        title: {
+            group: [round(x, 3) for x in bootstrap_mean([float(np.mean(v)) for v in at.values()])]
+            for group, at in by_group.items()
+        }
         for title, by_group in gains.items()
     }
 
@@ -260,10 +296,17 @@ def over_runs(runs: list[Path]) -> dict:
 
     loop = seeds.study(runs)
     first = loop["rounds"][1]
-    found = {"4_verifiers": verifiers.report([verifiers.study(run, 1) for run in runs], load_recipe(runs[0] / "recipe.yaml").prm.aggregate)}
+    found = {
+        "4_verifiers": verifiers.report(
+            [verifiers.study(run, 1) for run in runs], load_recipe(runs[0] / "recipe.yaml").prm.aggregate
+        )
+    }
     found["5_beam_over_best_of_n_weighted"] = beam_over_best_of_n([seeds.context(run, 1) for run in runs])
     found["6_reviser"] = dict(enumerate(first["reviser"]))
-    found["7_loop"] = {f"round {row['round']}": {k: v for k, v in row.items() if k not in ("search", "reviser", "round")} for row in loop["rounds"]}
+    found["7_loop"] = {
+        f"round {row['round']}": {k: v for k, v in row.items() if k not in ("search", "reviser", "round")}
+        for row in loop["rounds"]
+    }
     return found
 
 
@@ -278,7 +321,11 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     args = parser.parse_args()
     with redirect_stdout(sys.stderr):  # libraries log to stdout as they are imported
-        found = over_runs(args.run) if args.run else measure(args.model, args.split, args.questions, args.samples, args.seed)
+        found = (
+            over_runs(args.run)
+            if args.run
+            else measure(args.model, args.split, args.questions, args.samples, args.seed)
+        )
     if args.json:
         print(json.dumps(found))
         return

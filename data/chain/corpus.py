@@ -10,6 +10,7 @@ Documents are lists of words (see tokenizer.py), in three kinds:
 
 Nothing depends on gold: no attempt knows whether an earlier one was right.
 """
+
 from __future__ import annotations
 
 import random
@@ -156,8 +157,9 @@ def document(rng: random.Random, max_k: int = MAX_K, sparse: float = 1.0) -> tup
     return [*head, *body, EOS], len(head)
 
 
-def batches(rng: random.Random, max_k: int, sparse: float, tokens: int,
-            pool: int = 32) -> Iterator[list[tuple[list[str], int]]]:
+def batches(
+    rng: random.Random, max_k: int, sparse: float, tokens: int, pool: int = 32
+) -> Iterator[list[tuple[list[str], int]]]:
     """One pool of batches of about `tokens` tokens, of documents of nearly equal length, in random order."""
     documents, size = [], 0
     while size < tokens * pool:

@@ -11,6 +11,7 @@ A solution is text, one step a line and the answer last; each line restates the 
     8 *2 =16
     Answer 16
 """
+
 from __future__ import annotations
 
 import random

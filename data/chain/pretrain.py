@@ -5,6 +5,7 @@ A Llama of under a million parameters on the endless corpus of corpus.py, with a
 tokenizer with save_pretrained, ``pretrain.jsonl`` (one line each `--log-every` steps), and a
 checkpoint in ``DIR.checkpoint/`` from which the same command continues.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -29,9 +30,20 @@ def config(layers: int, hidden: int, heads: int = 4):
 
     eos, pad = tokenizer.ID[tokenizer.EOS], tokenizer.ID[tokenizer.PAD]
     return LlamaConfig(
-        vocab_size=len(tokenizer.WORDS), hidden_size=hidden, intermediate_size=hidden * 9 // 4,
-        num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads, tie_word_embeddings=True, attention_bias=True,
-        max_position_embeddings=1024, bos_token_id=None, eos_token_id=eos, pad_token_id=pad, dtype="float32")
+        vocab_size=len(tokenizer.WORDS),
+        hidden_size=hidden,
+        intermediate_size=hidden * 9 // 4,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        tie_word_embeddings=True,
+        attention_bias=True,
+        max_position_embeddings=1024,
+        bos_token_id=None,
+        eos_token_id=eos,
+        pad_token_id=pad,
+        dtype="float32",
+    )
 
 
 def longest(progress: float) -> int:
@@ -59,14 +71,26 @@ def tensors(batch):
     labels = torch.full((len(batch), width), -100)
     for row, (words, start) in enumerate(batch):
         encoded = torch.tensor([tokenizer.ID[word] for word in words])
-        ids[row, :len(words)] = encoded
-        labels[row, start:len(words)] = encoded[start:]
+        ids[row, : len(words)] = encoded
+        labels[row, start : len(words)] = encoded[start:]
     return ids, labels
 
 
-def train(out: Path, *, minutes: float | None, tokens: int | None, seed: int, batch_tokens: int = 3000,
-          peak: float = 3e-3, layers: int = 5, hidden: int = 128, heads: int = 4, bf16: bool = False,
-          log_every: int = 100, save_every: float = 90.0) -> dict:
+def train(
+    out: Path,
+    *,
+    minutes: float | None,
+    tokens: int | None,
+    seed: int,
+    batch_tokens: int = 3000,
+    peak: float = 3e-3,
+    layers: int = 5,
+    hidden: int = 128,
+    heads: int = 4,
+    bf16: bool = False,
+    log_every: int = 100,
+    save_every: float = 90.0,
+) -> dict:
     """Spend the budget (minutes or tokens), save, and return the last log line."""
     import torch
     from transformers import LlamaForCausalLM
@@ -75,8 +99,9 @@ def train(out: Path, *, minutes: float | None, tokens: int | None, seed: int, ba
     model = LlamaForCausalLM(config(layers, hidden, heads))
     decayed = [p for p in model.parameters() if p.dim() > 1]
     plain = [p for p in model.parameters() if p.dim() == 1]
-    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}],
-                                  lr=peak, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}], lr=peak, betas=(0.9, 0.98)
+    )
     state = {"seconds": 0.0, "tokens": 0, "step": 0, "pool": 0}
     checkpoint = out.with_name(out.name + ".checkpoint") / "state.pt"
     if checkpoint.exists():
@@ -90,8 +115,9 @@ def train(out: Path, *, minutes: float | None, tokens: int | None, seed: int, ba
     while (progress := state["tokens"] / tokens if tokens else (time.monotonic() - begun) / (60 * minutes)) < 1:
         # A pool's seed depends on its number alone, so a resumed run draws no document twice.
         state["pool"] += 1
-        for batch in corpus.batches(random.Random(f"{seed}/{state['pool']}"), longest(progress), sparse_marks(progress),
-                                    batch_tokens):
+        for batch in corpus.batches(
+            random.Random(f"{seed}/{state['pool']}"), longest(progress), sparse_marks(progress), batch_tokens
+        ):
             progress = state["tokens"] / tokens if tokens else (time.monotonic() - begun) / (60 * minutes)
             if progress >= 1:
                 break
@@ -115,16 +141,22 @@ def train(out: Path, *, minutes: float | None, tokens: int | None, seed: int, ba
             state["seconds"] = time.monotonic() - begun
             losses.append(loss.item())
             if state["step"] % log_every == 0:
-                line = {**state, "loss": sum(losses) / len(losses), "max_k": longest(progress),
-                        "tokens_per_second": state["tokens"] / state["seconds"]}
+                line = {
+                    **state,
+                    "loss": sum(losses) / len(losses),
+                    "max_k": longest(progress),
+                    "tokens_per_second": state["tokens"] / state["seconds"],
+                }
                 losses = []
                 with (out / "pretrain.jsonl").open("a") as log:
                     log.write(json.dumps(line) + "\n")
         if time.monotonic() - last_save > save_every:
             last_save = time.monotonic()
             checkpoint.parent.mkdir(exist_ok=True)
-            torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "state": state},
-                       checkpoint.with_suffix(".new"))
+            torch.save(
+                {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "state": state},
+                checkpoint.with_suffix(".new"),
+            )
             os.replace(checkpoint.with_suffix(".new"), checkpoint)
     save(model, out)
     return line
@@ -148,13 +180,31 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--layers", type=int, default=5)
     parser.add_argument("--hidden", type=int, default=128)
-    parser.add_argument("--heads", type=int, default=4, help="vLLM's CPU attention wants heads of 32 or more: hidden / heads")
+    parser.add_argument(
+        "--heads", type=int, default=4, help="vLLM's CPU attention wants heads of 32 or more: hidden / heads"
+    )
     parser.add_argument("--batch-tokens", type=int, default=3000)
     parser.add_argument("--peak", type=float, default=3e-3)
-    parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast: only where the CPU has it (AMX, AVX512-BF16)")
+    parser.add_argument(
+        "--bf16", action="store_true", help="bfloat16 autocast: only where the CPU has it (AMX, AVX512-BF16)"
+    )
     args = parser.parse_args()
-    print(json.dumps(train(args.out, minutes=args.minutes, tokens=args.tokens, seed=args.seed, layers=args.layers,
-                           hidden=args.hidden, heads=args.heads, batch_tokens=args.batch_tokens, peak=args.peak, bf16=args.bf16)))
+    print(
+        json.dumps(
+            train(
+                args.out,
+                minutes=args.minutes,
+                tokens=args.tokens,
+                seed=args.seed,
+                layers=args.layers,
+                hidden=args.hidden,
+                heads=args.heads,
+                batch_tokens=args.batch_tokens,
+                peak=args.peak,
+                bf16=args.bf16,
+            )
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 A row is {"id", "question", "answer", "split", "k"}.  No question text occurs twice, in whatever split.
 k runs 1, 2, ..., 16, 1, 2, ... down each file, so the first n rows are balanced over k for every n.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -29,8 +30,15 @@ def build(seed: int = LAB_SEED) -> dict[str, list[dict]]:
             if question in taken:
                 continue
             taken.add(question)
-            rows.append({"id": f"{split}-{len(rows):04d}", "question": question, "answer": answer_of(question),
-                         "split": split, "k": k})
+            rows.append(
+                {
+                    "id": f"{split}-{len(rows):04d}",
+                    "question": question,
+                    "answer": answer_of(question),
+                    "split": split,
+                    "k": k,
+                }
+            )
         splits[split] = rows
     return splits
 

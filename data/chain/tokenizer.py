@@ -4,6 +4,7 @@ It is an ordinary ``tokenizer.json``: AutoTokenizer, vLLM and TRL load it withou
 Spaces only separate words: they are dropped by encoding and put back by decoding, so that
 ``encode(a) + encode(b) == encode(a + b)`` wherever a or b ends at a word's edge.
 """
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -29,19 +30,28 @@ def build():
     special = (PAD, EOS)
     vocab = {word if word in special else "▁" + word: i for word, i in ID.items()}
     tokenizer = Tokenizer(models.WordLevel(vocab))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split("\n", "isolated"),
-        pre_tokenizers.Split(Regex(" +"), "removed"),
-        pre_tokenizers.Metaspace(prepend_scheme="always", split=False),
-    ])
-    tokenizer.decoder = decoders.Sequence([
-        decoders.Metaspace(prepend_scheme="always"),
-        decoders.Fuse(),
-        decoders.Replace(Regex(" ?\n ?"), "\n"),
-    ])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS,
-                                   padding_side="left", clean_up_tokenization_spaces=False,
-                                   model_max_length=1024)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split("\n", "isolated"),
+            pre_tokenizers.Split(Regex(" +"), "removed"),
+            pre_tokenizers.Metaspace(prepend_scheme="always", split=False),
+        ]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Metaspace(prepend_scheme="always"),
+            decoders.Fuse(),
+            decoders.Replace(Regex(" ?\n ?"), "\n"),
+        ]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        eos_token=EOS,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        model_max_length=1024,
+    )
 
 
 def save(folder: Path | str) -> None:

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from flywheel.grading import answer_key
-from flywheel.prm import together
+from flywheel.models.prm import together
+from flywheel.problems.grading import answer_key
 from flywheel.records import Adaptive, Candidate, Question
 from flywheel.search.tools import Found, Tools, attempt, judged_anew
 
@@ -25,7 +25,16 @@ async def adaptive(strategy: Adaptive, question: Question, tools: Tools, *, tag:
     while len(candidates) < strategy.n and not decided(strategy, candidates):
         places = range(len(candidates), min(len(candidates) + strategy.step, strategy.n))
         drawn = await together(
-            attempt(maker, prompt, tools, question, purpose="adaptive", id=f"{question.id}/{tag}/{i}", origin=f"adaptive:{strategy.n}") for i in places
+            attempt(
+                maker,
+                prompt,
+                tools,
+                question,
+                purpose="adaptive",
+                id=f"{question.id}/{tag}/{i}",
+                origin=f"adaptive:{strategy.n}",
+            )
+            for i in places
         )
         candidates += await judged_anew(question, drawn, candidates, tools)
     return Found(tuple(candidates), {"drawn": len(candidates)})

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from flywheel.engines.base import Completion
-from flywheel.prm import aggregate, together
+from flywheel.models.engine import Completion
+from flywheel.models.prm import aggregate, together
 from flywheel.records import Beam, Candidate, Finish, Question, Step
 from flywheel.search.tools import Found, Tools
 
@@ -47,7 +47,10 @@ async def beam(strategy: Beam, question: Question, tools: Tools, *, tag: str) ->
     async def grow(prefix: Prefix, count: int) -> list[tuple[Prefix, Completion]]:
         room = tools.sample.max_tokens - len(prefix.tokens)
         sampling = replace(tools.sampling(), max_tokens=room, stop=reader.ends | reader.stop)
-        return [(prefix, step) for step in await tools.policy.generate([*head, *prefix.tokens], sampling, purpose="beam", n=count)]
+        return [
+            (prefix, step)
+            for step in await tools.policy.generate([*head, *prefix.tokens], sampling, purpose="beam", n=count)
+        ]
 
     async def ahead(tokens: Tokens) -> Tokens:
         for _ in range(strategy.lookahead):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flywheel.prm import together
+from flywheel.models.prm import together
 from flywheel.records import BestOfN, Question
 from flywheel.search.tools import Found, Tools, attempt, judged, judges
 
@@ -11,7 +11,15 @@ async def best_of_n(strategy: BestOfN, question: Question, tools: Tools, *, tag:
     """Sample `n` solutions at once; judge them unless a majority decides. Ids `question/tag/0..n-1`."""
     prompt = tools.prompts.solve(question)
     candidates = await together(
-        attempt(tools.policy, prompt, tools, question, purpose="best_of_n", id=f"{question.id}/{tag}/{i}", origin=f"best_of_n:{strategy.n}")
+        attempt(
+            tools.policy,
+            prompt,
+            tools,
+            question,
+            purpose="best_of_n",
+            id=f"{question.id}/{tag}/{i}",
+            origin=f"best_of_n:{strategy.n}",
+        )
         for i in range(strategy.n)
     )
     distinct = len({c.solution.tokens for c in candidates})

@@ -13,9 +13,9 @@ from contextlib import asynccontextmanager
 from copy import copy
 from dataclasses import replace
 
-from flywheel.engines.base import Completion, Engine, Sampling
 from flywheel.ledger import metered
-from flywheel.prm import together
+from flywheel.models.engine import Completion, Engine, Sampling
+from flywheel.models.prm import together
 from flywheel.search.tools import Kept, Tools
 
 
@@ -54,13 +54,20 @@ class Allowance:
 
 
 class Limited:
-    """An engine (see `flywheel.engines.base.Engine`) that pays from an allowance."""
+    """An engine (see `flywheel.models.engine.Engine`) that pays from an allowance."""
 
     def __init__(self, engine: Engine, allowance: Allowance):
-        self.role, self.name, self.parameters, self.max_model_len = engine.role, engine.name, engine.parameters, engine.max_model_len
+        self.role, self.name, self.parameters, self.max_model_len = (
+            engine.role,
+            engine.name,
+            engine.parameters,
+            engine.max_model_len,
+        )
         self.engine, self.allowance = engine, allowance
 
-    async def generate(self, prompt: Sequence[int], sampling: Sampling, *, purpose: str, n: int = 1) -> list[Completion]:
+    async def generate(
+        self, prompt: Sequence[int], sampling: Sampling, *, purpose: str, n: int = 1
+    ) -> list[Completion]:
         async def one() -> Completion:
             async with self.allowance.hold(len(prompt) + sampling.max_tokens):
                 [done] = await self.engine.generate(prompt, sampling, purpose=purpose)
@@ -68,7 +75,9 @@ class Limited:
 
         return await together(one() for _ in range(n))
 
-    async def score(self, prompt: Sequence[int], reads: Sequence[int], labels: tuple[int, int], *, purpose: str) -> list[float]:
+    async def score(
+        self, prompt: Sequence[int], reads: Sequence[int], labels: tuple[int, int], *, purpose: str
+    ) -> list[float]:
         async with self.allowance.hold(self.engine.score_tokens(reads)):
             return await self.engine.score(prompt, reads, labels, purpose=purpose)
 
@@ -79,7 +88,7 @@ class Limited:
 def limited(tools: Tools, limit: int) -> Tools:
     """The same tools, paying from one allowance of `limit` tokens, and keeping what they make."""
     allowance = Allowance(limit)
-    wrap = lambda engine: engine and Limited(engine, allowance)  # noqa: E731
+    wrap = lambda engine: engine and Limited(engine, allowance)
     prm = copy(tools.prm)
     if prm:
         prm.engine = wrap(prm.engine)

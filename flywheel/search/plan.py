@@ -32,9 +32,15 @@ def name(strategy: Strategy) -> str:
         case BestOfN(n=n, select=select):
             return f"best_of_n:{n}:{select}"
         case Beam(n=n, width=width, max_rounds=rounds, lookahead=k):
-            return f"beam:{n}:{width}" + (f":rounds{rounds}" if rounds != Beam(n).max_rounds else "") + (f":lookahead{k}" if k else "")
+            return (
+                f"beam:{n}:{width}"
+                + (f":rounds{rounds}" if rounds != Beam(n).max_rounds else "")
+                + (f":lookahead{k}" if k else "")
+            )
         case Revise(length=length, chains=chains, select=select, context=context):
-            return f"revise:{length}x{chains}:{select}" + (f":context{context}" if context != Revise(length).context else "")
+            return f"revise:{length}x{chains}:{select}" + (
+                f":context{context}" if context != Revise(length).context else ""
+            )
         case Adaptive(n=n, sure=sure, maker=maker, step=step):
             return f"adaptive:{n}:{sure:g}:{maker}" + (f":step{step}" if step != Adaptive(n).step else "")
 
@@ -54,11 +60,20 @@ def strategies(spec: CalibrateSpec) -> list[tuple[int, Strategy]]:
 
 def left_out(spec: CalibrateSpec) -> list[str]:
     """One line for every strategy of the recipe that cannot run at one of its budgets."""
-    return [f"{why[0]} left out at budget {budget}: {why[1]}" for budget, kind in _asked(spec) if (why := _unfit(kind, budget))]
+    return [
+        f"{why[0]} left out at budget {budget}: {why[1]}"
+        for budget, kind in _asked(spec)
+        if (why := _unfit(kind, budget))
+    ]
 
 
 def _asked(spec: CalibrateSpec) -> list[tuple[int, StrategySpec]]:
-    return [(budget, kind) for budget in sorted(set(spec.budgets)) for kind in spec.strategies if budget <= (kind.max_budget or budget)]
+    return [
+        (budget, kind)
+        for budget in sorted(set(spec.budgets))
+        for kind in spec.strategies
+        if budget <= (kind.max_budget or budget)
+    ]
 
 
 def _unfit(spec: StrategySpec, budget: int) -> tuple[str, str] | None:
@@ -137,7 +152,9 @@ class Plan:
             if (entry.bin, entry.budget) == (bin, budget):
                 return entry.strategy
         budgets = sorted({e.budget for e in self.entries})
-        raise UserError(f"the {self.kind} plan has no strategy for bin {bin} at budget {budget}; it has budgets {budgets}")
+        raise UserError(
+            f"the {self.kind} plan has no strategy for bin {bin} at budget {budget}; it has budgets {budgets}"
+        )
 
     def check_models(self, models: Mapping[str, str]) -> None:
         """Raises UserError, naming the first role that differs, unless the plan was made with `models`."""
@@ -148,7 +165,10 @@ class Plan:
 
     def to_dict(self) -> dict:
         """JSON: schema, kind, models, entries (one object each, the strategy with its `kind`)."""
-        entries = [{**asdict(e), "strategy": {"kind": _kind(e.strategy), **asdict(e.strategy)}, "borrowed": list(e.borrowed)} for e in self.entries]
+        entries = [
+            {**asdict(e), "strategy": {"kind": _kind(e.strategy), **asdict(e.strategy)}, "borrowed": list(e.borrowed)}
+            for e in self.entries
+        ]
         return {"schema": SCHEMA, "kind": self.kind, "models": dict(self.models), "entries": entries}
 
     @classmethod
@@ -156,7 +176,9 @@ class Plan:
         """Raises UserError, naming `source`, on another schema or a malformed plan."""
         try:
             if data["schema"] != SCHEMA:
-                raise UserError(f"{source}: a plan of schema {data['schema']}, and this version reads schema {SCHEMA}: calibrate again")
+                raise UserError(
+                    f"{source}: a plan of schema {data['schema']}, and this version reads schema {SCHEMA}: calibrate again"
+                )
             entries = []
             for row in data["entries"]:
                 given = dict(row["strategy"])
@@ -174,7 +196,9 @@ def _kind(strategy: Strategy) -> str:
 # ---- fitting -------------------------------------------------------------------------
 
 
-def serve_plan(trials: Sequence[Trial], models: Mapping[str, str], bins: int = 5, folds: int = 2, seed: int = 0) -> tuple[Plan, list[dict]]:
+def serve_plan(
+    trials: Sequence[Trial], models: Mapping[str, str], bins: int = 5, folds: int = 2, seed: int = 0
+) -> tuple[Plan, list[dict]]:
     """The plan chosen on all trials, and its honest score (`figures` by budget, from `held_out`).
 
     For each bin and budget, the strategy of most right answers; ties go to the cheaper one.
@@ -214,9 +238,13 @@ def harvest_plan(trials: Sequence[Trial], models: Mapping[str, str], budget: int
         if trial.budget == budget:
             costs.setdefault(trial.strategy, []).append(trial.tokens)
     if not costs:
-        raise ValueError(f"harvest.budget: {budget} is not among the calibrated budgets {sorted({t.budget for t in trials})}")
+        raise ValueError(
+            f"harvest.budget: {budget} is not among the calibrated budgets {sorted({t.budget for t in trials})}"
+        )
     cheapest = min(costs, key=lambda strategy: sum(costs[strategy]) / len(costs[strategy]))
-    options = [_options(trials, bin, bins, budget, lambda t: float(min(t.verified, keep))) for bin in range(1, bins + 1)]
+    options = [
+        _options(trials, bin, bins, budget, lambda t: float(min(t.verified, keep))) for bin in range(1, bins + 1)
+    ]
     limit = sum(e.tokens for row in options for e in row if e.strategy == cheapest) * (1 + 1e-9)
     states: list[tuple[float, float, tuple[Entry, ...]]] = [(0.0, 0.0, ())]  # tokens, verified, choices so far
     for row in options:
@@ -242,9 +270,14 @@ def _options(trials: Sequence[Trial], bin: int, bins: int, budget: int, score: C
     n = len(questions)
     for strategy, group in by_strategy.items():
         if sorted(t.question_id for t in group) != questions:
-            raise ValueError(f"{name(strategy)}: {len(group)} trials on the {n} questions of bin {bin}; one on each wanted")
+            raise ValueError(
+                f"{name(strategy)}: {len(group)} trials on the {n} questions of bin {bin}; one on each wanted"
+            )
     borrowed = tuple(b for b in used if b != bin)
-    return [Entry(bin, budget, strategy, n, sum(map(score, group)) / n, sum(t.tokens for t in group) / n, borrowed) for strategy, group in by_strategy.items()]
+    return [
+        Entry(bin, budget, strategy, n, sum(map(score, group)) / n, sum(t.tokens for t in group) / n, borrowed)
+        for strategy, group in by_strategy.items()
+    ]
 
 
 def _lenders(trials: Sequence[Trial], bin: int, bins: int) -> list[int]:
@@ -261,7 +294,9 @@ def _lenders(trials: Sequence[Trial], bin: int, bins: int) -> list[int]:
 # ---- scoring -------------------------------------------------------------------------
 
 
-def held_out(trials: Sequence[Trial], fit: Callable[[Sequence[Trial]], Plan], folds: int = 2, seed: int = 0) -> dict[int, list[Trial]]:
+def held_out(
+    trials: Sequence[Trial], fit: Callable[[Sequence[Trial]], Plan], folds: int = 2, seed: int = 0
+) -> dict[int, list[Trial]]:
     """Budget -> for every question, the trial of the strategy that a plan chose without that question.
 
     Questions are dealt into `folds`, bin by bin, in an order drawn with `seed`; the plan
@@ -288,11 +323,18 @@ def table(trials: Sequence[Trial]) -> list[dict]:
     groups: dict[tuple[int, int, str], list[Trial]] = {}
     for trial in trials:
         groups.setdefault((trial.bin, trial.budget, name(trial.strategy)), []).append(trial)
-    return [{"bin": bin, "budget": budget, "strategy": label, **figures(group)} for (bin, budget, label), group in sorted(groups.items())]
+    return [
+        {"bin": bin, "budget": budget, "strategy": label, **figures(group)}
+        for (bin, budget, label), group in sorted(groups.items())
+    ]
 
 
 def figures(trials: Sequence[Trial]) -> dict:
     """Over one trial a question: questions, and a question's mean accuracy, verified solutions and tokens."""
     n = len(trials)
-    sums = {"accuracy": sum(t.correct for t in trials), "verified": sum(t.verified for t in trials), "tokens": sum(t.tokens for t in trials)}
+    sums = {
+        "accuracy": sum(t.correct for t in trials),
+        "verified": sum(t.verified for t in trials),
+        "tokens": sum(t.tokens for t in trials),
+    }
     return {"questions": n, **{key: value / n for key, value in sums.items()}}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from flywheel.engines.base import Engine
-from flywheel.prm import together
+from flywheel.models.engine import Engine
+from flywheel.models.prm import together
 from flywheel.records import Candidate, Question, Revise, Solution
 from flywheel.search.tools import Found, Tools, attempt, judged, judges
 
@@ -54,7 +54,9 @@ async def revise(strategy: Revise, question: Question, tools: Tools, *, tag: str
     return Found(candidates, {"duplicates": len(candidates) - distinct, "dropped": dropped})
 
 
-def revision_prompt(reviser: Engine, question: Question, attempts: Sequence[Solution], tools: Tools, context: int) -> tuple[list[int], int]:
+def revision_prompt(
+    reviser: Engine, question: Question, attempts: Sequence[Solution], tools: Tools, context: int
+) -> tuple[list[int], int]:
     """The prompt for the attempt after `attempts`, oldest first, and how many had to be left out of it to fit the model."""
     seen = [s for s in attempts if s.answer is not None][-context:]
     dropped = 0

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from flywheel.ledger import metered
-from flywheel.prm import together
+from flywheel.models.prm import together
 from flywheel.records import Adaptive, Beam, BestOfN, Candidate, Outcome, Question, Revise, Strategy
 from flywheel.search.adaptive import adaptive, stopped
 from flywheel.search.beam import beam
@@ -18,7 +18,9 @@ from flywheel.search.select import argmax, hierarchical, majority, weighted
 from flywheel.search.tools import Found, Tools, judges
 
 
-async def search(strategy: Strategy, question: Question, tools: Tools, *, tag: str, limit: int | None = None) -> Outcome:
+async def search(
+    strategy: Strategy, question: Question, tools: Tools, *, tag: str, limit: int | None = None
+) -> Outcome:
     """Search by `strategy` and select an answer. Solution ids are `question/tag/number`, so `tag` must be unique.
 
     With a `limit` no more than so many tokens are spent. A search that would need more is cut
@@ -49,10 +51,14 @@ async def search(strategy: Strategy, question: Question, tools: Tools, *, tag: s
     if cut and answer is None:
         answer = majority([c.solution.answer for c in found.candidates])
     generations = len(found.candidates) * (1 + getattr(strategy, "lookahead", 0))
-    return Outcome(question.id, name(strategy), found.candidates, answer, generations, spent.tokens, found.extra, spent.cached)
+    return Outcome(
+        question.id, name(strategy), found.candidates, answer, generations, spent.tokens, found.extra, spent.cached
+    )
 
 
-async def search_all(asked: Sequence[tuple[int, Strategy]], question: Question, tools: Tools, *, tag: str) -> list[tuple[int, Strategy, Outcome]]:
+async def search_all(
+    asked: Sequence[tuple[int, Strategy]], question: Question, tools: Tools, *, tag: str
+) -> list[tuple[int, Strategy, Outcome]]:
     """Every (budget, strategy) of `asked` on one question, each draw made once.
 
     Of a kind the largest budget is drawn first, the judged one before the vote, the surest before
@@ -60,7 +66,10 @@ async def search_all(asked: Sequence[tuple[int, Strategy]], question: Question, 
     for more sequences.
     """
     order = sorted(asked, key=lambda item: (-item[0], not judges(item[1]), -getattr(item[1], "sure", 0)))
-    kinds = [[item for item in order if type(item[1]) is kind] for kind in dict.fromkeys(type(strategy) for _, strategy in order)]
+    kinds = [
+        [item for item in order if type(item[1]) is kind]
+        for kind in dict.fromkeys(type(strategy) for _, strategy in order)
+    ]
 
     async def each(kind: list[tuple[int, Strategy]]) -> list[tuple[int, Strategy, Outcome]]:
         runs: dict[Strategy, Outcome] = {}
@@ -102,12 +111,18 @@ def smaller(done: Strategy, outcome: Outcome, wanted: Strategy) -> Outcome | Non
     its judge. Tokens are those of the part alone.
     """
     match done, wanted:
-        case Adaptive(), Adaptive() if wanted.n <= done.n and wanted.sure <= done.sure and (wanted.maker, wanted.step) == (done.maker, done.step):
+        case Adaptive(), Adaptive() if (
+            wanted.n <= done.n and wanted.sure <= done.sure and (wanted.maker, wanted.step) == (done.maker, done.step)
+        ):
             part = stopped(wanted, outcome.candidates)
         case BestOfN(), BestOfN() if wanted.n <= done.n:
             part = outcome.candidates[: wanted.n]
-        case Revise(), Revise() if wanted.length <= done.length and wanted.chains <= done.chains and wanted.context == done.context:
-            part = tuple(c for c in outcome.candidates[: wanted.chains * done.length] if c.solution.attempt <= wanted.length)
+        case Revise(), Revise() if (
+            wanted.length <= done.length and wanted.chains <= done.chains and wanted.context == done.context
+        ):
+            part = tuple(
+                c for c in outcome.candidates[: wanted.chains * done.length] if c.solution.attempt <= wanted.length
+            )
         case _:
             return None
     if not judges(wanted):
@@ -115,5 +130,9 @@ def smaller(done: Strategy, outcome: Outcome, wanted: Strategy) -> Outcome | Non
     elif not judges(done):
         return None
     tokens, cached = sum(c.cost + c.score_cost for c in part), sum(c.cached + c.score_cached for c in part)
-    extra = {"drawn": len(part)} if isinstance(wanted, Adaptive) else {"duplicates": len(part) - len({c.solution.tokens for c in part})}
+    extra = (
+        {"drawn": len(part)}
+        if isinstance(wanted, Adaptive)
+        else {"duplicates": len(part) - len({c.solution.tokens for c in part})}
+    )
     return Outcome(outcome.question_id, name(wanted), part, select(wanted, part), len(part), tokens, extra, cached)

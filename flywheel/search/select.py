@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import fsum
 
-from flywheel.grading import answer_key
+from flywheel.problems.grading import answer_key
 
 Answers = Sequence[str | None]
 Key = Callable[[str], str]
@@ -52,7 +52,9 @@ def _heaviest(answers: Answers, scores: Sequence[float], key: Key) -> tuple[str 
         if answer is not None:
             groups.setdefault(key(answer), (answer, []))[1].append(score)
     # fsum: the exact sum does not depend on the order, so neither does the winner
-    return max(((answer, fsum(group)) for answer, group in groups.values()), key=lambda item: item[1], default=(None, 0.0))
+    return max(
+        ((answer, fsum(group)) for answer, group in groups.values()), key=lambda item: item[1], default=(None, 0.0)
+    )
 
 
 # ---- curves: what selection would have answered from fewer of the samples ------------

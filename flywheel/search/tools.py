@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from flywheel.engines.base import Engine, Sampling
 from flywheel.ledger import metered
-from flywheel.prm import Prm, aggregate, together
-from flywheel.prompts import Prompts
+from flywheel.models.engine import Engine, Sampling
+from flywheel.models.prm import Prm, aggregate, together
+from flywheel.models.prompts import Prompts
+from flywheel.models.steps import Reader
 from flywheel.recipe import SampleSpec
 from flywheel.records import Adaptive, Beam, BestOfN, Candidate, Question, Revise, Solution, Strategy
-from flywheel.steps import Reader
 
 
 @dataclass
@@ -86,14 +86,24 @@ async def attempt(
     """Sample one whole solution after `prompt`: a candidate that knows its cost and is not judged yet."""
     with metered() as spent:
         [done] = await engine.generate(prompt, tools.sampling(), purpose=purpose)
-    solution = tools.reader.solution(done.tokens, done.finish, id=id, question_id=question.id, origin=f"{origin}:{engine.name}", parent=parent, attempt=attempt)
+    solution = tools.reader.solution(
+        done.tokens,
+        done.finish,
+        id=id,
+        question_id=question.id,
+        origin=f"{origin}:{engine.name}",
+        parent=parent,
+        attempt=attempt,
+    )
     made = Candidate(solution, cost=spent.tokens, cached=spent.cached)
     if tools.kept:
         tools.kept.candidates[id] = made
     return made
 
 
-async def judged(question: Question, candidates: Sequence[Candidate], prm: Prm, kept: Kept | None = None) -> tuple[Candidate, ...]:
+async def judged(
+    question: Question, candidates: Sequence[Candidate], prm: Prm, kept: Kept | None = None
+) -> tuple[Candidate, ...]:
     """The candidates with PRM values. One without an answer is not judged: it cannot win.
 
     Equal solutions are judged once, and the first of them bears the cost. Where the last
@@ -107,7 +117,11 @@ async def judged(question: Question, candidates: Sequence[Candidate], prm: Prm, 
     async def judge(solution: Solution) -> tuple[tuple[float, ...], int, int]:
         with metered() as spent:
             last_only = prm.aggregate == "last"
-            values = (await prm.value(question, solution.steps),) if last_only else await prm.values(question, solution.steps)
+            values = (
+                (await prm.value(question, solution.steps),)
+                if last_only
+                else await prm.values(question, solution.steps)
+            )
         if kept:
             kept.judged[solution.tokens] = (values, aggregate(values, prm.aggregate))
         return values, spent.tokens, spent.cached
@@ -120,13 +134,22 @@ async def judged(question: Question, candidates: Sequence[Candidate], prm: Prm, 
             values, cost, cached = found[solution.tokens]
             if first[solution.tokens] is not solution:
                 cost = cached = 0
-            candidate = Candidate(solution, values, aggregate(values, prm.aggregate), candidate.cost, cost, candidate.cached, cached)
+            candidate = Candidate(
+                solution, values, aggregate(values, prm.aggregate), candidate.cost, cost, candidate.cached, cached
+            )
         out.append(candidate)
     return tuple(out)
 
 
-async def judged_anew(question: Question, drawn: Sequence[Candidate], before: Sequence[Candidate], tools: Tools) -> list[Candidate]:
+async def judged_anew(
+    question: Question, drawn: Sequence[Candidate], before: Sequence[Candidate], tools: Tools
+) -> list[Candidate]:
     """`drawn`, judged; one that equals a solution judged `before` takes its score and costs nothing."""
     seen = {c.solution.tokens: c for c in before}
     fresh = iter(await judged(question, [c for c in drawn if c.solution.tokens not in seen], tools.prm, tools.kept))
-    return [replace(c, values=seen[c.solution.tokens].values, score=seen[c.solution.tokens].score) if c.solution.tokens in seen else next(fresh) for c in drawn]
+    return [
+        replace(c, values=seen[c.solution.tokens].values, score=seen[c.solution.tokens].score)
+        if c.solution.tokens in seen
+        else next(fresh)
+        for c in drawn
+    ]

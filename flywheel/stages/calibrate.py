@@ -11,10 +11,21 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from flywheel.records import BestOfN, Outcome, Split, StepValues, Strategy, Verdict
-from flywheel.run import Context, Stage
+from flywheel.runs.run import Context, Stage
 from flywheel.search.plan import Trial, harvest_plan, left_out, serve_plan, strategies, table
 from flywheel.search.run import search_all
-from flywheel.stages.kit import Kit, answer_is_right, difficulties, kit, plan_models, sampled, search_tools, searchers, trace, votes
+from flywheel.stages.kit import (
+    Kit,
+    answer_is_right,
+    difficulties,
+    kit,
+    plan_models,
+    sampled,
+    search_tools,
+    searchers,
+    trace,
+    votes,
+)
 
 
 def work(ctx: Context, kit: Kit, questions: Sequence[str]) -> Iterator[object]:
@@ -25,7 +36,11 @@ def work(ctx: Context, kit: Kit, questions: Sequence[str]) -> Iterator[object]:
         return await search_all(wanted, kit.problems[question].question, tools, tag=f"r{ctx.round}/calibrate")
 
     for question, outcomes in kit.each(questions, one):
-        judged = [o.candidates for _, strategy, o in outcomes if isinstance(strategy, BestOfN) and strategy.select == "weighted"]
+        judged = [
+            o.candidates
+            for _, strategy, o in outcomes
+            if isinstance(strategy, BestOfN) and strategy.select == "weighted"
+        ]
         if judged:  # what a probe of these samples would see of the question's difficulty
             yield StepValues(f"{question}/probe", question, tuple(c.score for c in max(judged, key=len)))
         distinct = {c.solution.id: c.solution for _, _, o in outcomes for c in o.candidates}
@@ -70,7 +85,17 @@ def finish(ctx: Context) -> dict:
 
 STAGE = Stage(
     name="calibrate",
-    sections=("calibrate", "sample", "harvest.budget", "harvest.keep", "harvest.min_votes", "prm.aggregate", "prm.labels", "prompts", "engine"),
+    sections=(
+        "calibrate",
+        "sample",
+        "harvest.budget",
+        "harvest.keep",
+        "harvest.min_votes",
+        "prm.aggregate",
+        "prm.labels",
+        "prompts",
+        "engine",
+    ),
     inputs=("sample", "train_prm", "choose_reviser", "gate@-1?", "distill@-1?"),
     items=lambda ctx: [p.id for p in ctx.problems(Split.CALIBRATE)],
     tools=lambda ctx: kit(ctx, searchers(ctx), Split.CALIBRATE),

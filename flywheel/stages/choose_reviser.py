@@ -13,10 +13,9 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
-from flywheel.engines.base import ModelRef
-from flywheel.health import COPIES, copies
-from flywheel.records import Grade, Revise, Role, Solution, Split
-from flywheel.run import Context, Stage
+from flywheel.measure.health import COPIES, copies
+from flywheel.records import Grade, ModelRef, Revise, Role, Solution, Split
+from flywheel.runs.run import Context, Stage
 from flywheel.search.tools import Tools
 from flywheel.stages.kit import Kit, by_question, kit
 
@@ -76,7 +75,10 @@ def finish(ctx: Context) -> dict:
             if (rights := [grades[s.id] for s in mine if s.attempt == attempt])
         ]
         later = curve[1:] or curve
-        played = [sorted((s for s in mine if s.question_id == q), key=lambda s: s.attempt) for q in dict.fromkeys(s.question_id for s in mine)]
+        played = [
+            sorted((s for s in mine if s.question_id == q), key=lambda s: s.attempt)
+            for q in dict.fromkeys(s.question_id for s in mine)
+        ]
         copied = copies([(s, grades[s.id]) for s in chain] for chain in played)
         tried.append({**checkpoint, "pass@1_by_attempt": curve, "score": sum(later) / len(later), "copies": copied})
     if not tried:
@@ -84,7 +86,11 @@ def finish(ctx: Context) -> dict:
     fit = [c for c in tried if c["copies"] <= COPIES]
     if not fit:
         least = min(c["copies"] for c in tried)
-        return {"chosen": None, "checkpoints": tried, "why": f"every checkpoint copies: {least:.0%} or more of attempts after an incorrect one are that one again"}
+        return {
+            "chosen": None,
+            "checkpoints": tried,
+            "why": f"every checkpoint copies: {least:.0%} or more of attempts after an incorrect one are that one again",
+        }
     best = max(fit, key=lambda c: (c["score"], -c["step"]))
     shutil.copytree(ctx.path("train_reviser") / best["path"], ctx.dir / "adapter", dirs_exist_ok=True)
     return {"model": f"reviser_{ctx.round}", "chosen": best, "checkpoints": tried, "questions": len(chains)}

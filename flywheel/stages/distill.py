@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 
 from flywheel.records import Question, Role
-from flywheel.run import Context, Stage
+from flywheel.runs.run import Context, Stage
 from flywheel.stages.kit import examples, harvested, start, text_tools
 
 
@@ -19,13 +19,29 @@ def train(ctx: Context) -> dict:
     spec = ctx.recipe.distill
     rows = harvested(ctx, range(1, ctx.round + 1))
     if not rows:
-        return {"trained": False, "examples": 0, "why": "no verified solution in any round: nothing to distill, the policy stays"}
+        return {
+            "trained": False,
+            "examples": 0,
+            "why": "no verified solution in any round: nothing to distill, the policy stays",
+        }
     questions = sorted({row.question_id for row in rows})
     held = set(random.Random(ctx.seed("held out")).sample(questions, len(questions) // 20))
-    targets = ((row.question_id, prompts.solve(Question(row.question_id, row.question)), (*row.tokens, reader.eos)) for row in rows)
+    targets = (
+        (row.question_id, prompts.solve(Question(row.question_id, row.question)), (*row.tokens, reader.eos))
+        for row in rows
+    )
     fit, check, too_long = examples(targets, held, spec.max_length)
     report = train_sft(
-        fit, check, base=ctx.recipe.model.base, model=ctx.recipe.model, spec=spec, out=ctx.dir, seed=ctx.seed("train") % 2**31, keep="last", role=Role.POLICY, ledger=ctx.ledger,
+        fit,
+        check,
+        base=ctx.recipe.model.base,
+        model=ctx.recipe.model,
+        spec=spec,
+        out=ctx.dir,
+        seed=ctx.seed("train") % 2**31,
+        keep="last",
+        role=Role.POLICY,
+        ledger=ctx.ledger,
         start=start(ctx, spec),
     )
     return {

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from flywheel.bins import fixed_bins, migration, migration_null
+from flywheel.measure.bins import fixed_bins, migration, migration_null
+from flywheel.measure.stats import paired_gain
 from flywheel.records import Role, Split
-from flywheel.run import Context, Stage
+from flywheel.runs.run import Context, Stage
 from flywheel.search.select import majority
 from flywheel.stages.kit import Kit, answer_is_right, ids, interval, kit, test_rates, test_samples, verdict_counts
-from flywheel.stats import paired_gain
 
 
 def draws(ctx: Context) -> tuple[str, ...]:
@@ -27,7 +27,11 @@ def work(ctx: Context, kit: Kit, questions: Sequence[str]) -> Iterator[object]:
 
     async def one(question: str):
         item = kit.problems[question].question
-        return [s for draw in draws(ctx) for s in await kit.solutions(item, n, purpose="evaluate", tag=f"r{ctx.round}/{draw}")]
+        return [
+            s
+            for draw in draws(ctx)
+            for s in await kit.solutions(item, n, purpose="evaluate", tag=f"r{ctx.round}/{draw}")
+        ]
 
     for _, solutions in kit.each(questions, one):
         yield from solutions
@@ -48,7 +52,11 @@ def finish(ctx: Context) -> dict:
     put("pass@1", [now[q] for q in questions], policy)
     put(f"pass@{k}", [float(any(g.correct for g in grades[q])) for q in questions], policy)
     correct = {g.solution_id: g.correct for group in grades.values() for g in group}
-    put(f"majority@{k}", [answer_is_right(majority([s.answer for s in solutions[q]]), solutions[q], correct) for q in questions], policy)
+    put(
+        f"majority@{k}",
+        [answer_is_right(majority([s.answer for s in solutions[q]]), solutions[q], correct) for q in questions],
+        policy,
+    )
     policy["verdicts"] = verdict_counts([g for group in grades.values() for g in group])
 
     seed = ctx.seed("bootstrap") % 2**31
@@ -72,8 +80,12 @@ def finish(ctx: Context) -> dict:
             "migration_last": migration(fixed_bins(last, edges), fixed_bins(now, edges), count),
             "migration_null": migration_null(test_rates(ctx, 0, "bin"), start, edges),
             "gain": {
-                "from_round_0": list(paired_gain([start[q] for q in questions], [now[q] for q in questions], seed=seed)),
-                "from_last_round": list(paired_gain([last[q] for q in questions], [now[q] for q in questions], seed=seed)),
+                "from_round_0": list(
+                    paired_gain([start[q] for q in questions], [now[q] for q in questions], seed=seed)
+                ),
+                "from_last_round": list(
+                    paired_gain([last[q] for q in questions], [now[q] for q in questions], seed=seed)
+                ),
             },
         }
     return figures

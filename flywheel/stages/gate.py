@@ -2,7 +2,7 @@
 
 It does if pass@1 rises (the whole 95% interval above zero) and pass@k does not fall (the
 interval of the difference is not wholly below zero), and nothing is wrong with what it writes
-(`flywheel.health`). The old policy's samples are those of the sample stage, the new one draws
+(`flywheel.measure.health`). The old policy's samples are those of the sample stage, the new one draws
 as many.
 """
 
@@ -10,12 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from flywheel import health
-from flywheel.engines.base import ModelRef
-from flywheel.records import Grade, Role, Solution, Split
-from flywheel.run import Context, Stage
+from flywheel.measure import health
+from flywheel.measure.stats import paired_gain
+from flywheel.records import Grade, ModelRef, Role, Solution, Split
+from flywheel.runs.run import Context, Stage
 from flywheel.stages.kit import Kit, by_question, kit, pass_rates
-from flywheel.stats import paired_gain
 
 
 def candidate(ctx: Context) -> ModelRef:
@@ -52,7 +51,9 @@ def finish(ctx: Context) -> dict:
     reach = paired_gain(reached["before"], reached["after"], seed=ctx.seed("bootstrap") % 2**31)
     k = ctx.recipe.sample.calibrate
     asked = set(questions)
-    before_health, after_health = (health.health([s for s in ctx.read(Solution, stage) if s.question_id in asked]) for stage in ("sample", "gate"))
+    before_health, after_health = (
+        health.health([s for s in ctx.read(Solution, stage) if s.question_id in asked]) for stage in ("sample", "gate")
+    )
     faults = health.faults(after_health, before_health)
     passed = gain[1] > 0 and reach[2] >= 0 and not faults
     return {

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from flywheel.grading import load_function
+from flywheel.problems.grading import load_function
 from flywheel.records import Grade, Harvested, Solution, Split
-from flywheel.run import Context, Stage, write_table
+from flywheel.runs.run import Context, Stage, write_table
 from flywheel.search.plan import Plan
 from flywheel.stages.kit import Kit, by_question, difficulties, kit, search_tools, searchers, trace, votes
 
@@ -22,13 +22,23 @@ def tools(ctx: Context):
 def work(ctx: Context, kit: Kit, questions: Sequence[str]) -> Iterator[object]:
     plan = Plan.from_dict(ctx.figures("calibrate")["harvest"])
     bins, tools = difficulties(ctx), search_tools(kit)
-    yield from kit.searched(questions, tools, lambda q: plan.strategy(bins[q].quantile_bin, ctx.recipe.harvest.budget), f"r{ctx.round}/harvest")
+    yield from kit.searched(
+        questions,
+        tools,
+        lambda q: plan.strategy(bins[q].quantile_bin, ctx.recipe.harvest.budget),
+        f"r{ctx.round}/harvest",
+    )
 
 
 def finish(ctx: Context) -> dict:
     spec, bins = ctx.recipe.harvest, difficulties(ctx)
     texts = {p.id: p for p in ctx.problems(Split.TRAIN)}
-    correct = {g.solution_id for stage in ("sample", "harvest") for g in ctx.read(Grade, stage) if g.correct and g.question_id in texts}
+    correct = {
+        g.solution_id
+        for stage in ("sample", "harvest")
+        for g in ctx.read(Grade, stage)
+        if g.correct and g.question_id in texts
+    }
     candidates = {}
     groups: dict[str, list[Solution]] = {}
     parents: dict[str, str | None] = {}
@@ -50,7 +60,18 @@ def finish(ctx: Context) -> dict:
                 once += 1
                 continue
             s = first[text]
-            rows.append(Harvested(question, texts[question].question.text, s.text, s.answer, bins[question].fixed_bin, ctx.round, count, s.tokens))
+            rows.append(
+                Harvested(
+                    question,
+                    texts[question].question.text,
+                    s.text,
+                    s.answer,
+                    bins[question].fixed_bin,
+                    ctx.round,
+                    count,
+                    s.tokens,
+                )
+            )
     kept = balanced(rows, spec.balance)
     write_table(ctx.dir / "harvest.parquet", kept)
     figures = {

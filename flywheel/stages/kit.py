@@ -11,20 +11,34 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TypeVar
 
-from flywheel.bins import fixed_bins, quantile_bins
-from flywheel.engines.base import Backend, Engine, ModelRef, Sampling
-from flywheel.engines.open import check_length, load_tokenizer, open_backend
 from flywheel.errors import UserError
-from flywheel.grading import Grader, answer_key
-from flywheel.prm import Prm, label_ids
-from flywheel.prompts import Prompts
+from flywheel.measure.bins import fixed_bins, quantile_bins
+from flywheel.measure.stats import bootstrap_mean
+from flywheel.models.engine import Backend, Engine, Sampling
+from flywheel.models.prm import Prm, label_ids
+from flywheel.models.prompts import Prompts
+from flywheel.models.steps import Reader
+from flywheel.models.weights import check_length, load_tokenizer, open_backend
+from flywheel.problems.grading import Grader, answer_key
 from flywheel.recipe import Recipe, TrainSpec
-from flywheel.records import Difficulty, Finish, Grade, Harvested, Outcome, Problem, Question, Role, Solution, Split, Strategy, Verdict
-from flywheel.run import Context, read_table
+from flywheel.records import (
+    Difficulty,
+    Finish,
+    Grade,
+    Harvested,
+    ModelRef,
+    Outcome,
+    Problem,
+    Question,
+    Role,
+    Solution,
+    Split,
+    Strategy,
+    Verdict,
+)
+from flywheel.runs.run import Context, read_table
 from flywheel.search.run import search
 from flywheel.search.tools import Tools
-from flywheel.stats import bootstrap_mean
-from flywheel.steps import Reader
 from flywheel.training.sft import Example
 
 T = TypeVar("T")
@@ -74,14 +88,20 @@ class Kit:
         items = list(items)
         return zip(items, self.backend.run(items, work))
 
-    async def solutions(self, question: Question, n: int, *, purpose: str, tag: str, key: str = Role.POLICY) -> list[Solution]:
+    async def solutions(
+        self, question: Question, n: int, *, purpose: str, tag: str, key: str = Role.POLICY
+    ) -> list[Solution]:
         """`n` independent solutions of `question` by the engine `key`."""
         spec, engine = self.ctx.recipe.sample, self.engine(key)
         sampling = Sampling(spec.max_tokens, spec.temperature, spec.top_p, self.reader.stop)
         completions = await engine.generate(self.prompts.solve(question), sampling, purpose=purpose, n=n)
         return [
             self.reader.solution(
-                done.tokens, done.finish, id=f"{question.id}/{tag}/{i}", question_id=question.id, origin=f"{purpose}:{engine.name}"
+                done.tokens,
+                done.finish,
+                id=f"{question.id}/{tag}/{i}",
+                question_id=question.id,
+                origin=f"{purpose}:{engine.name}",
             )
             for i, done in enumerate(completions)
         ]
@@ -89,7 +109,9 @@ class Kit:
     def grade(self, solutions: Sequence[Solution]) -> list[Grade]:
         return self.grader.verdicts([(self.problems[s.question_id], s) for s in solutions])
 
-    def searched(self, questions: Iterable[str], tools: Tools, strategy: Callable[[str], Strategy], tag: str) -> Iterator[Solution | Grade]:
+    def searched(
+        self, questions: Iterable[str], tools: Tools, strategy: Callable[[str], Strategy], tag: str
+    ) -> Iterator[Solution | Grade]:
         """Search each question by the strategy of its id: all candidates of a question, then their grades."""
 
         async def one(question: str) -> Outcome:
@@ -107,7 +129,9 @@ def kit(ctx: Context, models: Mapping[str, ModelRef], *splits: Split) -> Iterato
     prompts, reader = text_tools(ctx)
     problems = {p.id: p for p in ctx.problems(*splits)}
     labels = label_ids(prompts.tokenizer, ctx.recipe.prm.labels)
-    models = {key: replace(ref, labels=labels) if key.partition(":")[0] == Role.PRM else ref for key, ref in models.items()}
+    models = {
+        key: replace(ref, labels=labels) if key.partition(":")[0] == Role.PRM else ref for key, ref in models.items()
+    }
     with TemporaryDirectory(prefix="flywheel-") as scratch, Grader(ctx.recipe.problems) as grader:
         backend = open_backend(ctx.recipe.engine, models, ctx.ledger, ctx.seed("engine") % 2**31, Path(scratch))
         try:
@@ -247,7 +271,9 @@ def harvested(ctx: Context, rounds: range) -> list[Harvested]:
     return list(seen.values())
 
 
-def test_samples(ctx: Context, round: int, draw: str = "score") -> tuple[dict[str, list[Solution]], dict[str, list[Grade]]]:
+def test_samples(
+    ctx: Context, round: int, draw: str = "score"
+) -> tuple[dict[str, list[Solution]], dict[str, list[Grade]]]:
     """Solutions and grades of one draw, by question."""
     mark = f"/r{round}/{draw}/"
     solutions = by_question(s for s in ctx.read(Solution, "evaluate", round) if mark in s.id)
@@ -268,4 +294,6 @@ def answer_is_right(answer: str | None, solutions: Iterable[Solution], correct: 
     """1.0 if the selected `answer` is right: the verdict of a solution that gave it; None is wrong."""
     if answer is None:
         return 0.0
-    return float(next(correct[s.id] for s in solutions if s.answer is not None and answer_key(s.answer) == answer_key(answer)))
+    return float(
+        next(correct[s.id] for s in solutions if s.answer is not None and answer_key(s.answer) == answer_key(answer))
+    )

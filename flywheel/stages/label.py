@@ -10,10 +10,10 @@ import asyncio
 import random
 from collections.abc import Iterator, Sequence
 
-from flywheel.engines.base import Sampling
 from flywheel.errors import UserError
+from flywheel.models.engine import Sampling
 from flywheel.records import Problem, Role, Solution, Split, StepValues, Verdict
-from flywheel.run import Context, Stage
+from flywheel.runs.run import Context, Stage
 from flywheel.stages.kit import Kit, difficulties, kit, sampled, trace
 
 
@@ -58,7 +58,7 @@ def chosen(ctx: Context, wanted: set[str]) -> dict[str, list[tuple[Solution, boo
 async def label(ctx: Context, kit: Kit, problem: Problem, solutions: list[tuple[Solution, bool]]) -> list[StepValues]:
     spec, n = ctx.recipe.sample, ctx.recipe.label.rollouts
     head = kit.prompts.solve(problem.question)
-    prefixes = sorted({s.tokens[: cut] for s, _ in solutions for cut in cuts(s)})
+    prefixes = sorted({s.tokens[:cut] for s, _ in solutions for cut in cuts(s)})
 
     async def rollout(prefix: tuple[int, ...]) -> float:
         room = spec.max_tokens - len(prefix)
@@ -67,7 +67,9 @@ async def label(ctx: Context, kit: Kit, problem: Problem, solutions: list[tuple[
         sampling = Sampling(room, spec.temperature, spec.top_p, kit.reader.stop)
         done = await kit.engine().generate(head + list(prefix), sampling, purpose="rollout", n=n)
         ends = [
-            kit.reader.solution((*prefix, *d.tokens), d.finish, id=f"{problem.id}/rollout/{i}", question_id=problem.id, origin="rollout")
+            kit.reader.solution(
+                (*prefix, *d.tokens), d.finish, id=f"{problem.id}/rollout/{i}", question_id=problem.id, origin="rollout"
+            )
             for i, d in enumerate(done)
         ]
         decided = [g.correct for g in kit.grade(ends) if g.verdict is not Verdict.UNDECIDED]

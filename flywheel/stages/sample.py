@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from flywheel.records import Grade, Role, Split
-from flywheel.run import Context, Stage
+from flywheel.runs.run import Context, Stage
 from flywheel.stages.kit import Kit, difficulties, ids, kit, verdict_counts
 
 SPLITS = (Split.TRAIN, Split.CALIBRATE)
@@ -33,7 +33,10 @@ def finish(ctx: Context) -> dict:
     grades = list(ctx.read(Grade, "sample"))
     bins = difficulties(ctx)
     train = {p.id for p in ctx.problems(Split.TRAIN)}
-    rates = {split: [d.pass_at_1 for q, d in bins.items() if (q in train) == (split == "train")] for split in ("train", "calibrate")}
+    rates = {
+        split: [d.pass_at_1 for q, d in bins.items() if (q in train) == (split == "train")]
+        for split in ("train", "calibrate")
+    }
     fixed = Counter(d.fixed_bin for q, d in bins.items() if q in train)
     return {
         "policy": ctx.model(Role.POLICY, ctx.round - 1).name,

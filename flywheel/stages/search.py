@@ -11,10 +11,23 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
-from flywheel.bins import fixed_bin, quantile_bins, quantile_edges
-from flywheel.engines.base import ModelRef
-from flywheel.records import Answered, Beam, BestOfN, Candidate, Grade, Outcome, Revise, Role, Solution, Split, StepValues, Strategy
-from flywheel.run import Context, Stage
+from flywheel.measure.bins import fixed_bin, quantile_bins, quantile_edges
+from flywheel.records import (
+    Answered,
+    Beam,
+    BestOfN,
+    Candidate,
+    Grade,
+    ModelRef,
+    Outcome,
+    Revise,
+    Role,
+    Solution,
+    Split,
+    StepValues,
+    Strategy,
+)
+from flywheel.runs.run import Context, Stage
 from flywheel.search.plan import Plan, name
 from flywheel.search.revise import revision_prompt
 from flywheel.search.run import search, select
@@ -61,7 +74,9 @@ def work(ctx: Context, kit: Kit, questions: Sequence[str]) -> Iterator[object]:
 
         async def shared(strategy: Strategy) -> Outcome:
             if strategy not in runs:  # methods that agree on a strategy share its draws
-                runs[strategy] = asyncio.ensure_future(search(strategy, item, tools, tag=f"r{ctx.round}/search/{name(strategy)}"))
+                runs[strategy] = asyncio.ensure_future(
+                    search(strategy, item, tools, tag=f"r{ctx.round}/search/{name(strategy)}")
+                )
             return await runs[strategy]
 
         async def run(method: str, strategy: Strategy) -> tuple[str, str | None, list[Solution], int]:
@@ -77,19 +92,27 @@ def work(ctx: Context, kit: Kit, questions: Sequence[str]) -> Iterator[object]:
                 case BestOfN(n=whole) if whole <= spec.probe:
                     found, tokens = first.candidates[:whole], first.tokens
                 case BestOfN(n=whole):
-                    rest = await search(replace(chosen, n=whole - spec.probe), item, tools, tag=f"r{ctx.round}/after_probe")
+                    rest = await search(
+                        replace(chosen, n=whole - spec.probe), item, tools, tag=f"r{ctx.round}/after_probe"
+                    )
                     found, tokens = (*first.candidates, *rest.candidates), first.tokens + rest.tokens
                 case _:
                     rest = await shared(chosen)
                     found, tokens = (*rest.candidates, *first.candidates), first.tokens + rest.tokens
             return f"compute_optimal@{n}_probe", select(chosen, found), [c.solution for c in found], tokens
 
-        methods = [run(f"beam@{n}", Beam(n)), run(f"compute_optimal@{n}_oracle", plan.strategy(oracle[question], n)), probed()]
+        methods = [
+            run(f"beam@{n}", Beam(n)),
+            run(f"compute_optimal@{n}_oracle", plan.strategy(oracle[question], n)),
+            probed(),
+        ]
         if tools.reviser:
             length = max(n, spec.revise_attempts)
             methods.insert(1, run(f"revise@{length}", Revise(length)))
         # all at once: a step of the engine costs little more for more sequences
-        (by_prm, judging), (by_base, base_judging), *searched = await asyncio.gather(values(item, pool, prm), values(item, pool[:n], base), *methods)
+        (by_prm, judging), (by_base, base_judging), *searched = await asyncio.gather(
+            values(item, pool, prm), values(item, pool[:n], base), *methods
+        )
         scored[question] = by_prm
         if tools.reviser:
             chains[question] = searched[1][2]
@@ -100,7 +123,12 @@ def work(ctx: Context, kit: Kit, questions: Sequence[str]) -> Iterator[object]:
             (f"majority@{n}", majority(answers[:n]), pool[:n], sum(drawn[:n])),
             (f"best_of_n_weighted@{k}", weighted(answers, by_prm), pool, sum(drawn) + sum(judging)),
             (f"best_of_n_weighted@{n}", weighted(answers[:n], by_prm[:n]), pool[:n], sum(drawn[:n]) + sum(judging[:n])),
-            (f"best_of_n_weighted@{n}_base_verifier", weighted(answers[:n], by_base), pool[:n], sum(drawn[:n]) + sum(base_judging)),
+            (
+                f"best_of_n_weighted@{n}_base_verifier",
+                weighted(answers[:n], by_base),
+                pool[:n],
+                sum(drawn[:n]) + sum(base_judging),
+            ),
             *searched,
         ]
 
@@ -129,10 +157,18 @@ def control(kit: Kit, questions: Sequence[str], chains: dict[str, list[Solution]
         question, other = pair
 
         async def attempt(place: int) -> Solution:
-            prompt, _ = revision_prompt(engine, kit.problems[question].question, chains[other][: place - 1], tools, kit.ctx.recipe.reviser.context)
+            prompt, _ = revision_prompt(
+                engine,
+                kit.problems[question].question,
+                chains[other][: place - 1],
+                tools,
+                kit.ctx.recipe.reviser.context,
+            )
             (done,) = await engine.generate(prompt, tools.sampling(), purpose="control")
             id, origin = f"{question}/r{kit.ctx.round}/control/{place}", f"control:{engine.name}"
-            return kit.reader.solution(done.tokens, done.finish, id=id, question_id=question, origin=origin, attempt=place)
+            return kit.reader.solution(
+                done.tokens, done.finish, id=id, question_id=question, origin=origin, attempt=place
+            )
 
         return list(await asyncio.gather(*map(attempt, range(2, spec.revise_attempts + 1))))
 
@@ -161,7 +197,9 @@ def probe_cuts(ctx: Context) -> list[float]:
 def finish(ctx: Context) -> dict:
     rows = list(ctx.read(Answered, "search"))
     methods = list(dict.fromkeys(row.method for row in rows))
-    found: dict = {"models": {**{str(role): ref.name for role, ref in searchers(ctx).items()}, "plan": f"serve_{ctx.round}"}}
+    found: dict = {
+        "models": {**{str(role): ref.name for role, ref in searchers(ctx).items()}, "plan": f"serve_{ctx.round}"}
+    }
     for method in methods:
         mine = {row.question_id: row for row in rows if row.method == method}
         found[method], found[f"{method}_ci"] = interval(ctx, [float(mine[q].correct) for q in sorted(mine)])
@@ -175,14 +213,18 @@ def finish(ctx: Context) -> dict:
         for s in group:
             curves["control" if "/control/" in s.id else "revise"].setdefault(s.attempt, []).append(correct[s.id])
         for before, after in pairwise(chain):
-            pairs["right_to_wrong" if correct[before.id] else "wrong_to_right"].append(correct[after.id] != correct[before.id])
+            pairs["right_to_wrong" if correct[before.id] else "wrong_to_right"].append(
+                correct[after.id] != correct[before.id]
+            )
     figures = {"search": found}
     if curves["revise"]:
         mean = {name: [sum(c[a]) / len(c[a]) for a in sorted(c)] for name, c in curves.items()}
         figures["reviser"] = {
             "model": ctx.model(Role.REVISER, ctx.round).name,
             "pass@1_by_attempt": mean["revise"][: ctx.recipe.evaluate.revise_attempts],
-            "pass@1_by_attempt_ci": [interval(ctx, [float(x) for x in curves["revise"][a]])[1] for a in sorted(curves["revise"])][: ctx.recipe.evaluate.revise_attempts],
+            "pass@1_by_attempt_ci": [
+                interval(ctx, [float(x) for x in curves["revise"][a]])[1] for a in sorted(curves["revise"])
+            ][: ctx.recipe.evaluate.revise_attempts],
             "control_by_attempt": mean["revise"][:1] + mean["control"],
             **{name: sum(x) / len(x) if x else None for name, x in pairs.items()},
         }
@@ -191,7 +233,17 @@ def finish(ctx: Context) -> dict:
 
 STAGE = Stage(
     name="search",
-    sections=("problems", "engine", "prompts", "sample", "evaluate", "prm.aggregate", "prm.labels", "reviser.context", "calibrate"),
+    sections=(
+        "problems",
+        "engine",
+        "prompts",
+        "sample",
+        "evaluate",
+        "prm.aggregate",
+        "prm.labels",
+        "reviser.context",
+        "calibrate",
+    ),
     inputs=("train_prm", "choose_reviser", "calibrate", "evaluate@-1", "sample", "gate@-1?", "distill@-1?"),
     items=lambda ctx: ids(ctx, Split.TEST),
     tools=tools,

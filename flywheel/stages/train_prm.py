@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from flywheel.errors import UserError
-from flywheel.prm import aggregate, encode
+from flywheel.models.prm import aggregate, encode
 from flywheel.records import Grade, Problem, Role, Solution, Split, StepValues, Verdict
-from flywheel.run import Context, Stage
+from flywheel.runs.run import Context, Stage
 from flywheel.stages.kit import by_question, difficulties, start, text_tools
 
 if TYPE_CHECKING:
-    from flywheel.prompts import Prompts
+    from flywheel.models.prompts import Prompts
     from flywheel.training.prm import PrmExample
 
 
@@ -23,7 +23,13 @@ def held_out(ctx: Context, questions: list[str]) -> set[str]:
     return set(random.Random(ctx.seed("held out")).sample(sorted(questions), count))
 
 
-def example(prompts: Prompts, problem: Problem, solution: Solution, values: tuple[float, ...], weights: tuple[float, ...] | None = None) -> PrmExample:
+def example(
+    prompts: Prompts,
+    problem: Problem,
+    solution: Solution,
+    values: tuple[float, ...],
+    weights: tuple[float, ...] | None = None,
+) -> PrmExample:
     from flywheel.training.prm import PrmExample
 
     tokens, reads = encode(prompts, problem.question, solution.steps)
@@ -62,7 +68,7 @@ def labelled(ctx: Context, prompts: Prompts, problems: dict[str, Problem]) -> La
 
 
 def train(ctx: Context) -> dict:
-    from flywheel.steps import one_token
+    from flywheel.models.steps import one_token
     from flywheel.training.prm import calibration, score_all, train_prm, within_question_auc
 
     prompts, _ = text_tools(ctx)
@@ -78,7 +84,17 @@ def train(ctx: Context) -> dict:
             f" {found.too_long} longer than prm.max_length {spec.max_length} left out); more label.questions, or a greater prm.max_length"
         )
     report = train_prm(
-        fit, check, labels=labels, base=base, model=ctx.recipe.model, spec=spec, out=ctx.dir, seed=ctx.seed("train") % 2**31, keep="best", role=Role.PRM, ledger=ctx.ledger,
+        fit,
+        check,
+        labels=labels,
+        base=base,
+        model=ctx.recipe.model,
+        spec=spec,
+        out=ctx.dir,
+        seed=ctx.seed("train") % 2**31,
+        keep="best",
+        role=Role.PRM,
+        ledger=ctx.ledger,
         start=start(ctx, spec),
     )
     if ctx.rank:
@@ -97,9 +113,15 @@ def train(ctx: Context) -> dict:
     for name, adapter in (("", str(ctx.dir / "adapter")), ("_base", None)):
         values = score_all(base, adapter, scored, labels, ledger=ctx.ledger, purpose="validate")
         for how in ("last", "min", "product"):
-            figures[f"auc_within_question_{how}{name}"] = within_question_auc([aggregate(v, how) for v in values], right, names)
-        figures[f"auc_within_question{name}"] = within_question_auc([aggregate(v, spec.aggregate) for v in values], right, names)
-        figures[f"calibration{name}"] = calibration([aggregate(v, spec.aggregate) for v in values], [float(r) for r in right])
+            figures[f"auc_within_question_{how}{name}"] = within_question_auc(
+                [aggregate(v, how) for v in values], right, names
+            )
+        figures[f"auc_within_question{name}"] = within_question_auc(
+            [aggregate(v, spec.aggregate) for v in values], right, names
+        )
+        figures[f"calibration{name}"] = calibration(
+            [aggregate(v, spec.aggregate) for v in values], [float(r) for r in right]
+        )
     ours, bare = figures["auc_within_question"], figures["auc_within_question_base"]
     refused = {}
     if ours is not None and ours < 0.5:  # None, where no held-out question has both kinds of solutions, says nothing

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import random
 
+from flywheel.measure.stats import edit_distance
 from flywheel.records import Role, Solution, Split, Trajectory, Verdict
-from flywheel.run import Context, Stage
+from flywheel.runs.run import Context, Stage
 from flywheel.stages.kit import closed, examples, sampled, start, text_tools, trace
-from flywheel.stats import edit_distance
 
 
 def trajectories(ctx: Context) -> list[Trajectory]:
@@ -50,14 +50,32 @@ def train(ctx: Context) -> dict:
     rows = trajectories(ctx)
     questions = sorted({row.question_id for row in rows})
     if len(questions) < 2:  # one to train on and one to validate on
-        return {"trained": False, "trajectories": len(rows), "why": "too few questions with a correct solution: this round has no reviser"}
+        return {
+            "trained": False,
+            "trajectories": len(rows),
+            "why": "too few questions with a correct solution: this round has no reviser",
+        }
     held = set(random.Random(ctx.seed("held out")).sample(questions, max(1, len(questions) // 10)))
     targets = (
-        (row.question_id, prompts.revise(problems[row.question_id].question, row.attempts[:-1]), closed(row.attempts[-1], reader.eos)) for row in rows
+        (
+            row.question_id,
+            prompts.revise(problems[row.question_id].question, row.attempts[:-1]),
+            closed(row.attempts[-1], reader.eos),
+        )
+        for row in rows
     )
     fit, check, too_long = examples(targets, held, spec.max_length)
     report = train_sft(
-        fit, check, base=ctx.recipe.model.base, model=ctx.recipe.model, spec=spec, out=ctx.dir, seed=ctx.seed("train") % 2**31, keep="all", role=Role.REVISER, ledger=ctx.ledger,
+        fit,
+        check,
+        base=ctx.recipe.model.base,
+        model=ctx.recipe.model,
+        spec=spec,
+        out=ctx.dir,
+        seed=ctx.seed("train") % 2**31,
+        keep="all",
+        role=Role.REVISER,
+        ledger=ctx.ledger,
         start=start(ctx, spec),
     )
     lengths = [len(row.attempts) - 1 for row in rows]
@@ -69,7 +87,8 @@ def train(ctx: Context) -> dict:
         "by_incorrect_attempts": [lengths.count(k) for k in range(spec.context + 1)],
         "curve": report.curve,
         "checkpoints": [
-            {"step": c.step, "epoch": c.epoch, "eval_loss": c.eval_loss, "path": str(ctx.relative(c.path))} for c in report.checkpoints
+            {"step": c.step, "epoch": c.epoch, "eval_loss": c.eval_loss, "path": str(ctx.relative(c.path))}
+            for c in report.checkpoints
         ],
         "train_seconds": report.seconds,
     }

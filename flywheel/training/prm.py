@@ -10,7 +10,7 @@ from pathlib import Path
 
 from flywheel.ledger import Ledger
 from flywheel.recipe import ModelSpec, TrainSpec
-from flywheel.training.common import Keep, TrainingError, TrainReport, check_lengths
+from flywheel.training.checkpoints import Keep, TrainingError, TrainReport, check_lengths
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,17 @@ def train_prm(
         PrmTrainer,
         _rows("training", train, spec.max_length),
         _rows("validation", validation, spec.max_length),
-        base=base, model=model, spec=spec, out=out, seed=seed, keep=keep, role=role, ledger=ledger, start=start,
+        base=base,
+        model=model,
+        spec=spec,
+        out=out,
+        seed=seed,
+        keep=keep,
+        role=role,
+        ledger=ledger,
+        start=start,
         label_tokens=labels,
-    )  # fmt: skip
+    )
 
 
 def score_all(
@@ -95,7 +103,7 @@ def score_all(
     A direct transformers forward (PEFT where `adapter` is given), float32 on a CPU. Not
     distributed: call it on one rank.
     """
-    from flywheel.training.values import forward_values
+    from flywheel.training.scores import forward_values
 
     rows = _rows("scored", examples, longest=max((len(e.tokens) for e in examples), default=0))
     values, parameters = forward_values(base, adapter, rows, labels, batch_size)
@@ -109,7 +117,9 @@ def _rows(name: str, examples: Sequence[PrmExample], longest: int) -> list[dict]
         weights = example.weights or (1.0,) * len(example.reads)
         where = f"{name} example {index}" + (f" (question {example.question_id})" if example.question_id else "")
         if not example.reads or not len(example.reads) == len(example.values) == len(weights):
-            raise TrainingError(f"{where}: {len(example.reads)} reads, {len(example.values)} values, {len(weights)} weights")
+            raise TrainingError(
+                f"{where}: {len(example.reads)} reads, {len(example.values)} values, {len(weights)} weights"
+            )
         if not all(0 < read <= len(example.tokens) for read in example.reads):
             raise TrainingError(f"{where}: reads {example.reads} outside its {len(example.tokens)} tokens")
         if not all(0 <= value <= 1 for value in example.values):  # False for NaN too

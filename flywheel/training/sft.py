@@ -8,7 +8,7 @@ from pathlib import Path
 
 from flywheel.ledger import Ledger
 from flywheel.recipe import ModelSpec, TrainSpec
-from flywheel.training.common import Keep, TrainingError, TrainReport, check_lengths
+from flywheel.training.checkpoints import Keep, TrainingError, TrainReport, check_lengths
 
 
 @dataclass(frozen=True)
@@ -50,14 +50,24 @@ def train_sft(
         SftTrainer,
         _rows("training", train, spec.max_length),
         _rows("validation", validation, spec.max_length),
-        base=base, model=model, spec=spec, out=out, seed=seed, keep=keep, role=role, ledger=ledger, start=start,
-    )  # fmt: skip
+        base=base,
+        model=model,
+        spec=spec,
+        out=out,
+        seed=seed,
+        keep=keep,
+        role=role,
+        ledger=ledger,
+        start=start,
+    )
 
 
 def _rows(name: str, examples: Sequence[Example], longest: int) -> list[dict]:
     for index, example in enumerate(examples):
         if not 0 < example.loss_from < len(example.tokens):
-            raise TrainingError(f"{name} example {index}: loss_from {example.loss_from} leaves nothing to learn of {len(example.tokens)} tokens")
+            raise TrainingError(
+                f"{name} example {index}: loss_from {example.loss_from} leaves nothing to learn of {len(example.tokens)} tokens"
+            )
     check_lengths(name, [len(example.tokens) for example in examples], longest)
     return [
         {"input_ids": list(e.tokens), "labels": [-100] * e.loss_from + list(e.tokens[e.loss_from :])} for e in examples

@@ -25,8 +25,8 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from flywheel.ledger import Ledger
 from flywheel.recipe import ModelSpec, TrainSpec
-from flywheel.store import read_json, write_json
-from flywheel.training.common import (
+from flywheel.runs.files import read_json, write_json
+from flywheel.training.checkpoints import (
     MARK,
     ROOM,
     Keep,
@@ -43,7 +43,7 @@ from flywheel.training.common import (
     standing,
     sums,
 )
-from flywheel.training.values import PrmCollator, dtype, label_margins, on_cpu
+from flywheel.training.scores import PrmCollator, dtype, label_margins, on_cpu
 
 LOGS_PER_EVAL = 4
 
@@ -70,7 +70,9 @@ class SftTrainer(SFTTrainer):
         count = torch.stack([self.items(batch) for batch in batch_samples]).sum().to(device)
         return self.accelerator.reduce(count, "sum")
 
-    def evaluation_loop(self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"):
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ):
         """The exact mean over all items of all ranks; the stock loop averages the batches' means."""
         model = self.model_wrapped
         model.eval()
@@ -137,7 +139,9 @@ class PrmTrainer(SftTrainer):
 class _Timeline(TrainerCallback):
     """Logs, validates and saves at chosen steps, and makes each checkpoint safe to resume from."""
 
-    def __init__(self, out: Path, steps: int, evals: int, validate: bool, mark: dict, state: PartialState, spent: float):
+    def __init__(
+        self, out: Path, steps: int, evals: int, validate: bool, mark: dict, state: PartialState, spent: float
+    ):
         self.out, self.validate, self.mark, self.ranks = out, validate, mark, state
         self.evals = set(points(steps, evals))
         self.logs = self.evals | set(points(steps, evals * LOGS_PER_EVAL))
@@ -215,16 +219,28 @@ def fit(
         dataloader_pin_memory=not on_cpu(),
         ddp_find_unused_parameters=False,
         logging_nan_inf_filter=False,
-        logging_strategy="no", eval_strategy="no", save_strategy="no",  # _Timeline says when
+        logging_strategy="no",
+        eval_strategy="no",
+        save_strategy="no",  # _Timeline says when
         save_total_limit=2,
         report_to="none",
         disable_tqdm=not (ranks.is_main_process and sys.stderr.isatty()),
-    )  # fmt: skip
+    )
     zero = args.deepspeed_plugin
     mark = {
         # not the micro batch: it changes memory, not what is learned
-        "fingerprint": digest(train, validation, base, model.model_dump(), spec.model_dump(exclude={"micro_batch_size"}, exclude_none=True), seed, keep, label_tokens),
-        "sharding": zero and f"ZeRO-{zero.zero_stage} on {ranks.num_processes} processes",  # its checkpoints are cut by rank
+        "fingerprint": digest(
+            train,
+            validation,
+            base,
+            model.model_dump(),
+            spec.model_dump(exclude={"micro_batch_size"}, exclude_none=True),
+            seed,
+            keep,
+            label_tokens,
+        ),
+        "sharding": zero
+        and f"ZeRO-{zero.zero_stage} on {ranks.num_processes} processes",  # its checkpoints are cut by rank
     }
 
     def finished(report: TrainReport) -> TrainReport:
@@ -236,7 +252,9 @@ def fit(
             ledger.charge(role, "validate", parameters=report.parameters, scored=validated)
         return report
 
-    done, resume, spent = broadcast_object_list(list(standing(out, mark) if ranks.is_main_process else (None, None, 0.0)))
+    done, resume, spent = broadcast_object_list(
+        list(standing(out, mark) if ranks.is_main_process else (None, None, 0.0))
+    )
     if done:
         return finished(done)
 
@@ -254,11 +272,15 @@ def fit(
         eval_dataset=Dataset.from_list(ranked + [kind.filler(ranked[-1])] * short) if ranked else None,
         processing_class=tokenizer,
         peft_config=LoraConfig(
-            r=model.lora_rank, lora_alpha=model.lora_alpha, target_modules=model.lora_targets,
-            lora_dropout=0.0, bias="none", task_type="CAUSAL_LM",
+            r=model.lora_rank,
+            lora_alpha=model.lora_alpha,
+            target_modules=model.lora_targets,
+            lora_dropout=0.0,
+            bias="none",
+            task_type="CAUSAL_LM",
         ),
         callbacks=[timeline],
-    )  # fmt: skip
+    )
     if start:
         set_peft_model_state_dict(trainer.model, load_peft_weights(start, device="cpu"))
     trainer.label_tokens = label_tokens
@@ -272,21 +294,39 @@ def fit(
         smaller = next((m for m in range(micro // 2, 0, -1) if spec.batch_size % m == 0), None)
         if smaller is None:
             section = {"policy": "distill"}.get(role, role)
-            raise TrainingError(f"out of memory at a micro batch of {micro}: lower {section}.max_length, or train on a larger device") from error
+            raise TrainingError(
+                f"out of memory at a micro batch of {micro}: lower {section}.max_length, or train on a larger device"
+            ) from error
         write_json(out / ROOM, {"micro_batch_size": smaller})
         if ranks.num_processes > 1:  # the other ranks are in a collective that this one will not join
-            raise TrainingError(f"out of memory at a micro batch of {micro}: the same command goes on with {smaller}, the batch stays {spec.batch_size}") from error
+            raise TrainingError(
+                f"out of memory at a micro batch of {micro}: the same command goes on with {smaller}, the batch stays {spec.batch_size}"
+            ) from error
         trainer = None
     else:
         smaller = None
     if smaller:  # outside the handler: the traceback holds the tensors of the failed step
         gc.collect()
         torch.cuda.empty_cache()
-        print(f"{role}: out of memory at a micro batch of {micro}; going on with {smaller}, the batch stays {spec.batch_size}", flush=True)
+        print(
+            f"{role}: out of memory at a micro batch of {micro}; going on with {smaller}, the batch stays {spec.batch_size}",
+            flush=True,
+        )
         return fit(
-            kind, train, validation, base=base, model=model, spec=spec, out=out, seed=seed, keep=keep, role=role, ledger=ledger,
-            start=start, label_tokens=label_tokens,
-        )  # fmt: skip
+            kind,
+            train,
+            validation,
+            base=base,
+            model=model,
+            spec=spec,
+            out=out,
+            seed=seed,
+            keep=keep,
+            role=role,
+            ledger=ledger,
+            start=start,
+            label_tokens=label_tokens,
+        )
     report = None
     if ranks.is_main_process:
         curve, epochs_per_step = curve_of(trainer.state.log_history), spec.batch_size / len(train)

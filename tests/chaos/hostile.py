@@ -17,7 +17,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
-from flywheel.grading import Grader
+from flywheel.problems.grading import Grader
 from flywheel.recipe import ProblemSpec
 from flywheel.records import Finish, Problem, Question, Solution, Split, Step, Verdict
 
@@ -38,12 +38,49 @@ def kinds(canary: Path) -> dict[str, Callable[[random.Random], str]]:
     ]
 
     def nest(r: random.Random) -> str:
-        opening, closing = r.choice([("(", ")"), ("\\frac{1}{", "}"), ("\\sqrt{", "}"), ("{", "}"), ("\\left(", "\\right)"), ("-", ""), ("[", "]")])
+        opening, closing = r.choice(
+            [
+                ("(", ")"),
+                ("\\frac{1}{", "}"),
+                ("\\sqrt{", "}"),
+                ("{", "}"),
+                ("\\left(", "\\right)"),
+                ("-", ""),
+                ("[", "]"),
+            ]
+        )
         depth = r.randrange(20, 3000)
         return opening * depth + "1" + closing * depth
 
     def soup(r: random.Random) -> str:
-        return "".join(r.choice(["\\frac", "{", "}", "^", "_", "\\left(", "\\right]", "\\begin{pmatrix}", "&", "\\\\", "$", "1", "x", "\\int_0^", "\\sum", "|", "√", "²", "∞", "\u202e", "𝟙"]) for _ in range(r.randrange(3, 60)))
+        return "".join(
+            r.choice(
+                [
+                    "\\frac",
+                    "{",
+                    "}",
+                    "^",
+                    "_",
+                    "\\left(",
+                    "\\right]",
+                    "\\begin{pmatrix}",
+                    "&",
+                    "\\\\",
+                    "$",
+                    "1",
+                    "x",
+                    "\\int_0^",
+                    "\\sum",
+                    "|",
+                    "√",
+                    "²",
+                    "∞",
+                    "\u202e",
+                    "𝟙",
+                ]
+            )
+            for _ in range(r.randrange(3, 60))
+        )
 
     return {
         "nesting": nest,
@@ -52,11 +89,21 @@ def kinds(canary: Path) -> dict[str, Callable[[random.Random], str]]:
         "factorials": lambda r: f"{r.randrange(10**5, 10**12)}" + "!" * r.randrange(1, 6),
         "big integers": lambda r: r.choice("123456789") + "".join(r.choices("0123456789", k=r.randrange(900, 19000))),
         "unbalanced": soup,
-        "a million characters": lambda r: r.choice(["1", "9+", "x", "\\frac", "({", "é"]) * (10**6 // r.randrange(1, 4)) + str(r.random()),
-        "code": lambda r: r.choice(code).format(c=canary, n=r.randrange(500)) + " " * r.randrange(3) + str(r.randrange(10**6)),
-        "null bytes": lambda r: "".join(r.choice("42\0\x01\x1b[2J\r\n\t\x7f") for _ in range(r.randrange(3, 80))) + str(r.randrange(10**6)),
-        "sets": lambda r: "\\{" + ",".join(f"{r.randrange(99)}^{r.randrange(999)}" for _ in range(r.randrange(5, 400))) + "\\}",
-        "sums": lambda r: "\\sum_{k=1}^{" + str(10 ** r.randrange(4, 14)) + "} \\binom{k}{" + str(r.randrange(2, 99)) + "}",
+        "a million characters": lambda r: (
+            r.choice(["1", "9+", "x", "\\frac", "({", "é"]) * (10**6 // r.randrange(1, 4)) + str(r.random())
+        ),
+        "code": lambda r: (
+            r.choice(code).format(c=canary, n=r.randrange(500)) + " " * r.randrange(3) + str(r.randrange(10**6))
+        ),
+        "null bytes": lambda r: (
+            "".join(r.choice("42\0\x01\x1b[2J\r\n\t\x7f") for _ in range(r.randrange(3, 80))) + str(r.randrange(10**6))
+        ),
+        "sets": lambda r: (
+            "\\{" + ",".join(f"{r.randrange(99)}^{r.randrange(999)}" for _ in range(r.randrange(5, 400))) + "\\}"
+        ),
+        "sums": lambda r: (
+            "\\sum_{k=1}^{" + str(10 ** r.randrange(4, 14)) + "} \\binom{k}{" + str(r.randrange(2, 99)) + "}"
+        ),
     }
 
 
@@ -77,16 +124,26 @@ def main() -> int:
         spec = ProblemSpec(path="none", check_seconds=args.seconds, check_workers=args.workers)
         seen: set[str] = set()
         with Grader(spec) as grader:
-            warm = [(Problem(Question(f"w{i}", "?"), "x^2+1", Split.TRAIN), Solution(f"w{i}/0", f"w{i}", (), Finish.STOP, f"1+x^2+y^{i}", "warm")) for i in range(4 * args.workers)]
+            warm = [
+                (
+                    Problem(Question(f"w{i}", "?"), "x^2+1", Split.TRAIN),
+                    Solution(f"w{i}/0", f"w{i}", (), Finish.STOP, f"1+x^2+y^{i}", "warm"),
+                )
+                for i in range(4 * args.workers)
+            ]
             grader.verdicts(warm)  # the workers have started
-            for start in range(0, args.answers, args.workers):  # a worker an answer: what a batch takes, its slowest answer took
+            for start in range(
+                0, args.answers, args.workers
+            ):  # a worker an answer: what a batch takes, its slowest answer took
                 kind, pairs = list(made)[start // args.workers % len(made)], []
                 for i in range(start, min(start + args.workers, args.answers)):
                     while (answer := made[kind](rng)) in seen:
                         continue
                     seen.add(answer if len(answer) < 10**5 else str(hash(answer)))
                     problem = Problem(Question(f"q{i}", "?"), GOLD[i % len(GOLD)], Split.TRAIN)
-                    pairs.append((problem, Solution(f"q{i}/0", f"q{i}", (Step(answer, (1,)),), Finish.STOP, answer, "hostile")))
+                    pairs.append(
+                        (problem, Solution(f"q{i}/0", f"q{i}", (Step(answer, (1,)),), Finish.STOP, answer, "hostile"))
+                    )
                 begun = time.monotonic()
                 grades = grader.verdicts(pairs)
                 longest[kind] = max(longest[kind], time.monotonic() - begun)
@@ -99,7 +156,9 @@ def main() -> int:
                     canary.unlink()
     print(f"{'kind':22s} {'answers':>8s} {'wrong':>8s} {'undecided':>10s} {'longest, s':>11s}")
     for kind, counts in verdicts.items():
-        print(f"{kind:22s} {sum(counts.values()):8d} {counts['incorrect']:8d} {counts['undecided']:10d} {longest[kind]:11.2f}")
+        print(
+            f"{kind:22s} {sum(counts.values()):8d} {counts['incorrect']:8d} {counts['undecided']:10d} {longest[kind]:11.2f}"
+        )
         if longest[kind] > args.seconds + SLACK:
             faults.append(f"{kind}: one took {longest[kind]:.1f} s, with a limit of {args.seconds}")
     print(f"{args.answers} distinct answers in {time.monotonic() - started:.0f} s", *faults, sep="\n")

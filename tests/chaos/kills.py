@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from toy import HERE, Project, gone
 
-from flywheel.launch import free_port
+from flywheel.runs.ranks import free_port
 
 PATIENCE = 180.0  # seconds for a resumed run to end; an undisturbed one takes 3 on a quiet machine
 ORPHAN = 6.0  # seconds for the processes of a killed run to be gone
@@ -60,20 +60,59 @@ def start(project: Project, world: int, launcher: bool = False) -> list[subproce
     if launcher:
         env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
         path = os.pathsep.join([str(HERE.parent), str(HERE)])
-        command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no",
-                   "--dynamo_backend", "no", str(HERE / "toy_run.py"), "--recipe", str(project.root / "toy.yaml"), "--runs", str(project.runs), "--round", ROUND]  # fmt: skip
+        command = [
+            sys.executable,
+            "-m",
+            "accelerate.commands.launch",
+            "--cpu",
+            "--num_processes",
+            "1",
+            "--num_machines",
+            "1",
+            "--mixed_precision",
+            "no",
+            "--dynamo_backend",
+            "no",
+            str(HERE / "toy_run.py"),
+            "--recipe",
+            str(project.root / "toy.yaml"),
+            "--runs",
+            str(project.runs),
+            "--round",
+            ROUND,
+        ]
         out = subprocess.DEVNULL
-        return [subprocess.Popen(command, cwd=project.root, stdout=out, stderr=out, env={**env, "PYTHONPATH": path, "TOY_LOG": str(project.log), "TOY_SLEEP": "0.05"})]
+        return [
+            subprocess.Popen(
+                command,
+                cwd=project.root,
+                stdout=out,
+                stderr=out,
+                env={**env, "PYTHONPATH": path, "TOY_LOG": str(project.log), "TOY_SLEEP": "0.05"},
+            )
+        ]
     if world == 1:
         return [project.start("--round", ROUND, TOY_SLEEP=0.05)]
-    group = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    return [project.start("--round", ROUND, RANK=r, LOCAL_RANK=r, TOY_RANK=r, TOY_SLEEP=0.05, **group) for r in range(world)]
+    group = {
+        "WORLD_SIZE": world,
+        "LOCAL_WORLD_SIZE": world,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": free_port(),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
+    return [
+        project.start("--round", ROUND, RANK=r, LOCAL_RANK=r, TOY_RANK=r, TOY_SLEEP=0.05, **group) for r in range(world)
+    ]
 
 
 def stamps(project: Project) -> dict[str, tuple[int, int]]:
     if not project.run_dir.exists():
         return {}
-    return {str(p): (p.stat().st_ino, p.stat().st_mtime_ns) for shard in project.run_dir.rglob("shards/[0-9]*") for p in [shard, *shard.iterdir()]}
+    return {
+        str(p): (p.stat().st_ino, p.stat().st_mtime_ns)
+        for shard in project.run_dir.rglob("shards/[0-9]*")
+        for p in [shard, *shard.iterdir()]
+    }
 
 
 def lines(project: Project) -> int:
@@ -107,7 +146,14 @@ def kill(rng: random.Random, project: Project, processes: list[subprocess.Popen]
         time.sleep(rng.random() * 0.05)
 
 
-CASES = ("SIGKILL to a random process", "two SIGKILLs in quick succession", "SIGKILL to every rank", "SIGINT to a rank", "SIGTERM to the launcher", "SIGKILL while resuming")
+CASES = (
+    "SIGKILL to a random process",
+    "two SIGKILLs in quick succession",
+    "SIGKILL to every rank",
+    "SIGINT to a rank",
+    "SIGTERM to the launcher",
+    "SIGKILL while resuming",
+)
 
 
 def ended(processes: list[subprocess.Popen], seconds: float) -> bool:
@@ -164,7 +210,9 @@ def one_run(rng: random.Random, case: str, folder: Path, wanted: dict[str, bytes
     made = project.tables()
     if made != wanted or not kept.items() <= stamps(project).items():
         tally.lost += 1
-        tally.faults.append(f"{case}: {[name for name in wanted.keys() | made.keys() if made.get(name) != wanted.get(name)][:3]} differ, or a shard was touched")
+        tally.faults.append(
+            f"{case}: {[name for name in wanted.keys() | made.keys() if made.get(name) != wanted.get(name)][:3]} differ, or a shard was touched"
+        )
     chunks = Counter(what for what, _, _ in project.logged("") if what.count(":") == 2)
     again = sum(n - 1 for n in chunks.values())
     tally.redone += again
@@ -195,8 +243,16 @@ def main() -> int:
     for case, t in tallies.items():
         print(f"{case:36s} {t.tries:5d} {t.lost:5d} {t.hung:5d} {t.leaked:6d} {t.redone:6d} {t.missed:6d}")
     faults = [line for t in tallies.values() for line in t.faults]
-    faults += [f"{case}: {t.missed} of {t.tries} kills ended no launch" for case, t in tallies.items() if 2 * t.missed > t.tries]
-    print(f"{done} kills in {time.monotonic() - started:.0f} s, {len(wanted)} tables compared after each", *faults, sep="\n")
+    faults += [
+        f"{case}: {t.missed} of {t.tries} kills ended no launch"
+        for case, t in tallies.items()
+        if 2 * t.missed > t.tries
+    ]
+    print(
+        f"{done} kills in {time.monotonic() - started:.0f} s, {len(wanted)} tables compared after each",
+        *faults,
+        sep="\n",
+    )
     return 1 if faults or not wanted else 0
 
 

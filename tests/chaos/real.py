@@ -21,9 +21,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from flywheel.stages import ORDER
-from flywheel.store import read_rows
 from tests.test_round import SMALL
+
+from flywheel.runs.files import read_rows
+from flywheel.stages import ORDER
 
 ROOT = Path(__file__).parents[2]
 PATIENCE = 900.0  # seconds
@@ -34,7 +35,13 @@ def start(runs: Path, mark: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "flywheel.iterate", "--runs", str(runs), "--name", "micro", "--round", "1"]
     for item in SMALL:
         command += ["--set", item]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "FLYWHEEL_CHAOS": mark})
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "FLYWHEEL_CHAOS": mark},
+    )
 
 
 def family(mark: str) -> set[int]:
@@ -51,7 +58,12 @@ def family(mark: str) -> set[int]:
 
 
 def stamps(run: Path) -> dict[str, tuple[int, int]]:
-    return {str(p): (p.stat().st_ino, p.stat().st_mtime_ns) for shard in run.rglob("shards/[0-9]*") if shard.name.isdigit() for p in [shard, *shard.iterdir()]}
+    return {
+        str(p): (p.stat().st_ino, p.stat().st_mtime_ns)
+        for shard in run.rglob("shards/[0-9]*")
+        if shard.name.isdigit()
+        for p in [shard, *shard.iterdir()]
+    }
 
 
 def manifests(run: Path) -> int:
@@ -65,7 +77,9 @@ def harvest(run: Path) -> bytes:
 def whole(run: Path) -> list[str]:
     """What is wrong with a run that ended."""
     faults = []
-    verified = subprocess.run([sys.executable, "-m", "flywheel.verify", str(run)], cwd=ROOT, capture_output=True, text=True)
+    verified = subprocess.run(
+        [sys.executable, "-m", "flywheel.verify", str(run)], cwd=ROOT, capture_output=True, text=True
+    )
     if verified.returncode:
         faults.append(f"flywheel.verify: {verified.stdout[-300:]}")
     missing = [stage for stage in ORDER if not (run / "round_1" / stage / "manifest.json").is_file()]
@@ -92,7 +106,9 @@ def killed(run: Path, rng: random.Random, kills: int, cases: Counter, faults: li
         if process.poll() is not None:
             break
         case = rng.choice(["SIGKILL to a random process", "SIGTERM to the launcher"])
-        victim, number = (rng.choice(sorted(family(alive))), signal.SIGKILL) if "KILL" in case else (process.pid, signal.SIGTERM)
+        victim, number = (
+            (rng.choice(sorted(family(alive))), signal.SIGKILL) if "KILL" in case else (process.pid, signal.SIGTERM)
+        )
         os.kill(victim, number)
         cases[case] += 1
         try:
@@ -135,14 +151,20 @@ def main() -> int:
             raise SystemExit("the undisturbed round failed")
         seconds = time.monotonic() - begun
         runs = 0
-        while (left := args.kills - sum(n for case, n in cases.items() if case.startswith("SIG"))) > 0 and runs < args.kills:
+        while (
+            left := args.kills - sum(n for case, n in cases.items() if case.startswith("SIG"))
+        ) > 0 and runs < args.kills:
             run = Path(scratch, f"killed_{runs}", "micro")
             killed(run, rng, left, cases, faults, f"{os.getpid()}-{runs}")
             rows += sum(len(read_rows(path)) for path in run.rglob("*.parquet"))  # raises for a table that is not whole
             same.append(harvest(run) == harvest(alone))
             runs += 1
-    print(f"{', '.join(f'{n} x {case}' for case, n in cases.items())}; {runs} rounds, an undisturbed one takes {seconds:.0f} s; {rows:,} rows read, "
-          f"harvest the same in {sum(same)} of {len(same)}", *faults, sep="\n")  # fmt: skip
+    print(
+        f"{', '.join(f'{n} x {case}' for case, n in cases.items())}; {runs} rounds, an undisturbed one takes {seconds:.0f} s; {rows:,} rows read, "
+        f"harvest the same in {sum(same)} of {len(same)}",
+        *faults,
+        sep="\n",
+    )
     return 1 if faults or left > 0 else 0
 
 

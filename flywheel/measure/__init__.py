@@ -1,0 +1,1 @@
+"""Bins, intervals, and what a broken adapter looks like."""

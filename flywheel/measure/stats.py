@@ -1,0 +1,87 @@
+"""Figures with their uncertainty. Intervals are over questions, and over runs where there are several, by bootstrap."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import comb
+
+import numpy as np
+from rapidfuzz.distance import Levenshtein
+
+
+def bootstrap_mean(
+    values: Sequence[float], n: int = 2000, seed: int = 0, level: float = 0.95
+) -> tuple[float, float, float]:
+    """(mean, low, high): the mean over questions and its percentile-bootstrap interval.
+
+    `values` holds one number a question. Constant data, a single question included, gives
+    (c, c, c). Raises ValueError on no values or on one that is not finite.
+    """
+    from scipy.stats import bootstrap
+
+    data = np.asarray(values, dtype=float)
+    if data.ndim != 1 or not len(data) or not np.isfinite(data).all():
+        raise ValueError(f"bootstrap_mean: a non-empty list of finite numbers wanted, got shape {data.shape}")
+    if data.min() == data.max():
+        return float(data[0]), float(data[0]), float(data[0])
+    # percentile, not BCa: the mean needs no correction for bias, and BCa's jackknife is
+    # undefined on the nearly constant data of an almost solved or unsolved bin
+    interval = bootstrap(
+        (data,),
+        np.mean,
+        n_resamples=n,
+        batch=100,
+        confidence_level=level,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return float(data.mean()), float(interval.low), float(interval.high)
+
+
+def bootstrap_runs(
+    values: Sequence[Sequence[float]], n: int = 2000, seed: int = 0, level: float = 0.95
+) -> tuple[float, float, float]:
+    """(mean, low, high) of runs x questions: the mean of the runs' own means, questions and runs both drawn anew.
+
+    The runs share their questions, so one draw of questions serves all of them; NaN where a run
+    does not speak of a question. Few runs show little of how much runs differ: three of them, about
+    two thirds of the variance. Raises ValueError where a run speaks of none, or on an infinite number.
+    """
+    data = np.asarray(values, dtype=float)
+    there = ~np.isnan(data)
+    if data.ndim != 2 or not there.any(axis=1).all() or np.isinf(data).any():
+        raise ValueError(f"bootstrap_runs: runs x questions wanted, each run with a number, got shape {data.shape}")
+    runs, questions = data.shape
+    rng, filled = np.random.default_rng(seed), np.where(there, data, 0.0)
+    drawn = rng.multinomial(questions, np.full(questions, 1 / questions), size=n)
+    counts = drawn @ there.T  # n x runs; 0 where a run speaks of none of the questions drawn
+    means = drawn @ filled.T / np.where(counts, counts, 1)
+    weights = rng.multinomial(runs, np.full(runs, 1 / runs), size=n) * (counts > 0)
+    total = weights.sum(axis=1)
+    means = ((weights * means).sum(axis=1) / np.where(total, total, 1))[total > 0]
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float((filled.sum(axis=1) / there.sum(axis=1)).mean()), float(low), float(high)
+
+
+def paired_gain(
+    before: Sequence[float], after: Sequence[float], n: int = 2000, seed: int = 0
+) -> tuple[float, float, float]:
+    """(gain, low, high) of after - before, the same questions in the same order (paired bootstrap)."""
+    if len(before) != len(after):
+        raise ValueError(f"paired_gain: {len(before)} questions before, {len(after)} after; the same ones wanted")
+    return bootstrap_mean(np.asarray(after, dtype=float) - np.asarray(before, dtype=float), n, seed)
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Unbiased estimate of P(one of k samples is correct) from c correct of n (Chen et al. 2021).
+
+    1 - C(n-c, k) / C(n, k). Raises ValueError unless 0 <= c <= n and 1 <= k <= n.
+    """
+    if not (0 <= c <= n and 1 <= k <= n):
+        raise ValueError(f"pass_at_k: impossible counts {n=} {c=} {k=}")
+    return 1.0 - comb(n - c, k) / comb(n, k)
+
+
+def edit_distance(a: Sequence[int], b: Sequence[int]) -> int:
+    """Levenshtein distance of two token id sequences: insertions, deletions, substitutions."""
+    return Levenshtein.distance(a, b)

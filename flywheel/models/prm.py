@@ -1,0 +1,106 @@
+"""The process reward model: encode steps, read the value of a prefix, sum values up.
+
+A PRM is a causal model that puts its mass on two label tokens after a step (Snell et al.
+2024, section 5.1 and appendix D; the label form of Math-Shepherd). Its value of a prefix is
+P(good) / (P(good) + P(bad)) as the next token, so any engine serves it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Awaitable, Iterable, Sequence
+from typing import TypeVar
+
+from flywheel.errors import TooLong
+from flywheel.models.engine import Engine
+from flywheel.models.prompts import Prompts
+from flywheel.models.steps import one_token
+from flywheel.records import Question, Step
+
+T = TypeVar("T")
+
+
+class Prm:
+    """Values of the steps of a solution, through an engine.
+
+    labels: the good and the bad word (recipe `prm.labels`); aggregate: how values become
+    one score (recipe `prm.aggregate`). Raises ValueError naming `prm.labels` if a word is
+    not a single token or both are the same.
+    """
+
+    def __init__(self, engine: Engine, prompts: Prompts, labels: tuple[str, str], aggregate: str):
+        self.engine, self.prompts, self.aggregate = engine, prompts, aggregate
+        self.labels = label_ids(prompts.tokenizer, labels)
+
+    async def values(self, question: Question, steps: Sequence[Step], *, purpose: str = "verify") -> tuple[float, ...]:
+        """The value in [0, 1] after each of `steps`.
+
+        Raises TooLong, naming the question, where the text does not fit the model.
+        """
+        tokens, reads = encode(self.prompts, question, steps)
+        return await self._read(question, tokens, reads, purpose)
+
+    async def value(self, question: Question, steps: Sequence[Step], *, purpose: str = "verify") -> float:
+        """The value in [0, 1] after the last of `steps`; 0.0 if there are none."""
+        tokens, reads = encode(self.prompts, question, steps)
+        return (await self._read(question, tokens, reads[-1:], purpose))[0] if reads else 0.0
+
+    async def _read(
+        self, question: Question, tokens: Sequence[int], reads: Sequence[int], purpose: str
+    ) -> tuple[float, ...]:
+        try:
+            values = await self.engine.score(tokens, reads, self.labels, purpose=purpose)
+        except TooLong as error:
+            raise TooLong(f"question {question.id}: {error}") from None
+        for value in values:
+            if not 0 <= value <= 1:  # NaN too
+                raise ValueError(f"question {question.id}: {self.engine.name} gave the value {value}")
+        return tuple(values)
+
+
+async def together(work: Iterable[Awaitable[T]]) -> list[T]:
+    """The results of `work`, all done at once. If some of it fails, the rest is waited for: none is left behind."""
+    results = await asyncio.gather(*work, return_exceptions=True)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return results
+
+
+def label_ids(tokenizer, labels: tuple[str, str]) -> tuple[int, int]:
+    """Token ids of the good and the bad label; ValueError naming `prm.labels` if they cannot serve."""
+    good, bad = (one_token(tokenizer, word, "prm.labels") for word in labels)
+    if good == bad:
+        raise ValueError(f"prm.labels: {labels[0]!r} and {labels[1]!r} are the same token")
+    return good, bad
+
+
+def encode(prompts: Prompts, question: Question, steps: Sequence[Step]) -> tuple[list[int], list[int]]:
+    """(tokens, reads): the PRM's text, and for each step the length of the prefix after which its value is read.
+
+    Training and scoring share this one encoder.
+    """
+    return prompts.check(question, steps)
+
+
+def aggregate(values: Sequence[float], how: str) -> float:
+    """One score in [0, 1] of a solution's step values; 0.0 for a solution without steps.
+
+    `last` is what Snell et al. found best with soft Monte Carlo labels (appendix E); `min`
+    and `product` are Lightman et al.'s. Raises ValueError on a value that is not a number.
+    """
+    if any(math.isnan(value) for value in values):
+        raise ValueError(f"a step value is not a number: {tuple(values)}")
+    if not values:
+        return 0.0
+    match how:
+        case "last":
+            return values[-1]
+        case "min":
+            return min(values)
+        case "product":
+            return math.prod(values)
+        case "mean":
+            return sum(values) / len(values)
+    raise ValueError(f"prm.aggregate: {how!r} is none of last, min, product, mean")

@@ -1,0 +1,101 @@
+"""Text <-> steps, on token ids: the one definition of a step in the project.
+
+A step ends with a token whose text contains the separator (a newline, say), so that a
+step boundary is always a token boundary, in word-level and in BPE vocabularies alike
+(where the separator may be the tail of a longer token). Token ids are carried along and
+never re-made from text.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from flywheel.models.engine import Completion
+from flywheel.problems.grading import last_boxed
+from flywheel.records import Finish, Solution, Step
+
+
+class Reader:
+    """Cuts sampled tokens into steps and solutions.
+
+    tokenizer: a Hugging Face tokenizer; separator: the text that ends a step; stop:
+    tokens (by name) that end a solution beside EOS; answer: a regular expression whose
+    first group is the final answer, or `boxed` for the last \\boxed{...}.
+    Raises ValueError if no token holds the separator or a stop name is not one token.
+    """
+
+    def __init__(self, tokenizer, separator: str, answer: str, stop: Sequence[str] = ()):
+        self.tokenizer = tokenizer
+        self.pattern = None if answer == "boxed" else re.compile(answer)
+        if self.pattern and self.pattern.groups != 1:
+            raise ValueError(f"prompts.answer: {answer!r} needs exactly one group, has {self.pattern.groups}")
+        texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))], clean_up_tokenization_spaces=False)
+        special = set(tokenizer.all_special_ids)
+        self.ends = frozenset(i for i, text in enumerate(texts) if separator in text and i not in special)
+        if not self.ends:
+            raise ValueError(f"prompts.step: no token of the vocabulary holds the separator {separator!r}")
+        self.blank = frozenset(i for i, text in enumerate(texts) if i not in special and not text.strip())
+        self.stop = frozenset(one_token(tokenizer, name, "prompts.stop") for name in stop)
+        self.eos = tokenizer.eos_token_id
+
+    def text(self, tokens: Sequence[int]) -> str:
+        return self.tokenizer.decode(list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def steps(self, tokens: Sequence[int]) -> tuple[Step, ...]:
+        """Cut `tokens` after every token that ends a step; a tail without one is a step too."""
+        cuts = [i + 1 for i, token in enumerate(tokens) if token in self.ends]
+        if not cuts or cuts[-1] != len(tokens):
+            cuts.append(len(tokens))
+        pieces = [tuple(tokens[a:b]) for a, b in zip([0, *cuts], cuts) if b > a]
+        return tuple(Step(self.text(piece), piece) for piece in pieces)
+
+    def trim(self, tokens: Sequence[int]) -> tuple[int, ...]:
+        """Drop a closing stop token and the blank tokens before it."""
+        end = len(tokens)
+        if end and tokens[end - 1] in self.stop:
+            end -= 1
+        while end and tokens[end - 1] in self.blank:
+            end -= 1
+        return tuple(tokens[:end])
+
+    def answer(self, text: str) -> str | None:
+        """The final answer in `text`: the last match, stripped; None where there is none."""
+        if self.pattern is None:
+            return last_boxed(text)
+        found = self.pattern.findall(text)
+        return found[-1].strip() or None if found else None
+
+    def ended(self, completion: Completion) -> bool:
+        """Whether the solution ends here: EOS, a stop token, or a step that holds an answer."""
+        if completion.eos or (completion.tokens and completion.tokens[-1] in self.stop):
+            return True
+        last = self.steps(completion.tokens)[-1:]
+        return bool(last) and last[0].tokens[-1] in self.ends and self.answer(last[0].text) is not None
+
+    def solution(
+        self,
+        tokens: Sequence[int],
+        finish: Finish,
+        *,
+        id: str,
+        question_id: str,
+        origin: str,
+        parent: str | None = None,
+        attempt: int = 1,
+    ) -> Solution:
+        steps = self.steps(self.trim(tokens))
+        answer = self.answer("".join(step.text for step in steps)) if finish is Finish.STOP else None
+        return Solution(id, question_id, steps, finish, answer, origin, parent, attempt)
+
+
+def one_token(tokenizer, word: str, key: str) -> int:
+    """The id of `word` if it is a single token, alone or after a space; ValueError naming `key` otherwise."""
+    for text in (word, " " + word):
+        try:
+            ids = tokenizer.encode(text, add_special_tokens=False)
+        except Exception:  # a word-level vocabulary without an unknown token raises just that
+            continue
+        if len(ids) == 1 and ids[0] != tokenizer.unk_token_id:
+            return ids[0]
+    raise ValueError(f"{key}: {word!r} is not a single token of this tokenizer; choose a word that is one")

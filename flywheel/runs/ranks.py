@@ -1,0 +1,195 @@
+"""The ranks of one launch, and how they keep together without torch: by files in the run directory.
+
+Rank 0 decides what is done; the others carry out its orders, which are numbered files in
+`.launch/ID/`. The ID is of this launch alone, so a file of an older one is never believed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import socket
+import time
+import uuid
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flywheel.errors import UserError
+from flywheel.runs.files import read_json, write_json
+
+PATIENCE = 180.0  # seconds for all ranks to start
+POLL = 0.1
+
+
+class InUse(UserError):
+    """Another process works on the run."""
+
+
+class LaunchFailed(UserError):
+    """Another rank failed, or is gone."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those that `accelerate launch` started; alone where it set no RANK."""
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    local_world: int = 1
+    distributed: bool = False  # RANK is set: a training makes a group, even of one
+
+    @classmethod
+    def from_env(cls) -> Ranks:
+        env = os.environ
+        world = int(env.get("WORLD_SIZE", 1))
+        rank = int(env.get("RANK", 0))
+        return cls(rank, world, int(env.get("LOCAL_RANK", rank)), int(env.get("LOCAL_WORLD_SIZE", world)), "RANK" in env)
+
+
+class RunLock:
+    """Rank 0's hold on a run; the kernel drops it when the process dies, so none is ever stale.
+
+    Under another `name` it is the sign of life of another rank, in the folder of a launch.
+    """
+
+    def __init__(self, run: Path, name: str = ".lock"):
+        self.path = run / name
+
+    def take(self) -> None:
+        """Raises InUse, naming the holder."""
+        self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.lockf(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            holder = os.read(self.fd, 1000).decode(errors="replace").strip() or "unknown"
+            os.close(self.fd)
+            raise InUse(f"{self.path.parent} is in use by {holder}; wait for it, or start another run with --name") from None
+        os.ftruncate(self.fd, 0)
+        os.pwrite(self.fd, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+
+    def held(self) -> bool:
+        """Whether some other process holds it."""
+        with open(self.path, "rb+") as file:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                return True
+        return False
+
+
+class Launch:
+    """One launch of `ranks.world` processes on one run. Rank 0 holds the run's lock already.
+
+    Raises LaunchFailed if they do not all come within PATIENCE.
+    """
+
+    def __init__(self, run: Path, ranks: Ranks):
+        self.ranks, self.lock, self.base, self.count = ranks, RunLock(run), run / ".launch", 0
+        self.dir: Path | None = None  # alone: nothing to agree on
+        if ranks.world > 1:
+            self.base.mkdir(parents=True, exist_ok=True)
+            self.dir = self._host() if ranks.rank == 0 else self._join()
+
+    def _host(self) -> Path:
+        """Echo what each rank says of itself until each has found its own word in the echo."""
+        for old in self.base.glob("*"):
+            shutil.rmtree(old, ignore_errors=True) if old.is_dir() else old.unlink(missing_ok=True)
+        launch, others = uuid.uuid4().hex, range(1, self.ranks.world)
+        (self.base / launch).mkdir()
+        said: dict[str, str] = {}
+        for _ in _until(PATIENCE):
+            heard = {str(r): word for r in others if (word := read_json(self.base / f"hello_{r}.json"))}
+            if heard != said:
+                said = heard
+                write_json(self.base / "welcome.json", {"launch": launch, "ranks": said})
+            if len(said) == len(others) and all(read_json(self.base / launch / f"here_{r}.json") == said[str(r)] for r in others):
+                return self.base / launch
+        missing = [r for r in others if str(r) not in said]
+        raise LaunchFailed(f"ranks {missing or list(others)} of {self.ranks.world} did not come within {PATIENCE:.0f} s: is {self.base.parent} shared by all hosts?")
+
+    def _join(self) -> Path:
+        word, hello = uuid.uuid4().hex, self.base / f"hello_{self.ranks.rank}.json"
+        for _ in _until(PATIENCE):
+            if not hello.is_file():  # rank 0 clears the table when it comes
+                with suppress(FileNotFoundError):
+                    write_json(hello, word)
+            welcome = read_json(self.base / "welcome.json") or {}
+            if welcome.get("ranks", {}).get(str(self.ranks.rank)) == word:
+                directory = self.base / welcome["launch"]
+                RunLock(directory, f"alive_{self.ranks.rank}").take()
+                write_json(directory / f"here_{self.ranks.rank}.json", word)
+                return directory
+        raise LaunchFailed(f"rank 0 did not answer within {PATIENCE:.0f} s")
+
+    # ---- rank 0 ----
+
+    def order(self, **what: Any) -> None:
+        """Tell all other ranks what comes next."""
+        self.count += 1
+        if self.dir:
+            write_json(self.dir / f"order_{self.count}.json", what)
+
+    def wait_for_all(self) -> None:
+        """Until every other rank has carried out the last order. Raises LaunchFailed."""
+        others = [self.dir / f"done_{self.count}_{r}" for r in range(1, self.ranks.world)] if self.dir else []
+        while not all(path.is_file() for path in others):
+            self.watch()
+            time.sleep(POLL)
+
+    # ---- the others ----
+
+    def next(self) -> dict[str, Any]:
+        self.count += 1
+        path = self.dir / f"order_{self.count}.json"
+        while (found := read_json(path)) is None:
+            try:
+                self.watch()
+            except LaunchFailed:
+                if (found := read_json(path)) is None:  # else rank 0 gave its last order and went
+                    raise
+                return found
+            time.sleep(POLL)
+        return found
+
+    def done(self) -> None:
+        (self.dir / f"done_{self.count}_{self.ranks.rank}").touch()
+
+    # ---- all ----
+
+    def fail(self, line: str) -> None:
+        """Let the other ranks know, so that all stop."""
+        if self.dir:
+            with suppress(OSError):  # the disk may be what failed; then rank 0's lock, or the launcher, tells them
+                write_json(self.dir / f"failed_{self.ranks.rank}.json", line)
+
+    def watch(self) -> None:
+        """Raises LaunchFailed if another rank failed, or is gone: a launcher might end the others, but not every launch has one."""
+        for r in range(self.ranks.world) if self.dir else ():
+            if r != self.ranks.rank and (line := read_json(self.dir / f"failed_{r}.json")):
+                raise LaunchFailed(f"rank {r}: {line}" if self.ranks.rank == 0 else line)
+        if self.ranks.rank:
+            if not self.lock.held():
+                raise LaunchFailed("rank 0 is gone")
+            return
+        for r in range(1, self.ranks.world) if self.dir else ():
+            # in this order: a rank says that it is done, and then may go
+            if not RunLock(self.dir, f"alive_{r}").held() and not (self.dir / f"done_{self.count}_{r}").is_file():
+                raise LaunchFailed(f"rank {r} is gone; the same command continues")
+
+
+def _until(seconds: float):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        yield
+        time.sleep(POLL)
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on, on this host."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]

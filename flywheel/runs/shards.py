@@ -1,0 +1,126 @@
+"""The shards of a sampling stage: chunks drawn by ranks, each written whole and renamed into place."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+from flywheel.runs.files import Damaged, encode, encode_ledger, fence, read_json, sha256, sync_dir, write_synced
+
+
+class Shards:
+    """The chunks of one stage: which are done, which are claimed, and by whom they are written.
+
+    `chunks[i]` are the item ids of shard i, directory `shards/0000i`. A chunk is claimed by
+    a lock on byte i of one file, which the kernel drops when its owner dies, however it dies.
+    """
+
+    def __init__(self, stage_dir: Path, chunks: Sequence[Sequence[str]]):
+        self.dir, self.chunks = stage_dir / "shards", chunks
+        self.dir.mkdir(parents=True, exist_ok=True)
+        # POSIX locks (not flock): a process forked from the owner cannot keep them alive
+        self.locks = os.open(stage_dir / "claims.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self._check()
+
+    def close(self) -> None:
+        os.close(self.locks)
+
+    def path(self, index: int) -> Path:
+        return self.dir / f"{index:05d}"
+
+    def done(self) -> list[int]:
+        return [i for i in range(len(self.chunks)) if self.path(i).is_dir()]
+
+    def _check(self) -> None:
+        """Shards that are there must hold just the chunks that are wanted now, as they were written. Raises Damaged."""
+        for path in shard_dirs(self.dir.parent):
+            shard, index = check_shard(path), int(path.name)
+            if index >= len(self.chunks) or shard.get("items") != list(self.chunks[index]):
+                raise Damaged(f"{path}: holds other items than this stage has now; delete {self.dir.parent} to redo the stage")
+
+    def claims(self, idle: Callable[[], None] = lambda: None) -> Iterator[int]:
+        """Missing chunks, one at a time, each locked until the next is asked for; ends when all exist.
+
+        Where all missing chunks are held by others it waits: one of them may die.
+        """
+        while missing := [i for i in range(len(self.chunks)) if not self.path(i).is_dir()]:
+            index = next((i for i in missing if self._lock(i)), None)
+            if index is None:
+                idle()
+                time.sleep(0.1)
+                continue
+            try:
+                if not self.path(index).is_dir():  # else: finished between the look and the lock
+                    yield index
+            finally:
+                fcntl.lockf(self.locks, fcntl.LOCK_UN, 1, index)
+
+    def _lock(self, index: int) -> bool:
+        try:
+            fcntl.lockf(self.locks, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, index)
+            return True
+        except (BlockingIOError, PermissionError):
+            return False
+
+    def write(self, index: int, records: Iterable[object], ledger: Callable[[], list[dict]], seconds: Callable[[], float]) -> None:
+        """Write a claimed chunk: one table a record class, the ledger's rows, and `shard.json`."""
+        tables: dict[type, list[object]] = {}
+        for record in records:
+            tables.setdefault(type(record), []).append(record)
+        files = {f"{cls.__name__}.parquet": encode(cls, rows) for cls, rows in tables.items()}
+        if rows := ledger():
+            files["ledger.parquet"] = encode_ledger(rows)
+        about = {
+            "of": len(self.chunks),
+            "items": list(self.chunks[index]),
+            "counts": {cls.__name__: len(rows) for cls, rows in tables.items()},
+            "seconds": round(seconds(), 3),
+            "files": {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()},
+        }
+        files["shard.json"] = json.dumps(about).encode()
+        for leftover in self.dir.glob(f".{index:05d}.*"):  # of one that died; we hold its lock
+            shutil.rmtree(leftover)
+        scratch = self.dir / f".{index:05d}.{os.getpid()}"
+        scratch.mkdir()
+        try:
+            for name, data in files.items():
+                write_synced(scratch / name, data)
+            sync_dir(scratch)
+            fence()
+            os.rename(scratch, self.path(index))
+        except OSError:
+            shutil.rmtree(scratch, ignore_errors=True)
+            raise
+        sync_dir(self.dir)
+
+
+def check_files(directory: Path, files: dict[str, dict], mend: str, contents: bool = True) -> None:
+    """Every listed file is there, of its size and (with `contents`) its checksum. Raises Damaged with the `mend`."""
+    for name, listed in files.items():
+        path = directory / name
+        if not path.is_file():
+            raise Damaged(f"{path}: missing; {mend}")
+        if path.stat().st_size != listed["bytes"]:
+            raise Damaged(f"{path}: has {path.stat().st_size} bytes, was written with {listed['bytes']}; {mend}")
+        if contents and sha256(path) != listed["sha256"]:
+            raise Damaged(f"{path}: is not what was written (sha256); {mend}")
+
+
+def check_shard(path: Path) -> dict:
+    """What `shard.json` says of a shard, after all its files have been checked. Raises Damaged."""
+    shard, mend = read_json(path / "shard.json"), f"delete {path} to make this chunk again"
+    if not isinstance(shard, dict):
+        raise Damaged(f"{path / 'shard.json'}: missing; {mend}")
+    check_files(path, shard.get("files", {}), mend)
+    return shard
+
+
+def shard_dirs(stage_dir: Path) -> list[Path]:
+    """The finished shards of a stage, in order."""
+    return sorted((p for p in (stage_dir / "shards").glob("*") if p.name.isdigit()), key=lambda p: int(p.name))

@@ -1,0 +1,210 @@
+import json
+
+import pytest
+from synthetic_run import make_run
+
+from flywheel.errors import UserError
+from flywheel.export import export, main
+from flywheel.report.tables import summary
+
+PROMPT = [3, 4, 5, 6, 7]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A random Qwen2 of two layers with a word-level tokenizer."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+    path = tmp_path_factory.mktemp("base")
+    words = ["<unk>", "<eos>", "<pad>", *map(str, range(29))]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<eos>", pad_token="<pad>"
+    ).save_pretrained(path)
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=32,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    )
+    Qwen2ForCausalLM(config).save_pretrained(path)
+    return path
+
+
+def add_adapter(base, folder, seed: int) -> None:
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base),
+        LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"),
+    )
+    for name, weights in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weights, std=0.3)
+    model.save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def run(base, tmp_path_factory):
+    """Two rounds; the gate refused the second one."""
+    run = make_run(
+        tmp_path_factory.mktemp("runs") / "lab",
+        rounds=2,
+        refused=(2,),
+        recipe={"model": {"base": str(base), "lora_rank": 4}},
+    )
+    for r in (1, 2):
+        for i, stage in enumerate(("distill", "train_prm", "choose_reviser")):
+            add_adapter(base, run / f"round_{r}" / stage / "adapter", 10 * r + i)
+    return run
+
+
+@pytest.fixture(scope="module")
+def out(run, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_TOKEN", "hf_PLANTED")
+        patch.setenv("WANDB_API_KEY", "PLANTED" + "0" * 33)
+        return export(run, tmp_path_factory.mktemp("exports") / "lab")
+
+
+def logits(model):
+    import torch
+
+    with torch.no_grad():
+        return model(torch.tensor([PROMPT])).logits
+
+
+def test_the_merged_policy_is_the_base_with_the_last_adapter_that_passed_its_gate(base, run, out):
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    merged = logits(AutoModelForCausalLM.from_pretrained(out / "policy"))
+    first, refused = (
+        logits(
+            PeftModel.from_pretrained(
+                AutoModelForCausalLM.from_pretrained(base), str(run / f"round_{r}" / "distill" / "adapter")
+            )
+        )
+        for r in (1, 2)
+    )
+    torch.testing.assert_close(merged, first, atol=1e-4, rtol=1e-4)
+    assert (merged - refused).abs().max() > 0.1
+    assert (out / "policy" / "model.safetensors").is_file()
+    assert AutoTokenizer.from_pretrained(out / "policy").encode("0 1", add_special_tokens=False) == [3, 4]
+
+
+@pytest.mark.parametrize(
+    ("role", "source"),
+    [("policy", "round_1/distill"), ("prm", "round_2/train_prm"), ("reviser", "round_2/choose_reviser")],
+)
+def test_each_adapter_loads_with_peft_and_is_the_right_one(base, run, out, role, source):
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    ours, theirs = (
+        logits(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(path)))
+        for path in (out / "adapters" / role, run / source / "adapter")
+    )
+    torch.testing.assert_close(ours, theirs)
+    config = json.loads((out / "adapters" / role / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(base) and config["r"] == 4
+
+
+def test_the_harvest_of_all_rounds_loads_as_a_dataset(out, tmp_path):
+    from datasets import load_dataset
+
+    rows = load_dataset(str(out / "harvest"), cache_dir=str(tmp_path))["train"]
+    assert rows.column_names == ["question_id", "question", "solution", "answer", "bin", "round", "votes"]
+    assert len(rows) == 40 and set(rows["round"]) == {1, 2}
+    assert rows[0]["solution"] == "0 +3 =3\nAnswer 0"
+
+
+def test_the_card_says_how_it_was_made_with_the_figures_of_the_run(run, out):
+    card = (out / "README.md").read_text()
+    assert card.startswith("---\n") and "`policy_1`: a LoRA adapter" in card
+    assert (
+        "| 1 | policy_1 | 0.420 | 0.390 to 0.450 | passed |" in card
+        and "| 2 | policy_1 | 0.420 | 0.390 to 0.450 | refused |" in card
+    )
+    assert "compute_optimal@16_probe" in card and "policy=adapters/policy" in card
+    assert f"{summary(run)['ledger']['tokens']['prm']:,} tokens" in card
+    assert "name: made_up" in card and "40 verified solutions" in card
+
+
+def test_no_secret_of_the_environment_is_exported(out):
+    files = [p for p in out.rglob("*") if p.is_file()]
+    assert len(files) > 10 and not [p for p in files if b"PLANTED" in p.read_bytes()]
+
+
+def test_without_a_passed_gate_the_policy_is_the_base_and_the_card_says_so(base, tmp_path):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    run = make_run(tmp_path / "lab", rounds=1, refused=(1,), recipe={"model": {"base": str(base)}})
+    add_adapter(base, run / "round_1" / "distill" / "adapter", 1)
+    out = export(run, tmp_path / "out")
+    torch.testing.assert_close(
+        logits(AutoModelForCausalLM.from_pretrained(out / "policy")), logits(AutoModelForCausalLM.from_pretrained(base))
+    )
+    assert not (out / "adapters" / "policy").exists()
+    assert "the base itself" in (out / "README.md").read_text()
+
+
+def test_an_earlier_round_can_be_exported(run, tmp_path):
+    out = export(run, tmp_path / "out", round=1)
+    import pyarrow.parquet as pq
+
+    assert pq.read_table(out / "harvest" / "train.parquet").num_rows == 20
+    assert "| 2 |" not in (out / "README.md").read_text()
+
+
+def test_a_directory_with_something_in_it_is_never_touched(run, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    assert main([str(run), "--out", str(tmp_path / "out")]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["mine.txt"] and [p.name for p in tmp_path.iterdir()] == [
+        "out"
+    ]
+
+
+def test_a_base_that_cannot_be_loaded_leaves_nothing_behind(tmp_path):
+    run = make_run(
+        tmp_path / "runs" / "lab", rounds=1, refused=(1,), recipe={"model": {"base": str(tmp_path / "gone")}}
+    )
+    with pytest.raises(UserError, match=r"model\.base .*gone.* cannot be loaded"):
+        export(run, tmp_path / "exports" / "out")
+    assert list((tmp_path / "exports").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("rounds", "wanted", "words"),
+    [(0, None, "nothing to export"), (1, 3, "round 3 cannot be exported; finished: 1"), (1, 0, "round 0 cannot")],
+)
+def test_a_round_that_is_not_there_is_refused(tmp_path, rounds, wanted, words):
+    run = make_run(tmp_path / "lab", rounds=rounds)
+    with pytest.raises(UserError, match=words):
+        export(run, tmp_path / "out", wanted)
+
+
+def test_a_path_that_is_no_run_gives_one_line(tmp_path, capsys):
+    assert main([str(tmp_path), "--out", str(tmp_path / "out")]) == 1
+    assert "not a run" in capsys.readouterr().err
+
+
+def test_an_adapter_that_is_missing_is_named(base, tmp_path):
+    run = make_run(tmp_path / "lab", rounds=1, recipe={"model": {"base": str(base)}})
+    with pytest.raises(UserError, match="the policy's adapter is missing"):
+        export(run, tmp_path / "out")

@@ -1,0 +1,342 @@
+"""Records on disk, shards, fingerprints and what a stage may see (in one process)."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import toy_stages
+from toy import Project
+from toy_stages import Trial
+
+from flywheel.iterate import load_recipe, parser
+from flywheel.records import (
+    Beam,
+    BestOfN,
+    Candidate,
+    Finish,
+    Grade,
+    Outcome,
+    Problem,
+    Revise,
+    Role,
+    Solution,
+    Split,
+    Step,
+)
+from flywheel.runs import manifest
+from flywheel.runs.files import Damaged, encode, plain
+from flywheel.runs.run import Context, Stage, TestSplitForbidden, chunks, inputs, perform, read_table, write_table
+from flywheel.runs.shards import Shards, shard_dirs
+
+SOLUTION = Solution(
+    "q/0", "q", (Step("1 +2 =3\n", (1, 2, 3)), Step("Answer 3", (4,))), Finish.STOP, None, "toy", parent="p"
+)
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    project = Project(tmp_path / "project")
+    return load_recipe(parser().parse_args(["--recipe", str(project.root / "toy.yaml")]))
+
+
+def finished(run: Path, round: int, stage: str, figures: dict) -> None:
+    directory = manifest.stage_dir(run, round, stage)
+    directory.mkdir(parents=True, exist_ok=True)
+    manifest.seal(directory, {}, figures, 0.0, 1, 0, 1)
+
+
+# ---- tables ----
+
+
+def test_records_come_back_from_parquet_as_they_were(tmp_path):
+    rows = [
+        Outcome(
+            "q",
+            "beam",
+            (Candidate(SOLUTION, (0.25, 1.0)), Candidate(replace(SOLUTION, answer="3"))),
+            None,
+            4,
+            9,
+            {"a": 1.5},
+        ),
+        Outcome("r", "beam", (), "3", 0, 0),
+    ]
+    write_table(tmp_path / "a=b.parquet", rows)
+    assert read_table(tmp_path / "a=b.parquet", Outcome) == rows
+
+
+def test_a_union_of_dataclasses_comes_back_as_the_member_it_was(tmp_path):
+    rows = [
+        Trial("q", strategy, True, {})
+        for strategy in (BestOfN(4), BestOfN(4, "majority"), Beam(16, 2), Revise(4), Revise(2, 2))
+    ]
+    write_table(tmp_path / "t.parquet", rows)
+    assert read_table(tmp_path / "t.parquet", Trial) == rows
+
+
+def test_an_empty_table_is_read_as_no_records(tmp_path):
+    write_table(tmp_path / "t.parquet", [])
+    assert read_table(tmp_path / "t.parquet", Grade) == []
+
+
+def test_the_same_records_make_the_same_bytes():
+    assert encode(Solution, [SOLUTION] * 3) == encode(Solution, [SOLUTION] * 3)
+
+
+def test_a_record_that_breaks_its_annotations_is_not_written(tmp_path):
+    with pytest.raises(TypeError, match="Solution"):
+        write_table(tmp_path / "t.parquet", [replace(SOLUTION, attempt="second")])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_invalid_row_names_file_row_and_field(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [
+        {"solution_id": "s", "question_id": "q", "verdict": "correct"},
+        {"solution_id": "s", "question_id": "q", "verdict": "perhaps"},
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "Grade.parquet")
+    with pytest.raises(Damaged, match=r"Grade\.parquet: row 1: Grade\.verdict"):
+        read_table(tmp_path / "Grade.parquet", Grade)
+
+
+def test_a_cut_table_is_named(tmp_path):
+    (tmp_path / "Grade.parquet").write_bytes(encode(Solution, [SOLUTION])[:-9])
+    with pytest.raises(Damaged, match=r"Grade\.parquet: not a parquet file"):
+        read_table(tmp_path / "Grade.parquet", Grade)
+
+
+def test_figures_become_plain_json():
+    import numpy as np
+
+    assert plain({"a": float("nan"), 1: (np.float64(0.5), np.array([1, 2])), "b": [float("inf"), True]}) == {
+        "a": None,
+        "1": [0.5, [1, 2]],
+        "b": [None, True],
+    }
+
+
+# ---- shards ----
+
+
+def claim_in_child(directory: Path, queue) -> None:
+    shards = Shards(directory, [["a"], ["b"]])
+    for index in shards.claims():
+        queue.put(index)
+        os._exit(1)  # dies with the claim in hand
+
+
+def test_a_claim_is_dropped_when_its_owner_dies(tmp_path):
+    context = multiprocessing.get_context("fork")
+    queue = context.SimpleQueue()
+    child = context.Process(target=claim_in_child, args=(tmp_path, queue))
+    child.start()
+    child.join()
+    assert queue.get() == 0
+    shards = Shards(tmp_path, [["a"], ["b"]])
+    assert next(shards.claims()) == 0
+
+
+def write(shards: Shards, index: int, records: list) -> None:
+    shards.write(index, records, ledger=lambda: [], seconds=lambda: 0.0)
+
+
+def test_a_chunk_held_by_another_is_left_to_it(tmp_path):
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+
+    def hold() -> None:
+        claims = Shards(tmp_path, [["a"], ["b"]]).claims()
+        theirs.send(next(claims))
+        theirs.recv()
+
+    child = context.Process(target=hold)
+    child.start()
+    assert ours.recv() == 0
+    shards = Shards(tmp_path, [["a"], ["b"]])
+    claims = shards.claims()
+    assert next(claims) == 1
+    write(shards, 1, [SOLUTION])
+    ours.send("end")
+    child.join()
+    assert next(claims) == 0  # once its owner is gone
+    write(shards, 0, [SOLUTION])
+    assert list(claims) == []
+
+
+def test_leftovers_of_a_dead_writer_are_swept_and_never_read(tmp_path):
+    shards = Shards(tmp_path, [["a"]])
+    (tmp_path / "shards" / ".00000.999").mkdir()
+    (tmp_path / "shards" / ".00000.999" / "Solution.parquet").write_text("half")
+    assert shards.done() == [] and shard_dirs(tmp_path) == []
+    for index in shards.claims():
+        write(shards, index, [SOLUTION])
+    assert [p.name for p in (tmp_path / "shards").iterdir()] == ["00000"]
+
+
+def test_shards_of_other_items_are_refused(tmp_path):
+    shards = Shards(tmp_path, [["a"], ["b"]])
+    for index in shards.claims():
+        write(shards, index, [SOLUTION])
+    with pytest.raises(Damaged, match="holds other items"):
+        Shards(tmp_path, [["a", "b"]])
+
+
+# ---- a stage and its context ----
+
+
+def test_a_stage_reads_its_own_records_in_the_order_of_its_items(recipe, tmp_path):
+    ctx = Context(recipe, tmp_path, 1, toy_stages.SAMPLE)
+    figures = perform(ctx)
+    ids = [f"train{i:02d}" for i in range(20)]
+    assert [s.question_id for s in ctx.read(Solution, "sample")] == ids
+    assert figures["solutions"] == 20 and figures["nan"] is None
+    assert ctx.ledger.tokens() == 0  # taken into the shards
+    made = manifest.seal(ctx.dir, {}, figures, 1.0, 1, 0, 1)
+    assert made["counts"] == {"Solution": 20, "Grade": 20} and made["tokens"] == 20 * (5 + 6)
+
+
+def test_a_stage_sees_only_what_it_names(recipe, tmp_path):
+    finished(tmp_path, 1, "calibrate", {"x": 1})
+    ctx = Context(recipe, tmp_path, 1, toy_stages.LABEL)
+    with pytest.raises(ValueError, match="does not name it"):
+        ctx.figures("calibrate")
+    with pytest.raises(ValueError, match="does not name it"):
+        next(ctx.read(Grade, "evaluate", 0))
+
+
+@pytest.mark.parametrize("stage", [toy_stages.SAMPLE, toy_stages.LABEL, toy_stages.DISTILL])
+def test_the_test_split_is_closed_to_all_but_measuring(recipe, tmp_path, stage):
+    with pytest.raises(TestSplitForbidden, match=stage.name):
+        Context(recipe, tmp_path, 1, stage).problems(Split.TRAIN, Split.TEST)
+
+
+def test_the_test_split_is_open_to_evaluate(recipe, tmp_path):
+    problems = Context(recipe, tmp_path, 1, toy_stages.EVALUATE).problems(Split.TEST)
+    assert [p.id for p in problems] == [f"test{i:02d}" for i in range(6)]
+    assert all(isinstance(p, Problem) and p.split is Split.TEST for p in problems)
+
+
+def test_only_measuring_stages_of_flywheel_may_see_the_test_split():
+    from flywheel.stages import stages
+
+    assert {stage.name for stage in stages(1) if stage.test_split} == {"evaluate", "search"}
+
+
+def test_a_refused_gate_keeps_the_policy_that_stood(recipe, tmp_path):
+    ctx = Context(recipe, tmp_path, 3, toy_stages.SAMPLE)
+    assert ctx.model(Role.POLICY, 0).name == "policy_0" and ctx.model(Role.POLICY, 0).adapter is None
+    finished(tmp_path, 1, "gate", {"passed": True})
+    finished(tmp_path, 2, "gate", {"passed": False})
+    policy = ctx.model(Role.POLICY, 2)
+    assert policy.name == "policy_1" and policy.adapter == str(tmp_path / "round_1" / "distill" / "adapter")
+    with pytest.raises(Exception, match="policy of round 3 is not decided"):
+        ctx.model(Role.POLICY)
+    assert ctx.model(Role.PRM).name == "prm_3"
+
+
+def test_a_strategy_written_before_a_key_came_is_the_same_one():
+    before, now = [{"kind": "beam", "width": 4}], [{"kind": "beam", "width": 4, "max_budget": None}]
+    key = "calibrate.strategies"
+    assert manifest.difference({key: before}, {key: now}) is None
+    assert manifest.difference({key: before}, {key: [{**now[0], "max_budget": 4}]}) == (
+        key,
+        before,
+        [{"kind": "beam", "width": 4, "max_budget": 4}],
+    )
+    assert manifest.difference({}, {"distill.start": None}) is None
+    assert manifest.difference({}, {"distill.start": "policy"}) == ("distill.start", "nothing", "policy")
+
+
+def test_inputs_name_rounds():
+    stage = Stage("x", (), ("a", "b@-1", "c@all", "d@0", "x@-1", "x"), train=lambda ctx: {})
+    assert inputs(stage, 2) == [(2, "a"), (1, "b"), (1, "c"), (2, "c"), (0, "d"), (1, "x")]
+    assert inputs(stage, 0) == [(0, "a"), (0, "d")]
+
+
+def test_seeds_are_by_identity(recipe, tmp_path):
+    one = Context(recipe, tmp_path, 1, toy_stages.SAMPLE, rank=0, world=1)
+    same = Context(recipe, tmp_path / "elsewhere", 1, toy_stages.SAMPLE, rank=1, world=2)
+    assert one.seed("q", 1) == same.seed("q", 1)
+    others = [
+        Context(recipe, tmp_path, 2, toy_stages.SAMPLE).seed("q", 1),
+        Context(recipe, tmp_path, 1, toy_stages.LABEL).seed("q", 1),
+        one.seed("q1"),
+        one.seed("q", 2),
+    ]
+    assert len({one.seed("q", 1), *others}) == 5
+    assert all(0 <= seed < 2**63 for seed in others)
+
+
+def test_a_stage_is_sampling_or_training():
+    with pytest.raises(ValueError, match="either items and work, or train"):
+        Stage("x", (), ())
+
+
+# ---- fingerprints ----
+
+
+def test_a_fingerprint_holds_what_the_stage_reads_and_nothing_else(recipe, tmp_path):
+    sources = manifest.source_files(recipe)
+    assert set(sources) == {"model.base/config.json", "model.base/model.safetensors", "problems.path"}
+    finished(tmp_path, 1, "sample", {})
+    stage = Stage("x", ("sample", "calibrate.edges"), ("sample",), train=lambda ctx: {})
+    made = manifest.fingerprint(recipe, stage, sources, [(1, "sample")], tmp_path)
+    assert made["sample.temperature"] == 1.0 and made["calibrate.edges"] == [0.8, 0.6, 0.4, 0.2]
+    assert not any(key.startswith(("label.", "calibrate.budgets", "model.lora")) for key in made)
+    finished(tmp_path, 1, "sample", {"other": 1})
+    again = manifest.fingerprint(recipe, stage, sources, [(1, "sample")], tmp_path)
+    assert manifest.difference(made, again)[0] == "input round_1/sample"
+
+
+def test_sections_of_every_stage_exist(recipe):
+    from flywheel.stages import stages
+
+    for stage in stages(1):
+        assert manifest.recipe_leaves(recipe, stage.sections)
+    with pytest.raises(ValueError, match="sampel"):
+        manifest.recipe_leaves(recipe, ("sampel",))
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda base: (base / "config.json").unlink(), "is not a model"),
+    (lambda base: [p.unlink() for p in base.iterdir()] and base.rmdir(), "is not a model directory"),
+    (lambda base: (base / "model.safetensors").rename(base / "pytorch_model.bin"), "no \\*.safetensors; pickled weights"),
+])
+def test_a_base_that_is_no_model_is_named(recipe, make, message):
+    make(Path(recipe.model.base))
+    with pytest.raises(Exception, match=f"model.base: .*{message}"):
+        manifest.source_files(recipe)
+
+
+def test_a_manifest_lists_what_the_stage_made_and_not_its_scratch(tmp_path):
+    directory = manifest.stage_dir(tmp_path, 1, "distill")
+    for name in ("adapter/weights", "trainer/checkpoint", "rank_0.log", "claims.lock"):
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory / name).write_text(name)
+    made = manifest.seal(directory, {}, {}, 0.0, 1, 0, 1)
+    assert list(made["files"]) == ["adapter/weights"]
+    manifest.check_files(directory, made, contents=True)
+    (directory / "adapter" / "weights").write_text("adapter/WEIGHTS")  # same size
+    manifest.check_files(directory, made)
+    os.utime(directory / "adapter" / "weights", ns=(1, 1))
+    with pytest.raises(Damaged, match="sha256"):
+        manifest.check_files(directory, made, contents=True)
+    assert json.loads((directory / "manifest.json").read_text()) == made
+
+
+@pytest.mark.parametrize(
+    "count, size, sizes",
+    [(120, 50, [40, 40, 40]), (100, 60, [50, 50]), (7, 3, [2, 2, 3]), (3, 5, [3]), (0, 5, []), (4, 1, [1, 1, 1, 1])],
+)
+def test_chunks_are_of_nearly_one_length_and_lose_nothing(count, size, sizes):
+    items = [f"q{i}" for i in range(count)]
+    made = chunks(items, size)
+    assert [len(c) for c in made] == sizes and [q for c in made for q in c] == items

@@ -1,0 +1,123 @@
+"""What stages share, and what they choose: votes, the questions to label, the words a run needs, beam against best-of-N."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from data.chain.check import beam_over_best_of_n
+from flywheel.errors import UserError
+from flywheel.recipe import TrainSpec, load
+from flywheel.records import Beam, BestOfN, Difficulty, Finish, ModelRef, Problem, Question, Role, Solution, Split, Step
+from flywheel.search.plan import Trial
+from flywheel.stages import label
+from flywheel.stages.kit import preflight, start, votes
+
+
+def solution(id: str, text: str, origin: str = "best_of_n:policy_0", parent: str | None = None) -> Solution:
+    return Solution(id, "q", (Step(text, (1,)),), Finish.STOP, "7", origin, parent)
+
+
+def counted(solutions: list[Solution]) -> dict[str, int]:
+    return dict(votes(solutions, {s.id: s.parent for s in solutions}))
+
+
+def test_independent_draws_are_votes_and_spacing_is_not_another_trace():
+    assert counted([solution("q/s/0", "3 +4 =7"), solution("q/s/1", "3  +4 =7\n"), solution("q/s/2", "4 +3 =7")]) == {
+        "3 +4 =7": 2,
+        "4 +3 =7": 1,
+    }
+
+
+def test_a_revision_chain_repeating_itself_is_one_vote():
+    chain = [
+        solution("q/r/0", "a", "revise:reviser_1"),
+        solution("q/r/1", "a", "revise:reviser_1", "q/r/0"),
+        solution("q/r/2", "a", "revise:reviser_1", "q/r/1"),
+    ]
+    assert counted(chain) == {"a": 1}
+    assert counted([*chain, solution("q/r/3", "a", "revise:reviser_1")]) == {"a": 2}
+
+
+def test_a_beam_search_is_one_vote_however_many_beams_agree():
+    beams = [solution(f"q/r1/beam/{i}", "a", "beam:4:2:policy_0") for i in range(4)]
+    assert counted(beams) == {"a": 1}
+    assert counted([*beams, solution("q/r2/beam/0", "a", "beam:4:2:policy_0"), solution("q/s/0", "a")]) == {"a": 3}
+
+
+def test_questions_that_are_sometimes_right_are_labelled_first(monkeypatch):
+    rates = {f"q{i}": rate for i, rate in enumerate([0.0, 0.1, 0.5, 0.95, 1.0, 0.05])}
+    monkeypatch.setattr(
+        label, "difficulties", lambda ctx: {q: Difficulty(q, rate, 16, 1, 1) for q, rate in rates.items()}
+    )
+
+    def asked(count: int, prefer: tuple[float, float] = (0.1, 0.95)) -> list[str]:
+        ctx = SimpleNamespace(
+            problems=lambda split: [Problem(Question(q, q), "7", Split.TRAIN) for q in rates],
+            recipe=SimpleNamespace(label=SimpleNamespace(questions=count, prefer=prefer)),
+            seed=lambda *parts: 3,
+        )
+        return label.questions(ctx)
+
+    assert asked(3) == ["q1", "q2", "q3"]
+    assert set(asked(4)) > {"q1", "q2", "q3"} and asked(0) == sorted(rates)
+    assert asked(1, (1.0, 1.0)) == ["q4"]
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        ("prm.labels=[okay-then, 'no']", "prm.labels"),
+        ("prm.labels=[ok, ok]", "prm.labels"),
+        ("engine.max_model_len=100000", "engine.max_model_len"),
+    ],
+)
+def test_what_the_model_cannot_do_is_known_before_a_run_is_written(change, named):
+    with pytest.raises(UserError, match=named):
+        preflight(load("recipes/chain.yaml", [change]))
+    preflight(load("recipes/chain.yaml"))
+
+
+class Reader:
+    """Calibration trials as a run has them: one question a bin."""
+
+    def __init__(self, rows: dict[tuple[int, object], tuple[bool, int]]):
+        self.rows = [
+            Trial(f"q{b}", b, strategy.n, strategy, right, 0, tokens) for (b, strategy), (right, tokens) in rows.items()
+        ]
+
+    def read(self, kind, stage, round):
+        assert (kind, stage, round) == (Trial, "calibrate", 1)
+        return iter(self.rows)
+
+
+def test_beam_is_compared_at_equal_answers_and_at_equal_tokens():
+    beam, few, many = Beam(4, 2), BestOfN(4), BestOfN(16)
+    rows = {(b, few): (b == 1, 100) for b in range(1, 6)} | {(b, many): (b <= 2, 400) for b in range(1, 6)}
+    rows |= {(b, beam): (b in (1, 5), 200) for b in range(1, 6)}
+    found = beam_over_best_of_n([Reader(rows), Reader(rows)])
+    same, paid = found["beam:4:2, equal N"], found["beam:4:2, equal tokens"]
+    assert {b: same[f"bin {b}"][0] for b in range(1, 6)} == {1: 0, 2: 0, 3: 0, 4: 0, 5: 1}
+    # 200 tokens lie halfway between 100 and 400 on the logarithm: bin 2 is half right by best-of-N
+    assert {b: paid[f"bin {b}"][0] for b in range(1, 6)} == {1: 0, 2: -0.5, 3: 0, 4: 0, 5: 1}
+    assert same["bins 3-5"][0] == pytest.approx(1 / 3, abs=1e-3) and same["all"][0] == pytest.approx(0.2)
+
+
+def test_a_beam_dearer_than_every_best_of_n_is_compared_at_equal_answers_only():
+    rows = {
+        (b, s): (True, cost)
+        for b in range(1, 6)
+        for s, cost in ((Beam(4, 2), 900), (BestOfN(4), 100), (BestOfN(16), 400))
+    }
+    assert set(beam_over_best_of_n([Reader(rows)])) == {"beam:4:2, equal N"}
+
+
+@pytest.mark.parametrize("said, found", [(None, None), ("policy", "adapter of policy_1")])
+def test_a_training_begins_where_its_recipe_says(said, found):
+    asked = []
+    ctx = SimpleNamespace(
+        round=2,
+        model=lambda role, round: asked.append((role, round)) or ModelRef("policy_1", "base", "adapter of policy_1"),
+    )
+    assert start(ctx, TrainSpec(start=said)) == found and asked == ([(Role.POLICY, 1)] if said else [])

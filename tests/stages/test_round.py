@@ -1,0 +1,328 @@
+"""A real round in micro size: the seed model, vLLM, TRL, the whole way from sampling to the report."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SMALL = [
+    "problems.limits={train: 16, calibrate: 10, validation: 4, test: 8}",
+    "sample={per_question: 8, calibrate: 8, max_tokens: 96}",
+    "label={questions: 8, solutions: 2, rollouts: 2, validation: 0.25}",
+    "prm.epochs=1",
+    "prm.evals=1",
+    "reviser={samples: 8, trajectories: 2, epochs: 1, evals: 1, probe_questions: 4, probe_attempts: 2}",
+    "calibrate.budgets=[4]",
+    "harvest={budget: 4, keep: 2}",
+    "distill.epochs=1",
+    "distill.evals=1",
+    "evaluate={samples: 8, budget: 4, probe: 2, revise_attempts: 2, bootstrap: 200}",
+    "engine.chunk=8",
+    "track.mode=disabled",
+]
+
+
+def iterate(runs: Path, *more: str, launcher: tuple[str, ...] = ("-m",)) -> subprocess.CompletedProcess:
+    command = [sys.executable, *launcher, "flywheel.iterate", "--runs", str(runs), "--name", "micro", "--round", "1"]
+    for item in SMALL:
+        command += ["--set", item]
+    return subprocess.run([*command, *more], cwd=ROOT, capture_output=True, text=True, timeout=500)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    runs = tmp_path_factory.mktemp("runs")
+    done = iterate(runs)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return runs / "micro", done.stdout
+
+
+def manifest(run: Path, round: int, stage: str) -> dict:
+    return json.loads((run / f"round_{round}" / stage / "manifest.json").read_text())
+
+
+def test_every_stage_of_a_real_round_leaves_its_manifest_and_figures(finished):
+    from flywheel.stages import ORDER
+
+    run, printed = finished
+    for stage in ORDER:
+        assert manifest(run, 1, stage)["figures"], stage
+    assert "round 1: the policy, on test questions" in printed
+    assert {p.name for p in (run / "pictures").glob("*.png")} >= {"pass_by_bin.png", "policy.png", "tokens.png"}
+
+
+def test_the_summary_has_every_figure_that_it_promises(finished):
+    run, _ = finished
+    done = subprocess.run(
+        [sys.executable, "-m", "flywheel.summary", str(run), "--json"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    data = json.loads(done.stdout)
+    assert data["finished_rounds"] == 1 and [r["round"] for r in data["rounds"]] == [0, 1]
+    first = data["rounds"][1]
+    assert {
+        "policy",
+        "fixed_bins",
+        "migration",
+        "migration_null",
+        "search",
+        "prm",
+        "reviser",
+        "harvest",
+        "gate",
+    } <= first.keys()
+    assert {
+        "majority@8",
+        "best_of_n_weighted@8",
+        "beam@4",
+        "compute_optimal@4_oracle",
+        "compute_optimal@4_probe",
+    } <= first["search"].keys()
+    assert sum(map(sum, first["migration"])) == sum(map(sum, first["migration_null"])) == 8
+    assert set(data["ledger"]["tokens"]) == {"policy", "prm", "reviser"} and data["ledger"]["flops"] > 0
+
+
+def test_the_ledger_of_the_run_is_the_sum_of_its_stages(finished):
+    """The summary's tokens are those of the manifests, and a stage's are those of its shards' rows."""
+    from flywheel.ledger import total
+    from flywheel.runs.files import read_rows
+    from flywheel.runs.history import History
+
+    run, _ = finished
+    rows = [row for path in run.rglob("ledger*.parquet") for row in read_rows(path)]
+    by_stage = {key: spent.tokens for key, spent in total(rows, "round", "stage")}
+    for path in run.glob("round_*/*/manifest.json"):
+        found = json.loads(path.read_text())
+        assert found["tokens"] == by_stage.get((str(found["round"]), found["stage"]), 0), path
+    assert sum(by_stage.values()) == sum(spent.tokens for _, spent in total(History.of(run).ledger, "role"))
+
+
+def test_test_questions_enter_no_stage_but_those_that_measure(finished):
+    """Not one record of a training or harvesting stage names a test question."""
+    run, _ = finished
+    for stage in ("sample", "label", "calibrate", "harvest", "gate", "choose_reviser"):
+        for shard in (run / "round_1" / stage / "shards").glob("[0-9]*"):
+            items = json.loads((shard / "shard.json").read_text())["items"]
+            assert items and not any("test-" in item for item in items)
+    assert all(
+        "test-" in i
+        for s in (run / "round_1/evaluate/shards").glob("[0-9]*")
+        for i in json.loads((s / "shard.json").read_text())["items"]
+    )
+
+
+def test_a_finished_run_says_that_there_is_nothing_to_do(finished):
+    run, _ = finished
+    before = {p: p.stat().st_mtime_ns for p in run.rglob("*.parquet")}
+    done = iterate(run.parent)
+    assert done.returncode == 0 and "nothing to do" in done.stdout
+    assert before == {p: p.stat().st_mtime_ns for p in run.rglob("*.parquet")}
+
+
+def test_a_deleted_shard_alone_is_made_again_and_draws_the_same(finished):
+    """A chunk is seeded by what it asks, so the harvest of a run that lost a shard is the same harvest."""
+    import shutil
+
+    run, _ = finished
+    stage = run / "round_1" / "search"  # the last stage: nothing was made from it
+    table = stage / "shards" / "00000" / "Answered.parquet"
+    before = table.read_bytes()
+    kept = stage.parent / "kept"
+    shutil.copytree(stage, kept)
+    try:
+        (stage / "manifest.json").unlink()
+        shutil.rmtree(stage / "shards" / "00000")
+        assert iterate(run.parent).returncode == 0
+        assert table.read_bytes() == before
+    finally:
+        shutil.rmtree(kept)
+
+
+def test_the_studies_read_a_finished_run(finished):
+    run, _ = finished
+    loop = studied("eval.seeds", run)
+    assert [row["round"] for row in loop["rounds"]] == [0, 1] and loop["questions"] == 8
+    low, high = loop["rounds"][1]["pass@1"]["ci"]
+    assert low <= loop["rounds"][1]["pass@1"]["mean"] <= high
+    same = studied("eval.compare", run, run, "--without", "label", "train_prm")
+    course, against = same["runs"][str(run)], same["first_less_others"][str(run)]
+    assert [row["round"] for row in course] == [0, 1] and course[0]["flops"] == 0 < course[1]["flops"]
+    assert course[1]["pass@1"][0] == pytest.approx(loop["rounds"][1]["pass@1"]["mean"])
+    ends, [within] = against["last_rounds"], against["within_the_other_s_flops"]
+    assert (
+        ends["pass@1"] == [0, 0, 0] and ends["flops"][0] > ends["flops"][1]
+    )  # the PRM's and its labels' are left out of the other's
+    assert within["rounds"] == [0, 1]  # so the first run's round 1 had cost more than the other's
+    verifiers = studied("eval.verifiers", run)
+    assert {"majority@8", "base:product", "monte_carlo:product", "true_steps:product"} <= verifiers["accuracy"].keys()
+    search = manifest(run, 1, "search")["figures"]["search"]  # the same samples and the same PRM, by another path
+    assert verifiers["accuracy"]["majority@8"][0] == pytest.approx(search["majority@8"])
+    assert verifiers["accuracy"]["monte_carlo:product"][0] == pytest.approx(
+        search["best_of_n_weighted@8"], abs=0.13
+    )  # one question of eight
+
+
+def test_the_claims_are_measured_on_a_finished_run(finished, tmp_path):
+    run, _ = finished
+    sizes = ["--questions", "5", "--oracle", "8", "--judged", "4", "--pool", "8", "--budgets", "4", "--chunk", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    early = subprocess.run(
+        [sys.executable, "-m", "eval.claims", str(run), *sizes],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert early.returncode == 1 and "python -m eval.study" in early.stderr and not list(tmp_path.iterdir())
+    for module in ("eval.study", "eval.claims"):
+        done = subprocess.run(
+            [sys.executable, "-m", module, str(run), *sizes],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+    claims = {c["id"]: c for c in json.loads((tmp_path / "eval/results/budgets_4/claims.json").read_text())}
+    assert {"1.gross@4", "3.search@4", "9.weighted@4", "14.hardest"} <= claims.keys()
+    assert all(
+        c["low"] <= c["ours"] <= c["high"] and c["verdict"] in ("holds", "fails", "undecided") for c in claims.values()
+    )
+
+
+@pytest.mark.slow
+def test_verifiers_with_and_without_the_history_judge_the_same_chains(finished):
+    run, _ = finished
+    found = studied("eval.history_verifier", run, "--attempts", "2")
+    assert (
+        found["questions"] == 8
+        and {"majority", "prm:product", "prm+history:product", "own:last", "own+history:last"}
+        <= found["accuracy"].keys()
+    )
+    assert studied("eval.history_verifier", run, "--attempts", "2") == found  # chains and adapters are kept
+
+
+@pytest.mark.slow
+def test_a_prm_trained_on_the_same_labels_twice_is_no_better_than_itself(finished):
+    run, _ = finished
+    found = studied("eval.foreign_prm", run, run, "--other", run)
+    assert found["questions"] == 8 and found["own_less_other"]["weighted"].keys() == {"1", "2", "4", "8"}
+    assert all(gain == [0, 0, 0] for how in ("weighted", "best") for gain in found["own_less_other"][how].values())
+    assert found["command"].startswith("python -m eval.foreign_prm ")
+
+
+@pytest.mark.slow
+def test_revisers_of_both_kinds_of_data_play_the_same_questions(finished):
+    run, _ = finished
+    found = studied("eval.on_policy_reviser", run, "--attempts", "5")
+    curves = found["pass@1_by_attempt"]
+    assert (
+        found["questions"] == 8 and found["trajectories"][0] >= 2 and {len(curve) for curve in curves.values()} == {5}
+    )
+    slopes = {name: curve[4] - curve[0] for name, curve in curves.items()}
+    assert {name: slope[0] for name, slope in found["slope"].items()} == pytest.approx(slopes)
+    assert found["on_less_off_policy"]["slope"][0] == pytest.approx(slopes["on_policy"] - slopes["off_policy"])
+
+
+def studied(module: str, *arguments: str | Path) -> dict:
+    done = subprocess.run(
+        [sys.executable, "-m", module, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_the_export_loads_as_peft_and_transformers_load_things(finished, tmp_path):
+    run, _ = finished
+    out = tmp_path / "exported"
+    done = subprocess.run(
+        [sys.executable, "-m", "flywheel.export", str(run), "--out", str(out)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    base = AutoModelForCausalLM.from_pretrained(ROOT / "data/chain/seed_model")
+    adapters = sorted(p.parent for p in out.rglob("adapter_config.json"))
+    assert len(adapters) >= 2
+    for adapter in adapters:
+        PeftModel.from_pretrained(base, adapter)
+    assert AutoTokenizer.from_pretrained(next(out.rglob("tokenizer.json")).parent).encode("Q 5 +3 ?")
+
+
+@pytest.mark.slow
+def test_a_round_without_a_correct_solution_ends_says_so_and_keeps_the_policy(tmp_path):
+    rows = [
+        json.loads(line)
+        for split in ("train", "calibrate", "validation", "test")
+        for line in (ROOT / f"data/chain/problems/{split}.jsonl").read_text().splitlines()[:20]
+    ]
+    unanswerable = tmp_path / "unanswerable.jsonl"
+    unanswerable.write_text("".join(json.dumps({**row, "answer": "none of them"}) + "\n" for row in rows))
+    done = iterate(tmp_path, "--problems", str(unanswerable))
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "nothing to distill, the policy stays" in done.stdout
+    run = tmp_path / "micro"
+    assert manifest(run, 1, "harvest")["figures"]["kept"] == 0
+    assert manifest(run, 1, "gate")["figures"]["passed"] is False
+    assert manifest(run, 1, "evaluate")["figures"]["policy"]["name"] == "policy_0"
+    assert manifest(run, 1, "search")["figures"]["search"]["majority@8"] == 0
+
+
+@pytest.mark.slow
+def test_accelerate_launch_runs_the_same_loop_on_two_processes(tmp_path):
+    """Two ranks share every stage of a real round, and train one model together."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("ACCELERATE_")}
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        "accelerate_configs/cpu_2.yaml",
+        "-m",
+        "flywheel.iterate",
+    ]
+    command += ["--runs", str(tmp_path), "--name", "micro", "--round", "1"]
+    for item in SMALL:
+        command += ["--set", item]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, env=environment)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert manifest(tmp_path / "micro", 1, "search")["figures"]["search"]["majority@8"] >= 0
+    assert manifest(tmp_path / "micro", 1, "distill")["ranks"] == 2
+
+
+@pytest.mark.slow
+def test_the_shrunken_qwen_turns_a_whole_round_on_gsm8k_like_questions(tmp_path):
+    """BPE tokens, a chat template, boxed answers and `+`/`-` labels through every stage."""
+    made = subprocess.run(
+        [sys.executable, "-m", "data.shrunken", "--out", str(tmp_path / "qwen")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert made.returncode == 0, made.stderr
+    command = [
+        sys.executable,
+        "-m",
+        "flywheel.iterate",
+        "--recipe",
+        str(tmp_path / "qwen/recipe.yaml"),
+        "--runs",
+        str(tmp_path),
+        "--round",
+        "1",
+    ]
+    done = subprocess.run(
+        [*command, "--set", "track.mode=disabled"], cwd=ROOT, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    run = tmp_path / "shrunken"
+    assert manifest(run, 1, "harvest")["figures"]["kept"] > 10
+    assert manifest(run, 1, "distill")["figures"]["trained"] is True
