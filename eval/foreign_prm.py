@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from eval.cli import answer
+from eval.curves import Scored, accuracy_at, by_argmax, by_weight
 from eval.verifiers import context
 from flywheel.errors import UserError
 from flywheel.ledger import Ledger
@@ -30,7 +31,6 @@ from flywheel.models.prm import aggregate, label_ids
 from flywheel.models.weights import load_tokenizer
 from flywheel.problems.grading import answer_key
 from flywheel.records import Role, Split
-from flywheel.search.select import Scored, accuracy_at, by_argmax, by_weight
 from flywheel.stages.kit import test_samples, text_tools
 from flywheel.stages.train_prm import Labelled, example, labelled
 from flywheel.training.prm import PrmExample, score_all, train_prm, within_question_auc

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from flywheel.search.tools import Tools
 
 from eval.cli import answer
 from eval.verifiers import AGGREGATES, averaged
@@ -35,7 +36,6 @@ from flywheel.runs.files import read_table
 from flywheel.runs.run import Context, Stage, fill
 from flywheel.runs.shards import shard_dirs
 from flywheel.search.select import majority, weighted
-from flywheel.search.tools import Tools
 from flywheel.stages.kit import answer_is_right, by_question, ids, kit, searchers, text_tools
 from flywheel.training.prm import PrmExample, score_all, train_prm, within_question_auc
 

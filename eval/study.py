@@ -26,6 +26,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from flywheel.search.tools import judged
+
 from eval import prompt_head
 from flywheel.errors import UserError, explain
 from flywheel.models.engine import Sampling
@@ -50,7 +52,6 @@ from flywheel.runs.run import Context, Stage, fill, read_table
 from flywheel.runs.shards import shard_dirs
 from flywheel.search.plan import LONGEST, name
 from flywheel.search.run import search, search_all
-from flywheel.search.tools import judged
 from flywheel.stages.kit import Kit, answer_is_right, ids, kit, search_tools, searchers
 
 BUDGETS = (4, 16, 64)  # generations, where none are named

@@ -23,12 +23,13 @@ class EngineDied(RuntimeError):
 def explain(error: BaseException) -> str | None:
     """The one line that `error` has for a person; None where it is a bug (its traceback is wanted).
 
-    Every exception class of flywheel speaks to a person; so do a full disk and a refused write.
+    A UserError speaks to a person; so do a full disk and a refused write.
     """
-    if type(error).__module__.partition(".")[0] == "flywheel":
+    if isinstance(error, UserError):
         return " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, OSError) and error.errno in NO_ROOM:
-        return f"{error.filename or 'the disk'}: no room to write ({error.strerror}); free some space and run the same command again"
+        where = error.filename or "the disk"
+        return f"{where}: no room to write ({error.strerror}); free some space and run the same command again"
     if isinstance(error, OSError) and error.errno in NO_ACCESS:
         return f"{error.filename or 'a file'}: {(error.strerror or 'refused').lower()}"
     return None

@@ -17,23 +17,24 @@ import tempfile
 from pathlib import Path
 
 from flywheel.errors import UserError
-from flywheel.runs.history import History
+from flywheel.runs.run import Run
 
 HARVEST_COLUMNS = ("question_id", "question", "solution", "answer", "bin", "round", "votes")
 
 
-def export(run: Path, out: Path, round: int | None = None) -> Path:
+def export(run: Run, out: Path, round: int | None = None) -> Path:
     """Export the models after `round` (default: the last finished one) into `out`.
 
     `out` must not exist or be empty; it appears whole or not at all. Raises UserError.
     """
-    history = History.of(run)
-    done = history.rounds
+    done = run.rounds
     if not done or max(done) == 0:
-        raise UserError(f"{run}: no round finished beyond the base, nothing to export")
+        raise UserError(f"{run.root}: no round finished beyond the base, nothing to export")
     chosen = max(done) if round is None else round
     if chosen not in done or chosen == 0:
-        raise UserError(f"{run}: round {chosen} cannot be exported; finished: {', '.join(str(r) for r in done if r)}")
+        raise UserError(
+            f"{run.root}: round {chosen} cannot be exported; finished: {', '.join(str(r) for r in done if r)}"
+        )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: not an empty directory; choose another --out")
     try:
@@ -42,7 +43,7 @@ def export(run: Path, out: Path, round: int | None = None) -> Path:
     except OSError as error:
         raise UserError(f"{out}: cannot be written: {error.strerror}") from None
     try:
-        _fill(history, chosen, staging)
+        _fill(run, chosen, staging)
         staging.chmod(0o777 & ~_umask())
         staging.replace(out)
     except OSError as error:
@@ -58,16 +59,16 @@ def _umask() -> int:
     return mask
 
 
-def _fill(history: History, round: int, out: Path) -> None:
-    base = history.recipe["model"]["base"]
-    adapters = history.adapters(round)
-    if history.policy_round(round) and "policy" not in adapters:
-        raise UserError(f"{history.path('distill', history.policy_round(round))}: the policy's adapter is missing")
+def _fill(run: Run, round: int, out: Path) -> None:
+    base = run.recipe.model.base
+    adapters = run.adapters(round)
+    if run.policy_round(round) and "policy" not in adapters:
+        raise UserError(f"{run.path('distill', run.policy_round(round))}: the policy's adapter is missing")
     for role, source in adapters.items():
         _copy_adapter(source, out / "adapters" / role, base)
     _merge(base, adapters.get("policy"), out / "policy")
-    rows = _harvest(history, round, out / "harvest")
-    (out / "README.md").write_text(_card(history, round, sorted(adapters), rows), encoding="utf-8")
+    rows = _harvest(run, round, out / "harvest")
+    (out / "README.md").write_text(_card(run, round, sorted(adapters), rows), encoding="utf-8")
 
 
 def _merge(base: str, adapter: Path | None, out: Path) -> None:
@@ -98,12 +99,12 @@ def _copy_adapter(source: Path, target: Path, base: str) -> None:
     shutil.copyfile(source / "adapter_model.safetensors", target / "adapter_model.safetensors")
 
 
-def _harvest(history: History, round: int, out: Path) -> int:
+def _harvest(run: Run, round: int, out: Path) -> int:
     """All rounds' harvest up to `round` in one parquet; returns the number of rows."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    paths = [path for r in range(1, round + 1) if (path := history.harvest(r))]
+    paths = [path for r in range(1, round + 1) if (path := run.harvest(r))]
     tables = [pq.ParquetFile(path).read(columns=list(HARVEST_COLUMNS)) for path in paths]
     tables = [table for table in tables if table.num_rows]
     if not tables:
@@ -114,19 +115,20 @@ def _harvest(history: History, round: int, out: Path) -> int:
     return table.num_rows
 
 
-def _card(history: History, round: int, adapters: list[str], rows: int) -> str:
+def _card(run: Run, round: int, adapters: list[str], rows: int) -> str:
     from io import StringIO
 
     import yaml
 
-    from flywheel.report.tables import print_round, summary
+    from flywheel.report.summary import summary
+    from flywheel.report.tables import print_round
 
-    data, recipe = summary(history.run), history.recipe
+    data, recipe = summary(run), run.recipe.model_dump(mode="json")
     text = StringIO()
     print_round(data, round, text)
     now = next(item for item in data["rounds"] if item["round"] == round)
     policies = [item.get("policy") or {} for item in data["rounds"] if item["round"] <= round]
-    made = history.policy_round(round)
+    made = run.policy_round(round)
     progress = ["| round | policy | pass@1 | 95% interval | gate |", "|---|---|---|---|---|"]
     for item, policy in zip(data["rounds"], policies):
         low, high = policy.get("pass@1_ci") or (None, None)
@@ -151,7 +153,7 @@ def _card(history: History, round: int, adapters: list[str], rows: int) -> str:
     )
     parts = [
         "---\n" + yaml.safe_dump(front, sort_keys=False) + "---",
-        f"# {history.run.resolve().name}: the policy after round {round}",
+        f"# {run.root.resolve().name}: the policy after round {round}",
         f"{origin}\n\nBase model: `{recipe['model']['base']}`. Recipe: `{recipe.get('name')}`, seed {recipe.get('seed', 0)}, "
         f"problems `{recipe['problems']['path']}`. Made by flywheel: each round samples, trains a process reward model and a "
         "reviser on the samples, searches the training questions with them, and distils the verified solutions into the "
@@ -204,7 +206,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     try:
-        print(f"exported to {export(args.run, args.out, args.round)}")
+        print(f"exported to {export(Run(args.run), args.out, args.round)}")
     except UserError as error:
         print(f"flywheel.export: {error}", file=sys.stderr)
         return 1

@@ -20,6 +20,7 @@ from flywheel.runs.isolate import PRELOAD
 if TYPE_CHECKING:
     from flywheel.recipe import Recipe
 
+DEFAULT = "recipes/chain.yaml"
 AGAIN = "what is finished is kept; to continue, run the same command again"
 
 
@@ -29,7 +30,7 @@ def parser() -> argparse.ArgumentParser:
         description="Bring a run to the end of a round: sample, verify, distill, evaluate, and again. "
         "Run the same command again to continue an interrupted run.",
     )
-    p.add_argument("--recipe", default="recipes/chain.yaml", help="YAML recipe (default: %(default)s)")
+    p.add_argument("--recipe", help=f"YAML recipe (default: {DEFAULT})")
     p.add_argument("--name", help="name of the run (default: the recipe's name)")
     p.add_argument("--runs", default="runs", type=Path, help="directory that holds the runs (default: %(default)s)")
     p.add_argument(
@@ -52,6 +53,12 @@ def parser() -> argparse.ArgumentParser:
         metavar="SECTION.KEY=VALUE",
         help="change recipe keys; may be repeated",
     )
+    p.add_argument(
+        "--fork",
+        metavar="OLD",
+        help="start the run --name with all that the run OLD (a name in --runs, or a directory) has finished and the"
+        " change of recipe does not touch; the recipe is OLD's unless --recipe says otherwise",
+    )
     p.add_argument("--dry-run", action="store_true", help="say what would run and what it would cost, and end")
     return p
 
@@ -60,7 +67,7 @@ def main(
     argv: list[str] | None = None,
     *,
     stages: str = "flywheel.stages:stages",
-    report: str = "flywheel.report.tables",
+    report: str = "flywheel.report",
     preload: tuple[str, ...] = PRELOAD,
     preflight: str | None = "flywheel.stages.kit:preflight",
 ) -> int:
@@ -70,6 +77,13 @@ def main(
     args = parser().parse_args(argv)
     if args.round < 0:
         parser().error("--round: 0 or more")
+    if args.fork:
+        if not args.name:
+            parser().error("--fork: --name, the name of the new run, is missing")
+        args.fork = next((p for p in (args.runs / args.fork, Path(args.fork)) if (p / "recipe.yaml").is_file()), None)
+        if args.fork is None:
+            parser().error("--fork: no run of that name or path")
+        args.recipe = args.recipe or str(args.fork / "recipe.yaml")
     from flywheel.runs.loop import Loop, Stopped, signals  # not before --help is answered
     from flywheel.runs.ranks import Ranks
 
@@ -99,8 +113,9 @@ def find_recipe(name: str) -> Path:
 def load_recipe(args: argparse.Namespace) -> Recipe:
     """The recipe with its overrides and with absolute paths. Raises RecipeError."""
     from flywheel import recipe
+    from flywheel.search import strategies
 
-    path = find_recipe(args.recipe)
+    path = find_recipe(args.recipe or DEFAULT)
     own = (
         [f"problems.path={json.dumps(str(Path(args.problems).absolute()))}", "problems.format=jsonl"]
         if args.problems
@@ -114,6 +129,7 @@ def load_recipe(args: argparse.Namespace) -> Recipe:
     root = folder.parent if folder.name == "recipes" else folder
     if str(root) not in sys.path:
         sys.path.append(str(root))  # a recipe may name functions of its project (checkers)
+    strategies.strategies(loaded.calibrate)  # raises for an unknown strategy or option
     return loaded.model_copy(
         update={
             "model": loaded.model.model_copy(update={"base": located(loaded.model.base, root)}),

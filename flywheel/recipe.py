@@ -16,6 +16,8 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from flywheel.errors import UserError
+
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 T = TypeVar("T")
@@ -33,7 +35,7 @@ Loader.add_implicit_resolver(
 )
 
 
-class RecipeError(ValueError):
+class RecipeError(UserError):
     """One line: which key, what is wrong, the mend."""
 
 
@@ -136,37 +138,17 @@ class ReviserSpec(TrainSpec):
     probe_attempts: Positive = 4
 
 
-class Competitor(Spec):
+class StrategySpec(BaseModel):
+    """A strategy that competes for a place in the plan. Its options are checked by the strategy (`search/strategies.py`)."""
+
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True)
+
+    kind: str
     max_budget: Positive | None = None  # no larger one of `calibrate.budgets` is tried with it
 
-
-class BestOfNSpec(Competitor):
-    kind: Literal["best_of_n"]
-    select: Literal["weighted", "majority", "best"] = "weighted"
-
-
-class BeamSpec(Competitor):
-    kind: Literal["beam"]
-    width: Positive | Literal["sqrt"] = 4
-    max_rounds: Positive = 40
-    lookahead: Annotated[int, Field(ge=0)] = 0  # of a budget N, N / (lookahead + 1) beams
-
-
-class ReviseSpec(Competitor):
-    kind: Literal["revise"]
-    chains: Positive = 1  # side by side; of a budget N, each has N / chains attempts
-    select: Literal["weighted", "majority", "last"] = "weighted"
-    context: Positive = 4
-
-
-class AdaptiveSpec(Competitor):
-    kind: Literal["adaptive"]
-    sure: Annotated[float, Field(gt=0.5, lt=1)] = 0.95  # of the leading answer, to stop
-    maker: Literal["policy", "reviser"] = "policy"
-    step: Positive = 4
-
-
-StrategySpec = Annotated[BestOfNSpec | BeamSpec | ReviseSpec | AdaptiveSpec, Field(discriminator="kind")]
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra)
 
 
 class CalibrateSpec(Spec):
@@ -237,7 +219,7 @@ class Recipe(Spec):
         plain = [
             strategy.max_budget or max(self.calibrate.budgets)
             for strategy in self.calibrate.strategies
-            if isinstance(strategy, BestOfNSpec)
+            if strategy.kind == "best_of_n"
         ]
         if max(plain, default=0) < max(self.calibrate.budgets):
             at = f" at budget {max(self.calibrate.budgets)}" if plain else ""

@@ -7,7 +7,7 @@ parquet rows and back.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 
 
@@ -86,7 +86,8 @@ class Solution:
     """One attempt at a question. A chain of `parent`s is a revision chain.
 
     `answer` is the extracted final answer (normalised text), or None where none could
-    be parsed. `origin` names the strategy and the models, e.g. `sample:policy_0`.
+    be parsed. `purpose` is what it was drawn for (`sample`, `beam`, `control`), `model` the name of the model that wrote
+    it. `draw` names the independent draw that it belongs to: a whole revision chain, or a whole beam search, is one.
     """
 
     id: str
@@ -94,7 +95,9 @@ class Solution:
     steps: tuple[Step, ...]
     finish: Finish
     answer: str | None
-    origin: str
+    purpose: str
+    model: str
+    draw: str
     parent: str | None = None
     attempt: int = 1  # position in its revision chain, from 1
 
@@ -122,6 +125,7 @@ class Grade:
     solution_id: str
     question_id: str
     verdict: Verdict
+    purpose: str = ""  # its solution's
 
     @property
     def correct(self) -> bool:
@@ -130,15 +134,20 @@ class Grade:
 
 @dataclass(frozen=True, slots=True)
 class StepValues:
-    """Value in [0, 1] after each step; `rollouts[i]` Monte Carlo rollouts stand behind it.
-
-    `rollouts` is empty where the values come from a PRM.
-    """
+    """The Monte Carlo value in [0, 1] after each step of a solution, from `rollouts[i]` rollouts."""
 
     solution_id: str
     question_id: str
     values: tuple[float, ...]
-    rollouts: tuple[int, ...] = ()
+    rollouts: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SampleScores:
+    """The PRM's scores of samples of one question, in their order."""
+
+    question_id: str
+    scores: tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +164,6 @@ class Difficulty:
 
     question_id: str
     pass_at_1: float
-    samples: int
     quantile_bin: int
     fixed_bin: int
 
@@ -172,60 +180,6 @@ class Harvested:
     round: int
     votes: int
     tokens: tuple[int, ...]
-
-
-# ---- strategies: a closed union, matched, no registry -------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class BestOfN:
-    """N independent samples. `select` is `weighted`, `majority` or `best`, the one of highest score (Snell et al., 5.1)."""
-
-    n: int
-    select: str = "weighted"
-
-
-@dataclass(frozen=True, slots=True)
-class Beam:
-    """`n` beams: keep the best n/width at each step, `width` continuations of each (5.2).
-
-    With `lookahead` k > 0 a prefix is judged where k more greedy steps lead: lookahead search.
-    """
-
-    n: int
-    width: int = 4
-    max_rounds: int = 40
-    lookahead: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Revise:
-    """`chains` independent chains of `length` attempts, context = last `context` (6.1).
-
-    `select`: `weighted` within each chain and then across them, `majority` over all attempts,
-    or `last`, the majority of the chains' last attempts.
-    """
-
-    length: int
-    chains: int = 1
-    select: str = "weighted"
-    context: int = 4
-
-
-@dataclass(frozen=True, slots=True)
-class Adaptive:
-    """Up to `n` independent samples, `step` at a time, until the weighted vote is decided: `sure` is a probability.
-
-    `maker` is `policy`, or `reviser` for its first attempts, which see no context.
-    """
-
-    n: int
-    sure: float = 0.95
-    maker: str = "policy"
-    step: int = 4
-
-
-Strategy = BestOfN | Beam | Revise | Adaptive
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,19 +205,17 @@ class Candidate:
 class Outcome:
     """What a strategy answers for one question: all candidates and the answer selected.
 
-    `answer` is None where no candidate had a parsable answer. `tokens` are all tokens
-    that the strategy was charged for (prompt + generated + scored, nominal); `generations`
-    is the paper's unit of cost: final answers, times k + 1 with lookahead (5.2).
+    `answer` is None where no candidate had a parsable answer. `tokens` are all tokens that the strategy was charged for
+    (prompt + generated + scored, nominal). `cut_off`: a limit on tokens ended the search.
     """
 
     question_id: str
     strategy: str
     candidates: tuple[Candidate, ...]
     answer: str | None
-    generations: int
     tokens: int
-    extra: dict[str, float] = field(default_factory=dict)
     cached: int = 0  # of `tokens`, what the prefix cache served
+    cut_off: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,8 +7,10 @@ import json
 import sys
 from pathlib import Path
 
-from flywheel.report.tables import print_all, summary
-from flywheel.runs.history import NotARun
+from flywheel.errors import UserError
+from flywheel.report.summary import summary
+from flywheel.report.tables import print_all
+from flywheel.runs.run import Run
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -17,8 +19,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="machine-readable, on stdout")
     args = parser.parse_args(argv)
     try:
-        data = summary(args.run)
-    except NotARun as error:
+        data = summary(Run(args.run))
+    except UserError as error:
         print(f"flywheel.summary: {error}", file=sys.stderr)
         return 1
     if args.json:

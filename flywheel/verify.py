@@ -13,26 +13,25 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from flywheel.errors import UserError, explain
-from flywheel.recipe import Recipe, load
 from flywheel.runs import manifest
-from flywheel.runs.run import Stage, entries
+from flywheel.runs.run import Run
 from flywheel.runs.shards import check_shard, shard_dirs
+from flywheel.runs.stage import Stage, schedule
 
 
 def verify(run: Path, stages: Callable[[int], Sequence[Stage]], say: Callable[[str], None] = print) -> list[Path]:
     """Say a line a stage; return what must be deleted for the next launch to redo it. Raises UserError where it is no run."""
-    recipe = run_recipe(run)
+    recipe = Run(run).recipe
     sources = manifest.source_files(recipe)
-    plan = entries(stages, manifest.last_round(run))
+    plan = schedule(stages, manifest.last_round(run))
     redo: dict[Path, str] = {}
-    for entry in plan:
-        round, stage, _ = entry
-        at, directory = (round, stage.name), manifest.stage_dir(run, round, stage.name)
+    for scheduled in plan:
+        at, directory = scheduled.at, manifest.stage_dir(run, *scheduled.at)
         if directory in redo:
             say(f"{manifest.name_of(at):24s} to redo: {redo[directory]}")
             continue
         try:
-            if not manifest.check_stage(run, recipe, sources, entry, contents=True):
+            if not manifest.check_stage(run, recipe, sources, scheduled, contents=True):
                 continue
         except UserError as error:
             redo[directory] = str(error)
@@ -64,12 +63,6 @@ def unfinished(directory: Path, redo: dict[Path, str]) -> str:
     if not shard_dirs(directory):
         return "nothing finished in it yet"
     return f"{whole} whole chunks{f' of {of}' if of else ''}" + "".join(f"; {line}" for line in bad)
-
-
-def run_recipe(run: Path) -> Recipe:
-    if not (run / "recipe.yaml").is_file():
-        raise UserError(f"{run}: not a run (it has no recipe.yaml)")
-    return load(run / "recipe.yaml")
 
 
 def main(argv: Sequence[str] | None = None, stages: str = "flywheel.stages:stages") -> int:

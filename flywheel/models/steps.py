@@ -80,13 +80,16 @@ class Reader:
         *,
         id: str,
         question_id: str,
-        origin: str,
+        purpose: str,
+        model: str,
+        draw: str | None = None,
         parent: str | None = None,
         attempt: int = 1,
     ) -> Solution:
+        """The solution that `tokens` are; `draw`: see `Solution`, its own id if None."""
         steps = self.steps(self.trim(tokens))
         answer = self.answer("".join(step.text for step in steps)) if finish is Finish.STOP else None
-        return Solution(id, question_id, steps, finish, answer, origin, parent, attempt)
+        return Solution(id, question_id, steps, finish, answer, purpose, model, draw or id, parent, attempt)
 
 
 def one_token(tokenizer, word: str, key: str) -> int:

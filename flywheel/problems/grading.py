@@ -260,7 +260,7 @@ class Grader:
                 raise ValueError(f"solution {solution.id} answers {solution.question_id}, not {problem.id}")
         wanted = dict.fromkeys((p.answer, s.answer) for p, s in pairs if s.answer is not None)
         self._settle([pair for pair in wanted if pair not in self._cache])
-        return [Grade(s.id, s.question_id, self._verdict(p, s)) for p, s in pairs]
+        return [Grade(s.id, s.question_id, self._verdict(p, s), s.purpose) for p, s in pairs]
 
     def _verdict(self, problem: Problem, solution: Solution) -> Verdict:
         if solution.answer is None:

@@ -1,1 +1,20 @@
-"""What a person sees of a run: tables, pictures, W&B."""
+"""What a person sees of a run: tables, pictures, W&B. `flywheel.iterate` uses these three functions."""
+
+from __future__ import annotations
+
+from flywheel.report.summary import summary
+from flywheel.report.tables import print_round
+from flywheel.runs.run import Run
+
+__all__ = ["after_round", "print_round", "summary"]
+
+
+def after_round(run: Run, round: int) -> None:
+    """Print the round's tables, draw the pictures, bring W&B up to date. Rank 0 alone calls it."""
+    from flywheel.report import pictures, wandb
+
+    print_round(summary(run), round)
+    pictures.draw(run)
+    print(f"pictures: {run.root / 'pictures'}")
+    if line := wandb.update(run):
+        print(line, flush=True)

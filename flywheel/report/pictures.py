@@ -9,42 +9,40 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from flywheel.ledger import total
-from flywheel.runs.history import History
+from flywheel.runs.run import Run
 
 # easy to hard; readable for the colour-blind and in grey
 BINS = ("#4477aa", "#66ccee", "#228833", "#ccbb44", "#ee6677", "#aa3377", "#bbbbbb")
 PURPOSES = 8  # the largest ones by name, the rest together
 
 
-def draw(history: History) -> list[Path]:
+def draw(run: Run) -> list[Path]:
     """Draw every picture that the finished stages have figures for; returns the paths."""
-    folder = history.run / "pictures"
+    folder = run.root / "pictures"
     folder.mkdir(exist_ok=True)
     paths = []
-    for name, figure in _figures(history):
+    for name, figure in _figures(run):
         paths.append(folder / f"{name}.png")
         figure.savefig(paths[-1], dpi=130, bbox_inches="tight")
     return paths
 
 
-def _figures(history: History) -> Iterator[tuple[str, object]]:
-    evaluated = [(r, history.figures("evaluate", r)) for r in history.rounds]
+def _figures(run: Run) -> Iterator[tuple[str, object]]:
+    evaluated = [(r, run.figures("evaluate", r)) for r in run.rounds]
     if any(e.get("fixed_bins") for _, e in evaluated):
         yield "pass_by_bin", _by_bin(evaluated)
     if any(e.get("policy") for _, e in evaluated):
         yield "policy", _policy(evaluated)
-    if history.ledger:
-        yield "tokens", _tokens(history.ledger)
+    if run.ledger_rows:
+        yield "tokens", _tokens(run.ledger_rows)
     for r, e in evaluated:
         matrices = [(title, e[key]) for key, title in _MATRICES if e.get(key)]
         if matrices:
             yield f"migration_{r}", _migration(r, matrices)
-        plans = [(kind, plan) for kind, plan in history.figures("calibrate", r).items() if _is_plan(plan)]
+        plans = [(kind, plan) for kind, plan in run.figures("calibrate", r).items() if _is_plan(plan)]
         if plans:
             yield f"plan_{r}", _plans(r, plans)
-        curves = [
-            (s, c) for s in ("train_prm", "train_reviser", "distill") if (c := history.figures(s, r).get("curve"))
-        ]
+        curves = [(s, c) for s in ("train_prm", "train_reviser", "distill") if (c := run.figures(s, r).get("curve"))]
         if curves:
             yield f"training_{r}", _training(r, curves)
 

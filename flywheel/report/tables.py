@@ -1,98 +1,10 @@
-"""What a person reads: a run's summary as data, and as tables of at most 100 columns."""
+"""The figures of a run as tables of at most 100 columns."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TextIO
-
-from flywheel.ledger import total
-from flywheel.runs.files import plain
-from flywheel.runs.history import History
-
-LONG = ("curve", "checkpoints")  # figures that belong in a picture, not in a summary
-
-
-def summary(run: Path) -> dict:
-    """The run in one JSON-able dict (issue 3, section 6). Raises history.NotARun.
-
-    `rounds` holds the finished rounds; a round under way is named in `unfinished`. Tokens are
-    nominal. `seconds` are wall time by stage over all rounds, `wall_seconds` their sum.
-    """
-    history = History.of(run)
-    seconds: dict[str, float] = {}
-    for (_, stage), manifest in history.manifests.items():
-        seconds[stage] = seconds.get(stage, 0.0) + float(manifest.get("seconds", 0.0))
-    done = history.rounds
-    result: dict = {
-        "recipe": history.recipe.get("name"),
-        "finished_rounds": max(done, default=0),
-        "rounds": [_round(history, r) for r in done],
-        "ledger": {
-            "tokens": {"policy": 0, "prm": 0, "reviser": 0}
-            | {key: s.tokens for (key,), s in total(history.ledger, "role")},
-            "tokens_cached": {key: s.cached for (key,), s in total(history.ledger, "role")},
-            "tokens_by_stage": {key: s.tokens for (key,), s in total(history.ledger, "stage")},
-            "tokens_by_purpose": {key: s.tokens for (key,), s in total(history.ledger, "purpose")},
-            "flops": sum(row["flops"] for row in history.ledger),
-            "flops_by_role": {key: s.flops for (key,), s in total(history.ledger, "role")},
-            "seconds": seconds,
-        },
-        "wall_seconds": sum(seconds.values()),
-    }
-    under_way = {r: [s for at, s in history.manifests if at == r] for r, _ in history.manifests if r not in done}
-    if under_way:
-        result["unfinished"] = [{"round": r, "finished_stages": stages} for r, stages in under_way.items()]
-    return plain(result)
-
-
-def _round(history: History, r: int) -> dict:
-    """One finished round: `evaluate`'s figures, then one key a stage; absent where there is nothing."""
-    evaluated, searched = history.figures("evaluate", r), history.figures("search", r)
-    tested = {**evaluated, **(searched if "search" in searched else {"search": searched} if searched else {})}
-    out = {"round": r, **{k: v for k, v in tested.items() if k not in ("prm", "reviser")}}
-    for key, stages in {
-        "sample": ["sample"],
-        "label": ["label"],
-        "prm": ["train_prm"],
-        "reviser": ["train_reviser", "choose_reviser"],
-        "harvest": ["harvest"],
-        "distill": ["distill"],
-    }.items():
-        figures = {k: v for stage in stages for k, v in history.figures(stage, r).items() if k not in LONG}
-        if tested.get(key):  # measured on test questions: kept apart from what training's own questions gave
-            figures["test"] = tested[key]
-        if figures:
-            out[key] = figures
-    if reviser := out.get("reviser"):
-        for source in (reviser.get("test"), reviser.get("chosen")):  # the first of these that has a curve
-            if "pass@1_by_attempt" in (source or {}):
-                reviser.setdefault("pass@1_by_attempt", source["pass@1_by_attempt"])
-    if r > 0:
-        gate, distilled = history.figures("gate", r), history.figures("distill", r)
-        if distilled.get("trained") is False:
-            out["gate"] = "nothing to distill"
-        elif "passed" in gate:
-            out["gate"] = "passed" if gate["passed"] else "refused"
-        if gate:
-            out["gate_figures"] = gate
-    return out
-
-
-# ---- text -----------------------------------------------------------------------------
-
-
-def after_round(run: Path, round: int) -> None:
-    """Print the round's tables, draw the pictures, bring W&B up to date (rank 0 alone calls this)."""
-    from flywheel.report import pictures
-    from flywheel.report import wandb as tracking
-
-    print_round(summary(run), round)
-    pictures.draw(History.of(run))
-    print(f"pictures: {run / 'pictures'}")
-    if line := tracking.update(run):
-        print(line, flush=True)
 
 
 def print_all(data: dict, file: TextIO | None = None) -> None:

@@ -20,20 +20,21 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from flywheel.runs.history import History, NotARun
+from flywheel.errors import UserError
+from flywheel.runs.run import Run
 
 DEADLINE = 180.0  # seconds; a healthy update of a few rounds takes under ten
 CURVES = ("train_prm", "train_reviser", "distill")
 SAMPLES = 10  # harvested solutions in a round's table
 
 
-def update(run: Path, deadline: float = DEADLINE) -> str | None:
+def update(run: Run, deadline: float = DEADLINE) -> str | None:
     """Bring W&B up to date with the finished rounds; returns the line to print.
 
     `track.mode` of the run's recipe decides: `auto` is online where a key is configured,
     offline otherwise. What is not sent within `deadline` seconds is written offline.
     """
-    mode = (History.of(run).recipe.get("track") or {}).get("mode", "auto")
+    mode = run.recipe.track.mode
     if mode == "disabled":
         return None
     said, trouble = _child(run, mode, deadline)
@@ -43,7 +44,7 @@ def update(run: Path, deadline: float = DEADLINE) -> str | None:
     return "W&B: " + "; ".join(part for part in (trouble, said) if part)
 
 
-def _child(run: Path, mode: str, deadline: float) -> tuple[str, str]:
+def _child(run: Run, mode: str, deadline: float) -> tuple[str, str]:
     """(what was done, what went wrong): one of them is empty."""
     quiet = {
         "WANDB_SILENT": "true",
@@ -51,9 +52,9 @@ def _child(run: Path, mode: str, deadline: float) -> tuple[str, str]:
         "WANDB_ERROR_REPORTING": "false",
         "WANDB_DISABLE_GIT": "true",
     }
-    quiet["WANDB_DATA_DIR"] = str(run.resolve() / "wandb")  # tables are staged there, not in the home directory
-    path = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
-    command = [sys.executable, "-m", "flywheel.report.wandb", str(run), "--mode", mode]
+    quiet["WANDB_DATA_DIR"] = str(run.root.resolve() / "wandb")  # tables are staged there, not in the home directory
+    path = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]))
+    command = [sys.executable, "-m", "flywheel.report.wandb", str(run.root), "--mode", mode]
     try:
         done = subprocess.run(
             command,
@@ -75,28 +76,26 @@ def _child(run: Path, mode: str, deadline: float) -> tuple[str, str]:
 # ---- the child ------------------------------------------------------------------------
 
 
-def write(run: Path, mode: str) -> str:
+def write(run: Run, mode: str) -> str:
     """Write the history to W&B in this process; returns what was done. Raises wandb's errors."""
     import wandb
 
-    history = History.of(run)
     if mode == "auto":
         mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False, verify=False) else "offline")
     if mode == "disabled":
         return "disabled by WANDB_MODE"
     identity = run_id(run)
-    if (folder := run / "wandb").exists():
+    if (folder := run.root / "wandb").exists():
         shutil.rmtree(folder)  # whatever of it was not sent is written again below
     folder.mkdir()
-    track = history.recipe.get("track") or {}
     session = wandb.init(
-        project=track.get("project", "flywheel"),
-        name=run.resolve().name,
+        project=run.recipe.track.project,
+        name=run.root.resolve().name,
         id=identity,
         resume="allow",
-        dir=str(run),
+        dir=str(run.root),
         mode=mode,
-        config=history.recipe,
+        config=run.recipe.model_dump(mode="json"),
         # nothing about the machine: no git remote, host, package list, console or usage statistics
         settings=wandb.Settings(
             silent=True,
@@ -116,7 +115,7 @@ def write(run: Path, mode: str) -> str:
         session.define_metric(f"{prefix}/*", step_metric="round")
     for stage in CURVES:
         session.define_metric(f"{stage}/*", step_metric=f"step/{stage}")
-    for step, row in enumerate(rows(history)):
+    for step, row in enumerate(rows(run)):
         if step >= session.starting_step:  # the others are there since an earlier round
             session.log({key: _media(wandb, value) for key, value in row.items()}, step=step)
     where, url = Path(session.dir).parent, session.url
@@ -124,19 +123,19 @@ def write(run: Path, mode: str) -> str:
     return f"offline; to send it: wandb sync {where}" if mode == "offline" else f"online, {url}"
 
 
-def rows(history: History) -> Iterator[dict]:
+def rows(run: Run) -> Iterator[dict]:
     """The W&B history, the same rows in the same order at every replay; a later round only appends.
 
     Values are numbers, a `Path` to a picture or a list of dicts (a table).
     """
-    from flywheel.report.tables import summary
+    from flywheel.report.summary import summary
 
-    data = summary(history.run)
+    data = summary(run)
     before: dict[int, float] = {}
     for item in data["rounds"]:
         r = item["round"]
         for stage in CURVES:
-            for point in history.figures(stage, r).get("curve") or []:
+            for point in run.figures(stage, r).get("curve") or []:
                 losses = {
                     f"{stage}/round_{r}/{key}": point[key]
                     for key in ("loss", "eval_loss")
@@ -155,25 +154,26 @@ def rows(history: History) -> Iterator[dict]:
         row |= {f"gain/{key}": value[0] for key, value in (item.get("gain") or {}).items()}
         if "gate" in item:
             row["gate/passed"] = int(item["gate"] == "passed")
-        row |= {f"ledger/{role}_tokens": n for role, n in _tokens(history, r).items()}
-        if (picture := history.run / "pictures" / f"plan_{r}.png").is_file():
+        row |= {f"ledger/{role}_tokens": n for role, n in _tokens(run, r).items()}
+        if (picture := run.root / "pictures" / f"plan_{r}.png").is_file():
             row["plan/heat_map"] = picture
-        if samples := _samples(history, r):
+        if samples := _samples(run, r):
             row["harvest/samples"] = samples
         yield row
 
 
-def _tokens(history: History, round: int) -> dict[str, int]:
+def _tokens(run: Run, round: int) -> dict[str, int]:
     from flywheel.ledger import total
 
     return {
-        role: spent.tokens for (role,), spent in total((row for row in history.ledger if row["round"] == round), "role")
+        role: spent.tokens
+        for (role,), spent in total((row for row in run.ledger_rows if row["round"] == round), "role")
     }
 
 
-def _samples(history: History, round: int) -> list[dict]:
+def _samples(run: Run, round: int) -> list[dict]:
     """A few harvested solutions, from every bin in turn, the most voted first."""
-    if (path := history.harvest(round)) is None:
+    if (path := run.harvest(round)) is None:
         return []
     import pyarrow.parquet as pq
 
@@ -200,9 +200,9 @@ def _media(wandb, value):
             return value
 
 
-def run_id(run: Path) -> str:
+def run_id(run: Run) -> str:
     """The W&B id of this run directory, made at the first call and kept in `wandb_id`."""
-    path = run / "wandb_id"
+    path = run.root / "wandb_id"
     if not path.is_file():
         fresh = path.with_suffix(".new")
         fresh.write_text(secrets.token_hex(4), encoding="ascii")
@@ -218,14 +218,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--mode", choices=("auto", "online", "offline"), default="auto")
     args = parser.parse_args(argv)
     try:
-        history = History.of(args.run)
-    except NotARun as error:
+        run = Run(args.run)
+    except UserError as error:
         print(error, file=sys.stderr)
         return 1
     import wandb
 
     try:
-        print(write(history.run, args.mode))
+        print(write(run, args.mode))
     except (wandb.Error, OSError, ValueError) as error:
         print(" ".join(str(error).split()) or type(error).__name__, file=sys.stderr)
         return 1

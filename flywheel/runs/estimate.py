@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flywheel.runs import manifest
-from flywheel.runs.manifest import Entry
 from flywheel.recipe import Recipe
-from flywheel.runs.shards import shard_dirs
+from flywheel.runs import manifest
 from flywheel.runs.files import read_json
+from flywheel.runs.shards import shard_dirs
+from flywheel.runs.stage import Scheduled
 
 START = 6.0  # seconds to open a stage's engines or trainer
 CORE_SAMPLING, CORE_TRAINING = 2.2e10, 7e10  # FLOP/s of a CPU core with AVX-512, measured on a model of 0.9M parameters
@@ -40,7 +40,9 @@ class Row:
 
 def planned_tokens(recipe: Recipe, counts: dict[str, int], stage: str, round: int) -> int:
     """Nominal tokens of a stage, if a solution takes half of `sample.max_tokens`. 0 for a stage unknown here."""
-    train, calibrate, validation, test = (counts.get(split, 0) for split in ("train", "calibrate", "validation", "test"))
+    train, calibrate, validation, test = (
+        counts.get(split, 0) for split in ("train", "calibrate", "validation", "test")
+    )
     solution = recipe.sample.max_tokens / 2
     drawn = solution * 1.25  # and its prompt
     judged = drawn * 2.25  # scored by a PRM besides, which beam search does at every step
@@ -51,14 +53,25 @@ def planned_tokens(recipe: Recipe, counts: dict[str, int], stage: str, round: in
         "sample": (train * recipe.sample.per_question + calibrate * recipe.sample.calibrate) * drawn,
         "label": labelled * steps * recipe.label.rollouts * drawn / 2,
         "train_prm": labelled * drawn * recipe.prm.epochs,
-        "train_reviser": train * recipe.reviser.trajectories / 2 * drawn * (1 + recipe.reviser.context / 2) * recipe.reviser.epochs,
-        "choose_reviser": recipe.reviser.evals * min(validation, recipe.reviser.probe_questions) * recipe.reviser.probe_attempts * drawn * 2,
+        "train_reviser": train
+        * recipe.reviser.trajectories
+        / 2
+        * drawn
+        * (1 + recipe.reviser.context / 2)
+        * recipe.reviser.epochs,
+        "choose_reviser": recipe.reviser.evals
+        * min(validation, recipe.reviser.probe_questions)
+        * recipe.reviser.probe_attempts
+        * drawn
+        * 2,
         "calibrate": calibrate * budgets * judged,
         "harvest": train * recipe.harvest.budget * judged,
         "distill": train * recipe.harvest.keep / 2 * drawn * recipe.distill.epochs * round,
         "gate": calibrate * recipe.sample.calibrate * drawn,
         "evaluate": test * recipe.evaluate.samples * drawn * (2 if round == 0 else 1),
-        "search": test * (recipe.evaluate.samples + (4 + steps) * recipe.evaluate.budget + 2 * recipe.evaluate.revise_attempts) * drawn,
+        "search": test
+        * (recipe.evaluate.samples + (4 + steps) * recipe.evaluate.budget + 2 * recipe.evaluate.revise_attempts)
+        * drawn,
     }
     return int(one_round.get(stage, 0))
 
@@ -87,14 +100,15 @@ def guessed_speed(recipe: Recipe, training: bool, ranks: int) -> float:
     return cores * (CORE_TRAINING / (6 * size) if training else CORE_SAMPLING / (2 * size))
 
 
-def estimate(recipe: Recipe, run: Path, plan: Sequence[Entry], counts: dict[str, int], ranks: int) -> list[Row]:
+def estimate(recipe: Recipe, run: Path, plan: Sequence[Scheduled], counts: dict[str, int], ranks: int) -> list[Row]:
     """One row a stage. A finished stage stands with its own figures, and its like is taken for the later ones."""
-    done = {(r, stage.name): made for r, stage, _ in plan if (made := manifest.load(run, r, stage.name))}
+    done = {scheduled.at: made for scheduled in plan if (made := manifest.load(run, *scheduled.at))}
     rows = []
-    for r, stage, _ in plan:
+    for scheduled in plan:
+        r, stage = scheduled.round, scheduled.stage
         like = [made for (_, name), made in done.items() if name == stage.name and made["round"] > 0] or None
         made = done.get((r, stage.name))
-        state, left = standing(manifest.stage_dir(run, r, stage.name), made)
+        state, left = progress_of(manifest.stage_dir(run, r, stage.name), made)
         if made or like:
             source = made or like[-1]
             size = sum(file["bytes"] for file in source["files"].values())
@@ -103,12 +117,16 @@ def estimate(recipe: Recipe, run: Path, plan: Sequence[Entry], counts: dict[str,
             continue
         tokens = planned_tokens(recipe, counts, stage.name, r)
         seconds = START + tokens / guessed_speed(recipe, bool(stage.train), ranks)
-        size = 12 * recipe.model.lora_rank * int(parameters(Path(recipe.model.base)) ** 0.5) * 8 if stage.train else STORED * tokens
+        size = (
+            12 * recipe.model.lora_rank * int(parameters(Path(recipe.model.base)) ** 0.5) * 8
+            if stage.train
+            else STORED * tokens
+        )
         rows.append(Row(r, stage.name, state, left, tokens, seconds, size))
     return rows
 
 
-def standing(directory: Path, made: dict[str, Any] | None) -> tuple[str, float]:
+def progress_of(directory: Path, made: dict[str, Any] | None) -> tuple[str, float]:
     """What of a stage is there, in words, and the share that is left."""
     if made:
         return "done", 0.0
@@ -119,7 +137,7 @@ def standing(directory: Path, made: dict[str, Any] | None) -> tuple[str, float]:
     return ("begun" if any((directory / name).exists() for name in manifest.SCRATCH) else "to do"), 1.0
 
 
-def overview(recipe: Recipe, run: Path, plan: Sequence[Entry], counts: dict[str, int], ranks: int) -> str:
+def overview(recipe: Recipe, run: Path, plan: Sequence[Scheduled], counts: dict[str, int], ranks: int) -> str:
     """What a person reads before the first stage."""
     rows = estimate(recipe, run, plan, counts, ranks)
     questions = ", ".join(f"{split} {count}" for split, count in counts.items())
@@ -129,10 +147,19 @@ def overview(recipe: Recipe, run: Path, plan: Sequence[Entry], counts: dict[str,
         f"{'round':5s}  {'stage':14s}  {'state':16s}  {'tokens':>8s}  {'time':>8s}  {'disk':>8s}",
     ]
     for row in rows:
-        lines.append(f"{row.round:5d}  {row.stage:14s}  {row.state:16s}  {short(row.tokens):>8s}  {clock(row.seconds):>8s}  {short(row.bytes):>7s}B")
+        lines.append(
+            f"{row.round:5d}  {row.stage:14s}  {row.state:16s}  {short(row.tokens):>8s}"
+            f"  {clock(row.seconds):>8s}  {short(row.bytes):>7s}B"
+        )
     if any(row.left for row in rows):
-        tokens, seconds, size = (sum(row.left * getattr(row, name) for row in rows) for name in ("tokens", "seconds", "bytes"))
-        grounds = "from what this run measured, where it did" if any(row.state == "done" for row in rows) else "rough: nothing is measured yet"
+        tokens, seconds, size = (
+            sum(row.left * getattr(row, name) for row in rows) for name in ("tokens", "seconds", "bytes")
+        )
+        grounds = (
+            "from what this run measured, where it did"
+            if any(row.state == "done" for row in rows)
+            else "rough: nothing is measured yet"
+        )
         lines.append(f"to do: about {short(tokens)} tokens, {clock(seconds)}, {short(size)}B ({grounds})")
     return "\n".join(lines)
 

@@ -25,16 +25,20 @@ from typing import Any
 from flywheel.errors import UserError, explain
 
 PRELOAD = ("torch", "transformers", "trl.trainer.sft_trainer", "peft", "datasets")
-# Most of an engine's start is imports: 4.5 of 6 s. Only without a GPU: some of these may open it, and a fork forbids that.
-CPU_PRELOAD = ("flywheel.models.vllm", "vllm.v1.worker.cpu_worker", "vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors")
-OWN = ("flywheel.runs.isolate", "flywheel.runs.run", "pyarrow.parquet")
+# Most of an engine's start is imports: 4.5 of 6 s. Only without a GPU: some of these may open it before the fork.
+CPU_PRELOAD = (
+    "flywheel.models.vllm",
+    "vllm.v1.worker.cpu_worker",
+    "vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors",
+)
+OWN = ("flywheel.runs.isolate", "flywheel.runs.worker", "pyarrow.parquet")
 GRACE = 2.0  # seconds between SIGTERM and SIGKILL
 
 QUIET = {
     "HF_HUB_DISABLE_TELEMETRY": "1",  # trl's ping honours it too
     "DO_NOT_TRACK": "1",
     "VLLM_NO_USAGE_STATS": "1",
-    "PYTHONWARNINGS": "ignore::UserWarning:multiprocessing.resource_tracker",  # after a child was ended: not the user's affair
+    "PYTHONWARNINGS": "ignore::UserWarning:multiprocessing.resource_tracker",  # after a child was ended: of no use
     "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # asking whether there is a GPU must not open it before a fork
 }
 
@@ -100,7 +104,9 @@ def call(
     try:
         child.start()
     except (EOFError, ConnectionError) as error:
-        raise StageFailed(f"{what}: the process that loads {', '.join(PRELOAD)} died ({error!r}); its message is above") from None
+        raise StageFailed(
+            f"{what}: the process that loads {', '.join(PRELOAD)} died ({error!r}); its message is above"
+        ) from None
     theirs.close()
     outcome: tuple[str, Any] | None = None
     try:
@@ -137,7 +143,10 @@ def _result(outcome: tuple[str, Any] | None, exitcode: int | None, what: str, lo
         how = f"was killed by {name}{hint}"
     else:
         how = f"ended by itself with exit code {exitcode}"
-    raise StageFailed(f"{what}: its process {how}{f', see {log}' if log else ''}; what is finished is kept: the same command continues")
+    raise StageFailed(
+        f"{what}: its process {how}{f', see {log}' if log else ''};"
+        " what is finished is kept: the same command continues"
+    )
 
 
 def end(child) -> None:

@@ -8,26 +8,21 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from flywheel.runs import shards
 from flywheel.errors import UserError
 from flywheel.ledger import total
 from flywheel.recipe import Recipe
-from flywheel.runs.shards import shard_dirs
+from flywheel.runs import shards
 from flywheel.runs.files import Damaged, read_json, read_rows, sha256, write_json
-
-if TYPE_CHECKING:
-    from flywheel.runs.run import Stage
+from flywheel.runs.shards import shard_dirs
+from flywheel.runs.stage import At, Scheduled
 
 FORMAT = 2  # of records, shards and manifests: another one cannot be continued
 MANIFEST, FINGERPRINT = "manifest.json", "fingerprint.json"
 SCRATCH = ("trainer",)  # a training's own checkpoints: not part of what the stage made
 UNLISTED = (MANIFEST, FINGERPRINT, "claims.lock")
 PATHS = ("model.base", "problems.path")  # what the files hold counts, not where they lie
-
-
-Entry = tuple[int, "Stage", list[tuple[int, str]]]  # round, stage, the (round, stage) pairs that it reads
 
 
 class Changed(UserError):
@@ -38,7 +33,7 @@ def stage_dir(run: Path, round: int, stage: str) -> Path:
     return run / f"round_{round}" / stage
 
 
-def name_of(at: tuple[int, str]) -> str:
+def name_of(at: At) -> str:
     return f"round_{at[0]}/{at[1]}"
 
 
@@ -59,13 +54,13 @@ def flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield prefix.removesuffix("."), value
 
 
-def recipe_leaves(recipe: Recipe, sections: Sequence[str]) -> dict[str, Any]:
-    """The leaves below `sections` (dotted keys). Raises ValueError for a section that is none."""
+def recipe_leaves(recipe: Recipe, sections: Sequence[str] | None) -> dict[str, Any]:
+    """The leaves below `sections` (dotted keys; None: all). Raises ValueError for a section that is none."""
     leaves = dict(flat(recipe.model_dump(mode="json")))
-    for section in sections:
+    for section in sections or ():
         if not any(key == section or key.startswith(f"{section}.") for key in leaves):
             raise ValueError(f"{section}: no section of a recipe")
-    wanted = tuple(f"{section}." for section in sections)
+    wanted = ("",) if sections is None else tuple(f"{section}." for section in sections)
     return {key: leaf for key, leaf in leaves.items() if f"{key}.".startswith(wanted) and key not in PATHS}
 
 
@@ -79,8 +74,13 @@ def source_files(recipe: Recipe) -> dict[str, str]:
         if not (base / "config.json").is_file():
             raise UserError(f"model.base: {base} is not a model (it has no config.json)")
         if not any(base.glob("*.safetensors")):
-            raise UserError(f"model.base: {base} has no *.safetensors; pickled weights (.bin, .pt) can run code and are not loaded: convert them with save_pretrained")
-        files = {f"model.base/{p.name}": p for p in sorted(base.iterdir()) if p.suffix in (".json", ".safetensors", ".model")}
+            raise UserError(
+                f"model.base: {base} has no *.safetensors; pickled weights (.bin, .pt) can run code and are not loaded:"
+                " convert them with save_pretrained"
+            )
+        files = {
+            f"model.base/{p.name}": p for p in sorted(base.iterdir()) if p.suffix in (".json", ".safetensors", ".model")
+        }
     elif base.is_absolute() or base.exists() or recipe.model.base.count("/") != 1:
         raise UserError(f"model.base: {base} is not a model directory, nor the name of one on the Hub (owner/name)")
     else:
@@ -96,33 +96,25 @@ def source_files(recipe: Recipe) -> dict[str, str]:
     return sums if base.is_dir() else {"model.base": recipe.model.base, **sums}
 
 
-def fingerprint(recipe: Recipe, stage: Stage, sources: dict[str, str], inputs: Sequence[tuple[int, str]], run: Path) -> dict[str, Any]:
+def fingerprint(run: Path, recipe: Recipe, sources: dict[str, str], scheduled: Scheduled) -> dict[str, Any]:
     """Everything that a stage's outcome depends on, flat. Raises Damaged if an input is not finished."""
     made_from = {}
-    for at in inputs:
+    for at in scheduled.reads:
         path = stage_dir(run, *at) / MANIFEST
         if not path.is_file():
             raise Damaged(f"{path}: missing")
         made_from[f"input {name_of(at)}"] = sha256(path)
-    return {"format": FORMAT, "seed": recipe.seed, **recipe_leaves(recipe, stage.sections), **sources, **made_from}
+    leaves = recipe_leaves(recipe, scheduled.stage.sections)
+    return {"format": FORMAT, "seed": recipe.seed, **leaves, **sources, **made_from}
 
 
 def difference(old: dict[str, Any], new: dict[str, Any]) -> tuple[str, Any, Any] | None:
-    """The first key that differs, with both values ("nothing" where a side lacks it, or has null: a key that came later)."""
+    """The first key that differs, with both values: "nothing" where a side lacks it, checksums cut short."""
     for key in dict.fromkeys([*new, *old]):
-        was, now = (_said(side.get(key, "nothing")) for side in (old, new))
+        was, now = old.get(key, "nothing"), new.get(key, "nothing")
         if was != now:
-            return key, was, now
+            return key, *(f"sha256 {v[:12]}" if isinstance(v, str) and len(v) == 64 else v for v in (was, now))
     return None
-
-
-def _said(value: Any) -> Any:
-    """Without what is null, in the mappings of a list too: an older run lacks the keys that have come since."""
-    if value is None:
-        return "nothing"
-    if isinstance(value, list):
-        return [{k: v for k, v in item.items() if v is not None} if isinstance(item, dict) else item for item in value]
-    return value
 
 
 def check_unchanged(directory: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
@@ -130,10 +122,15 @@ def check_unchanged(directory: Path, old: dict[str, Any], new: dict[str, Any]) -
     if found := difference(old, new):
         key, was, now = found
         if key.startswith("input "):
-            raise Changed(f"{directory} was made from another {key.removeprefix('input ')} than the one there now; delete {directory} to redo it")
-        if isinstance(was, str) and len(was) == 64:
-            was, now = f"sha256 {was[:12]}", f"sha256 {now[:12]}"
-        raise Changed(f"{directory} was made with {key} = {was!r}, now it is {now!r}: put it back, or start another run with --name")
+            other = key.removeprefix("input ")
+            raise Changed(
+                f"{directory} was made from another {other} than the one there now; delete {directory} to redo it"
+            )
+        raise Changed(
+            f"{directory} was made with {key} = {was!r}, now it is {now!r}:"
+            " put it back, or start another run with --name"
+            " (and --fork, to take over what this does not touch)"
+        )
 
 
 def check_recipe(run: Path, recipe: Recipe) -> None:
@@ -164,23 +161,24 @@ def load(run: Path, round: int, stage: str) -> dict[str, Any] | None:
 
 
 def seal(
-    directory: Path, made_from: dict[str, Any], figures: dict, seconds: float, ranks: int, place: int, of: int
+    run: Path, scheduled: Scheduled, made_from: dict[str, Any], figures: dict, seconds: float, ranks: int
 ) -> dict[str, Any]:
-    """Write the manifest: from here on the stage is finished. `place`: 0 for the first of the round's `of` stages."""
+    """Write the manifest: from here on the stage is finished. Returns it."""
+    directory = stage_dir(run, *scheduled.at)
     files = {str(p.relative_to(directory)): p for p in _listed(directory)}
     counts: dict[str, int] = {}
     for shard in shard_dirs(directory):
         for kind, count in read_json(shard / "shard.json")["counts"].items():
             counts[kind] = counts.get(kind, 0) + count
-    spent = [row for name, path in files.items() if path.name.startswith("ledger") and path.suffix == ".parquet" for row in read_rows(path)]
+    ledgers = [path for path in files.values() if path.name.startswith("ledger") and path.suffix == ".parquet"]
     manifest = {
         "format": FORMAT,
-        "round": int(directory.parent.name.removeprefix("round_")),
-        "stage": directory.name,
-        "place": place,
-        "of": of,
+        "round": scheduled.round,
+        "stage": scheduled.stage.name,
+        "place": scheduled.place,
+        "of": scheduled.of,
         "counts": counts,
-        "tokens": sum(sums.tokens for _, sums in total(spent)),
+        "tokens": sum(sums.tokens for _, sums in total(row for path in ledgers for row in read_rows(path))),
         "seconds": round(seconds, 3),
         "ranks": ranks,
         "figures": figures,
@@ -192,62 +190,69 @@ def seal(
 
 
 def _listed(directory: Path) -> list[Path]:
+    """The files that a stage made: none of its scratch, logs and locks."""
     found = []
     for folder, folders, names in os.walk(directory):
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and (folder != str(directory) or name not in SCRATCH))
-        found += [Path(folder, name) for name in sorted(names) if name not in UNLISTED and not name.startswith(".") and not name.endswith(".log")]
+        scratch = SCRATCH if folder == str(directory) else ()
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in scratch)
+        made = [name for name in sorted(names) if name not in UNLISTED and not name.startswith(".")]
+        found += [Path(folder, name) for name in made if not name.endswith(".log")]
     return found
 
 
 def check_files(directory: Path, manifest: dict[str, Any], contents: bool = False) -> None:
-    """Every file that the manifest lists has its size (and, with `contents`, its checksum). Raises Damaged with the mend."""
+    """Every file that the manifest lists has its size (with `contents`, its checksum). Raises Damaged with the mend."""
     shards.check_files(directory, manifest["files"], f"delete {directory} to redo the stage", contents)
 
 
-def check_run(run: Path, recipe: Recipe, sources: dict[str, str], stages: Sequence[Entry]) -> None:
+def check_run(run: Path, recipe: Recipe, sources: dict[str, str], plan: Sequence[Scheduled]) -> None:
     """Every stage that is there was made from what is there now, and its files are whole.
 
-    `stages` in their order. Raises Damaged or Changed with the mend.
+    `plan`: the stages in their order. Raises Damaged or Changed with the mend.
     """
-    for entry in stages:
+    for scheduled in plan:
         try:
-            check_stage(run, recipe, sources, entry)
+            check_stage(run, recipe, sources, scheduled)
         except Lost as lost:
-            there = [str(d) for at in made_from(lost.input, stages) if (d := stage_dir(run, *at)).is_dir()]
+            there = [str(d) for at in made_from(lost.input, plan) if (d := stage_dir(run, *at)).is_dir()]
             raise Damaged(f"{lost}; to redo it all: rm -r {' '.join(there)}") from None
 
 
 class Lost(Damaged):
     """A stage that another was made from is not there."""
 
-    input: tuple[int, str]
+    input: At
 
 
-def check_stage(run: Path, recipe: Recipe, sources: dict[str, str], entry: Entry, contents: bool = False) -> bool:
+def check_stage(
+    run: Path, recipe: Recipe, sources: dict[str, str], scheduled: Scheduled, contents: bool = False
+) -> bool:
     """Whether the stage is there, finished or not. Raises Damaged, Lost or Changed."""
-    round, stage, reads = entry
-    directory = stage_dir(run, round, stage.name)
-    manifest = load(run, round, stage.name)
+    directory = stage_dir(run, *scheduled.at)
+    manifest = load(run, *scheduled.at)
     started = manifest["fingerprint"] if manifest else read_json(directory / FINGERPRINT)
     if started is None:
         if shard_dirs(directory):
-            raise Damaged(f"{directory}: holds shards, but neither {MANIFEST} nor {FINGERPRINT} says what they were made from; delete {directory} to redo the stage")
+            raise Damaged(
+                f"{directory}: holds shards, but neither {MANIFEST} nor {FINGERPRINT} says what they were made from;"
+                f" delete {directory} to redo the stage"
+            )
         return False
-    for at in reads:
+    for at in scheduled.reads:
         if load(run, *at) is None:
             lost = Lost(f"{directory} was made from {name_of(at)}, which is not there (any more)")
             lost.input = at
             raise lost
-    check_unchanged(directory, started, fingerprint(recipe, stage, sources, reads, run))
+    check_unchanged(directory, started, fingerprint(run, recipe, sources, scheduled))
     if manifest:
         check_files(directory, manifest, contents)
     return True
 
 
-def made_from(at: tuple[int, str], stages: Sequence[Entry]) -> list[tuple[int, str]]:
+def made_from(at: At, plan: Sequence[Scheduled]) -> list[At]:
     """The stages that were made from `at`, directly or not, in their order."""
     gone = {at}
-    for round, stage, reads in stages:
-        if gone & set(reads):
-            gone.add((round, stage.name))
-    return [(round, stage.name) for round, stage, _ in stages if (round, stage.name) in gone - {at}]
+    for scheduled in plan:
+        if gone & set(scheduled.reads):
+            gone.add(scheduled.at)
+    return [scheduled.at for scheduled in plan if scheduled.at in gone - {at}]

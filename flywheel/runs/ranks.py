@@ -47,7 +47,9 @@ class Ranks:
         env = os.environ
         world = int(env.get("WORLD_SIZE", 1))
         rank = int(env.get("RANK", 0))
-        return cls(rank, world, int(env.get("LOCAL_RANK", rank)), int(env.get("LOCAL_WORLD_SIZE", world)), "RANK" in env)
+        return cls(
+            rank, world, int(env.get("LOCAL_RANK", rank)), int(env.get("LOCAL_WORLD_SIZE", world)), "RANK" in env
+        )
 
 
 class RunLock:
@@ -67,7 +69,9 @@ class RunLock:
         except (BlockingIOError, PermissionError):
             holder = os.read(self.fd, 1000).decode(errors="replace").strip() or "unknown"
             os.close(self.fd)
-            raise InUse(f"{self.path.parent} is in use by {holder}; wait for it, or start another run with --name") from None
+            raise InUse(
+                f"{self.path.parent} is in use by {holder}; wait for it, or start another run with --name"
+            ) from None
         os.ftruncate(self.fd, 0)
         os.pwrite(self.fd, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
 
@@ -95,7 +99,7 @@ class Launch:
             self.dir = self._host() if ranks.rank == 0 else self._join()
 
     def _host(self) -> Path:
-        """Echo what each rank says of itself until each has found its own word in the echo."""
+        """Handshake: publish every rank's token until each rank has confirmed its own. The launch's directory."""
         for old in self.base.glob("*"):
             shutil.rmtree(old, ignore_errors=True) if old.is_dir() else old.unlink(missing_ok=True)
         launch, others = uuid.uuid4().hex, range(1, self.ranks.world)
@@ -106,10 +110,15 @@ class Launch:
             if heard != said:
                 said = heard
                 write_json(self.base / "welcome.json", {"launch": launch, "ranks": said})
-            if len(said) == len(others) and all(read_json(self.base / launch / f"here_{r}.json") == said[str(r)] for r in others):
+            if len(said) == len(others) and all(
+                read_json(self.base / launch / f"here_{r}.json") == said[str(r)] for r in others
+            ):
                 return self.base / launch
         missing = [r for r in others if str(r) not in said]
-        raise LaunchFailed(f"ranks {missing or list(others)} of {self.ranks.world} did not come within {PATIENCE:.0f} s: is {self.base.parent} shared by all hosts?")
+        raise LaunchFailed(
+            f"ranks {missing or list(others)} of {self.ranks.world} did not come within {PATIENCE:.0f} s:"
+            f" is {self.base.parent} shared by all hosts?"
+        )
 
     def _join(self) -> Path:
         word, hello = uuid.uuid4().hex, self.base / f"hello_{self.ranks.rank}.json"
@@ -167,7 +176,7 @@ class Launch:
                 write_json(self.dir / f"failed_{self.ranks.rank}.json", line)
 
     def watch(self) -> None:
-        """Raises LaunchFailed if another rank failed, or is gone: a launcher might end the others, but not every launch has one."""
+        """Raises LaunchFailed if another rank failed, or is gone. (Not every launch has a launcher that would end it.)"""
         for r in range(self.ranks.world) if self.dir else ():
             if r != self.ranks.rank and (line := read_json(self.dir / f"failed_{r}.json")):
                 raise LaunchFailed(f"rank {r}: {line}" if self.ranks.rank == 0 else line)

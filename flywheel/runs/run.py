@@ -1,34 +1,142 @@
-"""What a stage is, what it sees, and how one rank carries it out.
-
-A stage computes; this module writes. A sampling stage is cut into chunks that the ranks
-draw; a training stage runs on all ranks at once; `finish` then runs on rank 0. The
-manifest, written last by `iterate`, makes the stage finished.
-"""
+"""A run on disk, read only, and what one stage sees of it."""
 
 from __future__ import annotations
 
 import hashlib
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-from flywheel.runs import manifest
-from flywheel.errors import EngineDied
-from flywheel.records import ModelRef
 from flywheel.errors import UserError
 from flywheel.ledger import Ledger
-from flywheel.recipe import Recipe
-from flywheel.records import Problem, Role, Split
+from flywheel.recipe import Recipe, load
+from flywheel.records import ModelRef, Problem, Role, Split
+from flywheel.runs import manifest
+from flywheel.runs.files import read_rows, read_table
 from flywheel.runs.shards import Shards, shard_dirs
-from flywheel.runs.files import encode_ledger, plain, read_table, write_file, write_table
-
-__all__ = ["Context", "Stage", "TestSplitForbidden", "inputs", "perform", "read_table", "write_table"]
+from flywheel.runs.stage import At, Stage
 
 R = TypeVar("R")
+
+
+class Run:
+    """What a run directory holds, at any point of the run: recipe, manifests, records, models. Reads only."""
+
+    def __init__(self, root: str | Path, recipe: Recipe | None = None):
+        """`recipe`: another than the run's own. Raises UserError where there is no run."""
+        self.root = Path(root)
+        if recipe is None and not (self.root / "recipe.yaml").is_file():
+            raise UserError(f"{root}: not a run (no recipe.yaml in it)")
+        self._recipe = recipe or load(self.root / "recipe.yaml")
+
+    @property
+    def recipe(self) -> Recipe:
+        return self._recipe
+
+    def path(self, stage: str, round: int) -> Path:
+        """The directory of a stage."""
+        return manifest.stage_dir(self.root, round, stage)
+
+    # ---- stages and rounds ----
+
+    def manifest(self, stage: str, round: int) -> dict[str, Any] | None:
+        """None while the stage is not finished. Raises UserError where it cannot be read."""
+        return manifest.load(self.root, round, stage)
+
+    @property
+    def manifests(self) -> dict[At, dict[str, Any]]:
+        """Of every finished stage, in the order in which they ran."""
+        found = {}
+        for path in self.root.glob("round_*/*/manifest.json"):
+            if match := re.fullmatch(r"round_(\d+)", path.parts[-3]):
+                found[int(match[1]), path.parts[-2]] = self.manifest(path.parts[-2], int(match[1]))
+        return dict(sorted(found.items(), key=lambda item: (item[0][0], item[1]["place"])))
+
+    @property
+    def rounds(self) -> list[int]:
+        """The finished rounds from 0 on, without a gap."""
+        counts: dict[int, list[int]] = {}
+        for (round, _), made in self.manifests.items():
+            counts.setdefault(round, []).append(made["of"])
+        done = 0
+        while done in counts and len(counts[done]) == counts[done][0]:
+            done += 1
+        return list(range(done))
+
+    def figures(self, stage: str, round: int) -> dict:
+        """A finished stage's figures; empty where it is not finished."""
+        return (self.manifest(stage, round) or {}).get("figures") or {}
+
+    def read(self, cls: type[R], stage: str, round: int) -> Iterator[R]:
+        """The records of class `cls` of a stage, in the order of its items."""
+        for shard in shard_dirs(self.path(stage, round)):
+            if (table := shard / f"{cls.__name__}.parquet").is_file():  # a chunk may yield none of a kind
+                yield from read_table(table, cls)
+
+    @cached_property
+    def ledger_rows(self) -> list[dict]:
+        """All ledger rows that are on disk, those of an unfinished stage's shards included."""
+        paths = [*self.root.glob("round_*/*/shards/*/ledger.parquet"), *self.root.glob("round_*/*/ledger*.parquet")]
+        return [row for path in sorted(paths) for row in read_rows(path)]
+
+    def harvest(self, round: int) -> Path | None:
+        """The parquet of one round's harvest, if it kept anything."""
+        path = self.path("harvest", round) / "harvest.parquet"
+        return path if path.is_file() else None
+
+    # ---- questions and models ----
+
+    def problems(self, *splits: Split) -> list[Problem]:
+        """The problems of these splits, in the file's order."""
+        if not splits:
+            raise ValueError("which splits?")
+        return [problem for split in splits for problem in self._problems.get(split, [])]
+
+    @cached_property
+    def _problems(self) -> dict[Split, list[Problem]]:
+        from flywheel.problems import sources
+
+        return sources.load(self._recipe.problems)
+
+    def policy_round(self, round: int) -> int:
+        """The round whose distillation made the policy that stands after `round`; 0 is the base.
+
+        A policy stands until a later round's gate lets another pass, so policy_1 may still be the policy of round 3.
+        Raises UserError if a gate on the way is not finished.
+        """
+        for r in range(round, 0, -1):
+            if (gate := self.manifest("gate", r)) is None:
+                gate_name = manifest.name_of((r, "gate"))
+                raise UserError(f"the policy of round {r} is not decided: {gate_name} is not finished")
+            if gate["figures"]["passed"]:
+                return r
+        return 0
+
+    def model(self, role: Role, round: int) -> ModelRef:
+        """The model of `role` after `round`. A PRM that was refused leaves the un-finetuned base to judge."""
+        base = self._recipe.model.base
+        match role:
+            case Role.POLICY:
+                made = self.policy_round(round)
+                adapter = str(self.path("distill", made) / "adapter") if made else None
+                return ModelRef(f"policy_{made}", base, adapter)
+            case Role.PRM:
+                if self.figures("train_prm", round).get("refused"):
+                    return ModelRef("policy_0", base)
+                return ModelRef(f"prm_{round}", base, str(self.path("train_prm", round) / "adapter"))
+            case Role.REVISER:
+                return ModelRef(f"reviser_{round}", base, str(self.path("choose_reviser", round) / "adapter"))
+
+    def adapters(self, round: int) -> dict[Role, Path]:
+        """The LoRA adapters after `round`, by role; only those that are there and were used."""
+        found = {}
+        for role in Role:
+            adapter = self.model(role, round).adapter
+            if adapter and (Path(adapter) / "adapter_config.json").is_file():
+                found[role] = Path(adapter)
+        return found
 
 
 class TestSplitForbidden(UserError):
@@ -37,74 +145,36 @@ class TestSplitForbidden(UserError):
     __test__ = False  # its name is not a test's
 
 
-@dataclass(frozen=True)
-class Stage:
-    """One step of a round. Either `items` and `work` (sampling) or `train`; `finish` may follow.
+class Context(Run):
+    """All that a stage sees of its run: the inputs and recipe sections that it names, test questions if it measures.
 
-    sections: dotted recipe keys whose change makes the stage another one.
-    inputs: the stages it reads: "sample" (of the same round), "gate@-1" (of the previous
-    round), "evaluate@0" (of that round), "harvest@all" (of this and every earlier round); with
-    a "?" behind, except where that is round 0, which is the base and has been trained by nothing.
-    items: ids of the work items, in a fixed order; `work` turns a chunk of them into records
-    (dataclasses), with the `tools` (engines) that each rank opens once.
-    train: called on every rank, its environment ready for torch.distributed; resumable.
-    finish: on rank 0, when all shards exist; its figures go into the manifest.
+    Where `round` is left out it is the stage's own.
     """
-
-    name: str
-    sections: tuple[str, ...]
-    inputs: tuple[str, ...]
-    items: Callable[[Context], list[str]] | None = None
-    tools: Callable[[Context], AbstractContextManager[Any]] | None = None
-    work: Callable[[Context, Any, Sequence[str]], Iterator[object]] | None = None
-    train: Callable[[Context], dict] | None = None
-    finish: Callable[[Context], dict] | None = None
-    test_split: bool = False
-
-    def __post_init__(self) -> None:
-        if bool(self.train) == bool(self.items and self.work):
-            raise ValueError(f"stage {self.name}: either items and work, or train")
-
-
-def inputs(stage: Stage, round: int) -> list[tuple[int, str]]:
-    """(round, stage) pairs that `stage` may read in `round`, itself apart. A round before 0 is dropped."""
-    pairs = []
-    for item in stage.inputs:
-        name, _, at = item.rstrip("?").partition("@")
-        rounds = range(1, round + 1) if at == "all" else [round + int(at or 0) if at.startswith("-") or not at else int(at)]
-        pairs += [(r, name) for r in rounds if r >= item.endswith("?") and (r, name) != (round, stage.name)]
-    return list(dict.fromkeys(pairs))
-
-
-def entries(stages: Callable[[int], Sequence[Stage]], rounds: int) -> list[manifest.Entry]:
-    """All stages of rounds 0..rounds in order, each with those of its inputs that exist."""
-    by_round = [stages(r) for r in range(rounds + 1)]
-    there = {(r, stage.name) for r, group in enumerate(by_round) for stage in group}
-    return [(r, stage, [at for at in inputs(stage, r) if at in there]) for r, group in enumerate(by_round) for stage in group]
-
-
-class Context:
-    """All that a stage sees of its run."""
 
     def __init__(
         self,
         recipe: Recipe,
-        run: Path,
+        root: Path,
         round: int,
         stage: Stage,
         rank: int = 0,
         world: int = 1,
         tell: Callable[[int, int, dict], None] = lambda done, total, figures: None,
     ):
-        self.recipe, self.run, self.round, self.stage = recipe, Path(run), round, stage
-        self.rank, self.world = rank, world
+        super().__init__(root, recipe)
+        self.round, self.stage, self.rank, self.world = round, stage, rank, world
         self.ledger = Ledger(stage.name, round)
         self.dir = self.path(stage.name)
         self._tell = tell
-        self._before = self._chunk = self._items = 0  # where `progress` stands among the items
+        self._before = self._chunk = self._items = 0  # items of finished chunks, of the chunk at hand, of the stage
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        """The recipe, as far as the stage names it."""
+        return self._recipe if self.stage.sections is None else Named(self._recipe, self.stage)
 
     def path(self, stage: str, round: int | None = None) -> Path:
-        return manifest.stage_dir(self.run, self.round if round is None else round, stage)
+        return super().path(stage, self.round if round is None else round)
 
     def relative(self, path: str | Path) -> Path:
         """`path` as seen from this stage's directory, so that a run can be moved."""
@@ -112,68 +182,37 @@ class Context:
 
     def seed(self, *parts: object) -> int:
         """63 bits by identity: run seed, round, stage and `parts`, wherever and whenever asked."""
-        text = "\x1f".join(map(str, (self.recipe.seed, self.round, self.stage.name, *parts)))
+        text = "\x1f".join(map(str, (self._recipe.seed, self.round, self.stage.name, *parts)))
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) >> 1
 
     # ---- what may be read ----
 
     def problems(self, *splits: Split) -> list[Problem]:
         """The problems of these splits, in the file's order. Raises TestSplitForbidden."""
-        if not splits:
-            raise ValueError("which splits?")
         if Split.TEST in splits and not self.stage.test_split:
             raise TestSplitForbidden(f"stage {self.stage.name} must not see the test split")
-        return [problem for split in splits for problem in self._problems.get(split, [])]
+        return super().problems(*splits)
 
-    @cached_property
-    def _problems(self) -> dict[Split, list[Problem]]:
-        from flywheel.problems.sources import load
-
-        return load(self.recipe.problems)
-
-    def _finished(self, stage: str, round: int | None) -> dict[str, Any]:
-        at = (self.round if round is None else round, stage)
-        if at not in inputs(self.stage, self.round):
-            raise ValueError(f"stage {self.stage.name} reads {manifest.name_of(at)} but does not name it among its inputs")
-        if (found := manifest.load(self.run, *at)) is None:
-            raise UserError(f"{manifest.name_of(at)} is not finished, and {self.stage.name} needs it")
-        return found
+    def figures(self, stage: str, round: int | None = None) -> dict:
+        """The figures of a finished stage. Raises UserError where it is not finished."""
+        return self._input(stage, round)["figures"]
 
     def read(self, cls: type[R], stage: str, round: int | None = None) -> Iterator[R]:
         """Records of a finished stage (or of this one, in `finish`), in the order of its items."""
-        if (stage, round) not in ((self.stage.name, None), (self.stage.name, self.round)):
-            self._finished(stage, round)
-        for shard in shard_dirs(self.path(stage, round)):
-            if (table := shard / f"{cls.__name__}.parquet").is_file():  # a chunk may yield none of a kind
-                yield from read_table(table, cls)
+        at = self.round if round is None else round
+        if (at, stage) != (self.round, self.stage.name):
+            self._input(stage, at)
+        return super().read(cls, stage, at)
 
-    def figures(self, stage: str, round: int | None = None) -> dict:
-        """The figures of a finished stage."""
-        return self._finished(stage, round)["figures"]
+    def _input(self, stage: str, round: int | None) -> dict[str, Any]:
+        at = (self.round if round is None else round, stage)
+        if at not in self.stage.reads(self.round):
+            raise ValueError(f"stage {self.stage.name} does not name {manifest.name_of(at)} among its inputs")
+        if (found := self.manifest(stage, at[0])) is None:
+            raise UserError(f"{manifest.name_of(at)} is not finished, and {self.stage.name} needs it")
+        return found
 
-    def model(self, role: Role, round: int | None = None) -> ModelRef:
-        """The model of `role` after `round` (this one if None).
-
-        A policy stands until a later round's gate lets another pass, so policy_1 may still be
-        the policy of round 3. A PRM that was refused leaves the un-finetuned base to judge. Raises UserError if a gate on the way is not finished.
-        """
-        round, base = self.round if round is None else round, self.recipe.model.base
-        match role:
-            case Role.POLICY:
-                for r in range(round, 0, -1):
-                    if (gate := manifest.load(self.run, r, "gate")) is None:
-                        raise UserError(f"the policy of round {r} is not decided: {manifest.name_of((r, 'gate'))} is not finished")
-                    if gate["figures"]["passed"]:
-                        return ModelRef(f"policy_{r}", base, str(self.path("distill", r) / "adapter"))
-                return ModelRef("policy_0", base)
-            case Role.PRM:
-                if (trained := manifest.load(self.run, round, "train_prm")) and trained["figures"].get("refused"):
-                    return ModelRef("policy_0", base)
-                return ModelRef(f"prm_{round}", base, str(self.path("train_prm", round) / "adapter"))
-            case Role.REVISER:
-                return ModelRef(f"reviser_{round}", base, str(self.path("choose_reviser", round) / "adapter"))
-
-    # ---- what is told ----
+    # ---- progress, for the terminal ----
 
     def progress(self, done: int, total: int, **figures: float) -> None:
         """`done` of `total` of a training, or of the chunk at hand."""
@@ -181,83 +220,28 @@ class Context:
             done, total = self._before + self._chunk * done // max(1, total), self._items
         self._tell(done, total, figures)
 
-    def _at_chunk(self, shards: Shards, chunk: int) -> None:
+    def at_chunk(self, shards: Shards, chunk: int) -> None:
+        """A chunk of so many items begins; 0: none is at hand."""
         self._items = sum(map(len, shards.chunks))
         self._before, self._chunk = sum(len(shards.chunks[i]) for i in shards.done()), chunk
         self._tell(self._before, self._items, {})
 
 
-def perform(ctx: Context) -> dict:
-    """One rank's part of the stage, in the stage's own process; rank 0 returns the figures."""
-    ctx.dir.mkdir(parents=True, exist_ok=True)
-    figures: dict = {}
-    if ctx.stage.train:
-        figures |= ctx.stage.train(ctx)
-    else:
-        fill(ctx)
-    if ctx.stage.finish and ctx.rank == 0:
-        figures |= ctx.stage.finish(ctx)
-    if rows := ctx.ledger.take():  # of a training, or charged after the last chunk
-        write_file(ctx.dir / ("ledger.parquet" if ctx.rank == 0 else f"ledger_{ctx.rank}.parquet"), encode_ledger(rows))
-    return plain(figures)
+class Named:
+    """A recipe (or a section of it) that shows a stage the keys that it names: its fingerprint holds all it reads.
 
-
-def chunks(items: Sequence[str], size: int) -> list[list[str]]:
-    """`items` in chunks of at most `size`, all of nearly one length: a short last one would keep one process waiting for another."""
-    count = -(-len(items) // size)
-    return [list(items[i * len(items) // count : (i + 1) * len(items) // count]) for i in range(count)]
-
-
-def fill(ctx: Context) -> None:
-    """Draw missing chunks and write their shards until all exist. The tools open at the first one.
-
-    An engine that dies is opened again, once a chunk; what it had spent stays in the ledger.
-    Raises EngineDied with the questions of the chunk if it dies again.
+    Raises ValueError, a fault of the stage, for any other key. `model.base` and `problems.path` may always be read:
+    what their files hold is in every fingerprint.
     """
-    shards = Shards(ctx.dir, chunks(ctx.stage.items(ctx), ctx.recipe.engine.chunk))
-    with ExitStack() as stack:
-        stack.callback(shards.close)
-        tools = stack.enter_context(Tools(ctx))
-        for index in shards.claims(idle=lambda: ctx._at_chunk(shards, 0)):
-            started, chunk = time.monotonic(), shards.chunks[index]
 
-            def write(index: int = index, started: float = started, chunk: Sequence[str] = chunk) -> None:
-                ctx._at_chunk(shards, len(chunk))
-                shards.write(index, ctx.stage.work(ctx, tools.open(), chunk), ctx.ledger.take, lambda: time.monotonic() - started)
+    def __init__(self, spec: Any, stage: Stage, prefix: str = ""):
+        self._spec, self._stage, self._prefix = spec, stage, prefix
 
-            try:
-                write()
-            except EngineDied as first:
-                print(f"{first}; opened again for {len(chunk)} questions from {chunk[0]}", flush=True)
-                tools.drop()
-                try:
-                    write()
-                except EngineDied as second:
-                    raise EngineDied(f"{second} (twice, on questions {' '.join(chunk[:20])}{' ...' if len(chunk) > 20 else ''})") from second
-        ctx._at_chunk(shards, 0)
-
-
-class Tools:
-    """A stage's tools, opened when they are first wanted and again after a `drop`."""
-
-    def __init__(self, ctx: Context):
-        self.ctx, self.stack, self.tools = ctx, ExitStack(), None
-
-    def __enter__(self) -> Tools:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stack.close()
-
-    def open(self) -> Any:
-        if self.tools is None and self.ctx.stage.tools:
-            self.tools = self.stack.enter_context(self.ctx.stage.tools(self.ctx))
-        return self.tools
-
-    def drop(self) -> None:
-        """Close what is open. What a dead engine says as it closes is noted and changes nothing."""
-        stack, self.stack, self.tools = self.stack, ExitStack(), None
-        try:
-            stack.close()
-        except Exception as error:
-            print(f"while it was closed: {type(error).__name__}: {error}", flush=True)
+    def __getattr__(self, key: str) -> Any:
+        value, path = getattr(self._spec, key), f"{self._prefix}{key}"
+        named = (*self._stage.sections, *manifest.PATHS, "seed")
+        if any(path == section or path.startswith(f"{section}.") for section in named):
+            return value
+        if any(section.startswith(f"{path}.") for section in named):
+            return Named(value, self._stage, f"{path}.")
+        raise ValueError(f"stage {self._stage.name} reads the recipe's {path} but does not name it among its sections")

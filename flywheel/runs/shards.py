@@ -42,7 +42,9 @@ class Shards:
         for path in shard_dirs(self.dir.parent):
             shard, index = check_shard(path), int(path.name)
             if index >= len(self.chunks) or shard.get("items") != list(self.chunks[index]):
-                raise Damaged(f"{path}: holds other items than this stage has now; delete {self.dir.parent} to redo the stage")
+                raise Damaged(
+                    f"{path}: holds other items than this stage has now; delete {self.dir.parent} to redo the stage"
+                )
 
     def claims(self, idle: Callable[[], None] = lambda: None) -> Iterator[int]:
         """Missing chunks, one at a time, each locked until the next is asked for; ends when all exist.
@@ -68,7 +70,9 @@ class Shards:
         except (BlockingIOError, PermissionError):
             return False
 
-    def write(self, index: int, records: Iterable[object], ledger: Callable[[], list[dict]], seconds: Callable[[], float]) -> None:
+    def write(
+        self, index: int, records: Iterable[object], ledger: Callable[[], list[dict]], seconds: Callable[[], float]
+    ) -> None:
         """Write a claimed chunk: one table a record class, the ledger's rows, and `shard.json`."""
         tables: dict[type, list[object]] = {}
         for record in records:
@@ -81,7 +85,9 @@ class Shards:
             "items": list(self.chunks[index]),
             "counts": {cls.__name__: len(rows) for cls, rows in tables.items()},
             "seconds": round(seconds(), 3),
-            "files": {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()},
+            "files": {
+                name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()
+            },
         }
         files["shard.json"] = json.dumps(about).encode()
         for leftover in self.dir.glob(f".{index:05d}.*"):  # of one that died; we hold its lock

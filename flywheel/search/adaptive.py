@@ -1,66 +1,102 @@
 """Best-of-N that stops by itself: a question's own samples say how many it needs.
 
-Adaptive-Consistency (Aggarwal et al. 2023, arXiv 2305.11860) with the PRM's scores for votes,
-each relative to the highest one so far: what is a high score differs from question to question.
-It is the bandit's reading of Snell et al.'s section 3: no bin is guessed before, and what is
-spent on seeing the difficulty is spent on the answer too.
+Adaptive-Consistency (Aggarwal et al. 2023, arXiv 2305.11860) with the PRM's scores for votes, each relative to the
+highest one so far: what counts as a high score differs from question to question. No difficulty bin is guessed
+before: the samples that show a question's difficulty are also candidates for its answer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
 
 from flywheel.models.prm import together
 from flywheel.problems.grading import answer_key
-from flywheel.records import Adaptive, Candidate, Question
-from flywheel.search.tools import Found, Tools, attempt, judged_anew
+from flywheel.recipe import Positive
+from flywheel.records import Candidate, Question, Role
+from flywheel.search.strategy import Searcher, Strategy, attempt, judge, option
 
 
-async def adaptive(strategy: Adaptive, question: Question, tools: Tools, *, tag: str) -> Found:
-    """Sample `step` solutions at a time, judge them, and stop when the vote is decided or `n` are drawn."""
-    revising = strategy.maker == "reviser"
-    maker = tools.reviser if revising else tools.policy
-    prompt = tools.prompts.revise(question, []) if revising else tools.prompts.solve(question)
-    candidates: list[Candidate] = []
-    while len(candidates) < strategy.n and not decided(strategy, candidates):
-        places = range(len(candidates), min(len(candidates) + strategy.step, strategy.n))
-        drawn = await together(
-            attempt(
-                maker,
-                prompt,
-                tools,
-                question,
-                purpose="adaptive",
-                id=f"{question.id}/{tag}/{i}",
-                origin=f"adaptive:{strategy.n}",
-            )
-            for i in places
-        )
-        candidates += await judged_anew(question, drawn, candidates, tools)
-    return Found(tuple(candidates), {"drawn": len(candidates)})
+@dataclass(frozen=True)
+class Adaptive(Strategy):
+    """Up to `n` independent samples, `step` at a time, until the weighted vote is decided with probability `sure`.
 
-
-def decided(strategy: Adaptive, candidates: Sequence[Candidate]) -> bool:
-    """Whether the leading answer would stay ahead of the second with probability `sure`, were sampling to go on.
-
-    The share of the leader among the two is Beta(1 + its votes, 1 + the other's) given the votes;
-    decided is P(share > 1/2) >= sure. A vote weighs its PRM score in units of the highest score.
+    `maker`: the `policy`, or the `reviser` for its first attempts, which see no context.
     """
-    from scipy.stats import beta
 
-    votes: dict[str, float] = {}
-    highest = max((c.score for c in candidates), default=0.0) or 1.0
-    for c in candidates:
-        if c.solution.answer is not None:
-            key = answer_key(c.solution.answer)
-            votes[key] = votes.get(key, 0.0) + c.score / highest
-    first, second = sorted([*votes.values(), 0.0, 0.0], reverse=True)[:2]
-    return bool(votes) and float(beta.sf(0.5, 1 + first, 1 + second)) >= strategy.sure
+    n: int
+    sure: float = 0.95
+    maker: Literal["policy", "reviser"] = "policy"
+    step: int = 4
 
+    kind: ClassVar[str] = "adaptive"
 
-def stopped(strategy: Adaptive, candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
-    """The first of `candidates` that `strategy` would have drawn: as many steps as it needs."""
-    count = 0
-    while count < min(strategy.n, len(candidates)) and not decided(strategy, candidates[:count]):
-        count += strategy.step
-    return tuple(candidates[: min(count, strategy.n)])
+    @classmethod
+    def at(
+        cls,
+        budget: int,
+        *,
+        sure: Annotated[float, Field(gt=0.5, lt=1)] = 0.95,
+        maker: Literal["policy", "reviser"] = "policy",
+        step: Positive = 4,
+    ) -> Adaptive:
+        """At most the whole budget is spent. `sure` is asked of the leading answer, to stop."""
+        return cls(budget, sure, maker, step)
+
+    @property
+    def name(self) -> str:
+        return f"adaptive:{self.n}:{self.sure:g}:{self.maker}" + option("step", self.step, 4)
+
+    @property
+    def label(self) -> str:
+        return f"adaptive to {self.n}\n{self.maker} {self.sure:g}"
+
+    async def run(self, question: Question, searcher: Searcher, tag: str) -> Sequence[Candidate]:
+        """Sample `step` solutions at a time, judge them, and stop when the vote is decided or `n` are drawn."""
+        revising = self.maker == Role.REVISER
+        prompt = searcher.prompts.revise(question, []) if revising else searcher.prompts.solve(question)
+        made: list[Candidate] = []
+        while len(made) < self.n and not self.decided(made):
+            drawn = await together(
+                attempt(
+                    searcher.maker(self), prompt, searcher, question, purpose=self.kind, id=f"{question.id}/{tag}/{i}"
+                )
+                for i in range(len(made), min(len(made) + self.step, self.n))
+            )
+            made += await judge(question, drawn, searcher.prm, searcher.kept, before=made)
+        return made
+
+    def decided(self, candidates: Sequence[Candidate]) -> bool:
+        """Whether the leading answer would stay ahead of the second with probability `sure`, were sampling to go on.
+
+        The share of the leader among the two is Beta(1 + its votes, 1 + the other's) given the votes; decided is
+        P(share > 1/2) >= sure. A vote weighs its PRM score in units of the highest score.
+        """
+        from scipy.stats import beta
+
+        votes: dict[str, float] = {}
+        highest = max((c.score for c in candidates), default=0.0) or 1.0
+        for c in candidates:
+            if c.solution.answer is not None:
+                key = answer_key(c.solution.answer)
+                votes[key] = votes.get(key, 0.0) + c.score / highest
+        first, second = sorted([*votes.values(), 0.0, 0.0], reverse=True)[:2]
+        return bool(votes) and float(beta.sf(0.5, 1 + first, 1 + second)) >= self.sure
+
+    def covers(self, other: Strategy) -> bool:
+        """A search that is surer and longer holds what a search that stops sooner would have drawn."""
+        return (
+            isinstance(other, Adaptive)
+            and other.n <= self.n
+            and other.sure <= self.sure
+            and (other.maker, other.step) == (self.maker, self.step)
+        )
+
+    def part(self, candidates: Sequence[Candidate]) -> Sequence[Candidate]:
+        count = 0
+        while count < min(self.n, len(candidates)) and not self.decided(candidates[:count]):
+            count += self.step
+        return candidates[: min(count, self.n)]

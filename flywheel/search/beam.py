@@ -2,15 +2,85 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from math import isqrt
+from typing import Annotated, ClassVar, Literal
 
-from flywheel.models.engine import Completion
+from pydantic import Field
+
+from flywheel.models.engine import Completion, Sampling
 from flywheel.models.prm import aggregate, together
-from flywheel.records import Beam, Candidate, Finish, Question, Step
-from flywheel.search.tools import Found, Tools
+from flywheel.recipe import Positive
+from flywheel.records import Candidate, Finish, Question, Solution, Step
+from flywheel.search.strategy import Searcher, Strategy, Unfit, option
 
 Tokens = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Beam(Strategy):
+    """`n` beams: keep the best n/width prefixes at each step, and continue each `width` times.
+
+    With `lookahead` k > 0 a prefix is judged where k more greedy steps lead: lookahead search.
+    """
+
+    n: int
+    width: int = 4
+    max_rounds: int = 40
+    lookahead: int = 0
+
+    kind: ClassVar[str] = "beam"
+
+    @classmethod
+    def at(
+        cls,
+        budget: int,
+        *,
+        width: Positive | Literal["sqrt"] = 4,
+        max_rounds: Positive = 40,
+        lookahead: Annotated[int, Field(ge=0)] = 0,
+    ) -> Beam:
+        """N beams that look k steps ahead spend N (k + 1) generations (5.2). `sqrt`: of the number of beams."""
+        beams, rest = divmod(budget, lookahead + 1)
+        if rest:
+            raise Unfit(f"beam with lookahead {lookahead}", f"a beam costs {lookahead + 1}, which does not divide it")
+        if width != "sqrt" and width > beams:
+            raise Unfit(f"beam of width {width}", f"it has only {beams} beams")
+        return cls(beams, isqrt(beams) if width == "sqrt" else width, max_rounds, lookahead)
+
+    @property
+    def name(self) -> str:
+        return (
+            f"beam:{self.n}:{self.width}"
+            + option("rounds", self.max_rounds, 40)
+            + option("lookahead", self.lookahead, 0)
+        )
+
+    @property
+    def label(self) -> str:
+        return f"beam of {self.n}\nwidth {self.width}" + (f", lookahead {self.lookahead}" if self.lookahead else "")
+
+    async def run(self, question: Question, searcher: Searcher, tag: str) -> Sequence[Candidate]:
+        """Sample `n` first steps; then, step by step, keep the best n/width prefixes and continue each `width` times.
+
+        A finished solution leaves the beam with its place: the places still open, `n` less the finished ones, are what
+        the kept prefixes share, so that the search concludes with exactly `n` candidates, as the paper's does. It ends
+        when all have finished, or after `max_rounds` steps (`sample.max_steps`, if fewer); what is open then is cut
+        off, and so is a step that meets `sample.max_tokens`, counted over the whole solution.
+
+        Identical prefixes are judged once and compete as one, or the beam would fill with copies of a likely step.
+        """
+        if not 1 <= self.width <= self.n:
+            raise ValueError(f"beam: a width of 1 to {self.n} wanted, got {self.width}")
+        search = BeamSearch(self, question, searcher, f"{question.id}/{tag}")
+        kept = [(Prefix(), self.n)]  # a prefix, and how many continuations it gets
+        rounds = 0
+        while kept:
+            rounds += 1
+            kept = await search.step(kept, final=rounds >= min(self.max_rounds, searcher.sample.max_steps))
+        return tuple(search.candidates)
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,96 +91,88 @@ class Prefix:
     values: tuple[float, ...] = ()
 
 
-async def beam(strategy: Beam, question: Question, tools: Tools, *, tag: str) -> Found:
-    """Sample N first steps; then, step by step, keep the best N/width prefixes and continue each `width` times.
+class BeamSearch:
+    """One beam search under way: the values read so far and the finished candidates."""
 
-    A finished solution leaves the beam with its place: the places still open, N less the
-    finished ones, are what the kept prefixes share, so that the search concludes with
-    exactly N candidates, as the paper's does. It ends when all have finished, or after
-    `max_rounds` steps (`sample.max_steps`, if fewer); what is open then is cut off, and so
-    is a step that meets `sample.max_tokens`, counted over the whole solution.
+    def __init__(self, beam: Beam, question: Question, searcher: Searcher, id: str):
+        self.beam, self.question, self.searcher, self.id = beam, question, searcher, id
+        self.head = searcher.prompts.solve(question)
+        self.values: dict[Tokens, float] = {}  # after a prefix, without the blank tokens that close it
+        self.candidates: list[Candidate] = []
 
-    Identical prefixes are judged once and compete as one, or the beam would fill with
-    copies of a likely step; the copies drawn are counted (`duplicates`).
-
-    With `lookahead` k the value of an open prefix is read after up to k more steps at
-    temperature 0; finished solutions are judged as they stand.
-    """
-    if not 1 <= strategy.width <= strategy.n:
-        raise ValueError(f"beam: a width of 1 to {strategy.n} wanted, got {strategy.width}")
-    reader, how = tools.reader, tools.prm.aggregate
-    head = tools.prompts.solve(question)
-    values: dict[Tokens, float] = {}  # of a prefix, without the blank that closes it
-    candidates: list[Candidate] = []
-    duplicates = rounds = 0
-
-    async def grow(prefix: Prefix, count: int) -> list[tuple[Prefix, Completion]]:
-        room = tools.sample.max_tokens - len(prefix.tokens)
-        sampling = replace(tools.sampling(), max_tokens=room, stop=reader.ends | reader.stop)
-        return [
-            (prefix, step)
-            for step in await tools.policy.generate([*head, *prefix.tokens], sampling, purpose="beam", n=count)
-        ]
-
-    async def ahead(tokens: Tokens) -> Tokens:
-        for _ in range(strategy.lookahead):
-            room = tools.sample.max_tokens - len(tokens)
-            greedy = replace(tools.sampling(), temperature=0.0, max_tokens=room, stop=reader.ends | reader.stop)
-            [step] = await tools.policy.generate([*head, *tokens], greedy, purpose="lookahead")
-            tokens += step.tokens
-            if step.finish is Finish.LENGTH or reader.ended(step) or len(tokens) >= tools.sample.max_tokens:
-                break
-        return tokens
-
-    async def value(steps: tuple[Step, ...], open: Tokens | None) -> float:
-        if open is not None and strategy.lookahead:
-            steps = reader.steps(reader.trim(await ahead(open)))
-        return await tools.prm.value(question, steps)
-
-    async def judge(wanted: Mapping[Tokens, tuple[tuple[Step, ...], Tokens | None]]) -> None:
-        new = [key for key in wanted if key not in values]
-        found = await together(value(*wanted[key]) for key in new)
-        values.update(zip(new, found))
-
-    kept = [(Prefix(), strategy.n)]  # a prefix, and how many continuations it gets
-    while kept:
-        rounds += 1
-        final = rounds >= min(strategy.max_rounds, tools.sample.max_steps)
-        grown = [item for group in await together(grow(*item) for item in kept) for item in group]
-        ended, going, wanted = [], {}, {}
+    async def step(self, kept: Sequence[tuple[Prefix, int]], final: bool) -> list[tuple[Prefix, int]]:
+        """Continue all kept prefixes by one step; the prefixes to keep, each with its number of continuations."""
+        reader, how = self.searcher.reader, self.searcher.prm.aggregate
+        grown = [item for group in await together(self.grow(*item) for item in kept) for item in group]
+        ended, going = [], {}
         for prefix, step in grown:
             tokens = prefix.tokens + step.tokens
-            full = final or step.finish is Finish.LENGTH or len(tokens) >= tools.sample.max_tokens
+            full = final or step.finish is Finish.LENGTH or len(tokens) >= self.searcher.sample.max_tokens
             if full or reader.ended(step):
-                solution = reader.solution(
-                    tokens,
-                    Finish.STOP if reader.ended(step) else Finish.LENGTH,
-                    id=f"{question.id}/{tag}/{len(candidates) + len(ended)}",
-                    question_id=question.id,
-                    origin=f"beam:{strategy.n}:{strategy.width}:{tools.policy.name}",
-                )
-                ended.append((prefix, solution))
-                if solution.answer is not None:
-                    wanted[solution.tokens] = (solution.steps, None)
+                finish = Finish.STOP if reader.ended(step) else Finish.LENGTH
+                ended.append((prefix, self.solution(tokens, finish, len(self.candidates) + len(ended))))
             else:
                 going[tokens] = prefix
-                wanted[reader.trim(tokens)] = (reader.steps(tokens), tokens)
-        duplicates += len(grown) - len({prefix.tokens + step.tokens for prefix, step in grown})
-        await judge(wanted)
-
-        before = len(candidates)
+        await self.judge([solution for _, solution in ended if solution.answer is not None], list(going))
         for prefix, solution in ended:
-            if solution.answer is None:
-                candidates.append(Candidate(solution))
-                continue
-            # a closing stop token or blank adds no step: the last value then stands for the step before
-            seen = (*prefix.values[: len(solution.steps) - 1], values[solution.tokens])
-            candidates.append(Candidate(solution, seen, aggregate(seen, how)))
-        if tools.kept:
-            tools.kept.candidates.update((c.solution.id, c) for c in candidates[before:])
-        alive = [Prefix(tokens, (*prefix.values, values[reader.trim(tokens)])) for tokens, prefix in going.items()]
+            candidate = Candidate(solution)
+            if solution.answer is not None:
+                # a closing stop token or blank adds no step: the last value then is that after the step before
+                values = (*prefix.values[: len(solution.steps) - 1], self.values[solution.tokens])
+                candidate = Candidate(solution, values, aggregate(values, how))
+            self.candidates.append(candidate)
+            if self.searcher.kept:
+                self.searcher.kept.candidates[solution.id] = candidate
+        alive = [Prefix(tokens, (*prefix.values, self.values[reader.trim(tokens)])) for tokens, prefix in going.items()]
         alive.sort(key=lambda p: -aggregate(p.values, how))
-        open_places = strategy.n - len(candidates)
-        best = alive[: -(-open_places // strategy.width)]
-        kept = [(prefix, open_places // len(best) + (i < open_places % len(best))) for i, prefix in enumerate(best)]
-    return Found(tuple(candidates), {"duplicates": duplicates, "rounds": rounds})
+        places = self.beam.n - len(self.candidates)
+        best = alive[: -(-places // self.beam.width)]
+        return [(prefix, places // len(best) + (i < places % len(best))) for i, prefix in enumerate(best)]
+
+    def sampling(self, tokens: Tokens, temperature: float | None = None) -> Sampling:
+        """One more step after `tokens`, within the limit on a whole solution."""
+        usual, reader = self.searcher.sampling(), self.searcher.reader
+        return replace(
+            usual,
+            max_tokens=usual.max_tokens - len(tokens),
+            stop=reader.ends | reader.stop,
+            temperature=usual.temperature if temperature is None else temperature,
+        )
+
+    async def grow(self, prefix: Prefix, count: int) -> list[tuple[Prefix, Completion]]:
+        prompt, sampling = [*self.head, *prefix.tokens], self.sampling(prefix.tokens)
+        return [(prefix, s) for s in await self.searcher.policy.generate(prompt, sampling, purpose="beam", n=count)]
+
+    def solution(self, tokens: Tokens, finish: Finish, number: int) -> Solution:
+        """A finished solution. All of a beam search is one independent draw: its beams share their beginnings."""
+        return self.searcher.reader.solution(
+            tokens,
+            finish,
+            id=f"{self.id}/{number}",
+            question_id=self.question.id,
+            purpose="beam",
+            model=self.searcher.policy.name,
+            draw=self.id,
+        )
+
+    async def judge(self, finished: Sequence[Solution], going: Sequence[Tokens]) -> None:
+        """Read the value of each prefix that has none: finished solutions as they stand, others after the lookahead."""
+        reader = self.searcher.reader
+        wanted = {solution.tokens: partial(self.value, solution.steps) for solution in finished}
+        wanted |= {reader.trim(tokens): partial(self.ahead, tokens) for tokens in going}
+        new = [tokens for tokens in wanted if tokens not in self.values]
+        self.values.update(zip(new, await together(wanted[tokens]() for tokens in new)))
+
+    async def value(self, steps: tuple[Step, ...]) -> float:
+        return await self.searcher.prm.value(self.question, steps)
+
+    async def ahead(self, tokens: Tokens) -> float:
+        """The value of an open prefix after up to `lookahead` more steps at temperature 0."""
+        reader, looked = self.searcher.reader, tokens
+        for _ in range(self.beam.lookahead):
+            sampling = self.sampling(looked, temperature=0.0)
+            [step] = await self.searcher.policy.generate([*self.head, *looked], sampling, purpose="lookahead")
+            looked += step.tokens
+            if step.finish is Finish.LENGTH or reader.ended(step) or len(looked) >= self.searcher.sample.max_tokens:
+                break
+        return await self.value(reader.steps(reader.trim(looked) if self.beam.lookahead else looked))

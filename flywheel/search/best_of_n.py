@@ -2,27 +2,65 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
 from flywheel.models.prm import together
-from flywheel.records import BestOfN, Question
-from flywheel.search.tools import Found, Tools, attempt, judged, judges
+from flywheel.records import Candidate, Question
+from flywheel.search.select import argmax, majority
+from flywheel.search.strategy import Searcher, Strategy, attempt, judge
+
+Select = Literal["weighted", "majority", "best"]
 
 
-async def best_of_n(strategy: BestOfN, question: Question, tools: Tools, *, tag: str) -> Found:
-    """Sample `n` solutions at once; judge them unless a majority decides. Ids `question/tag/0..n-1`."""
-    prompt = tools.prompts.solve(question)
-    candidates = await together(
-        attempt(
-            tools.policy,
-            prompt,
-            tools,
-            question,
-            purpose="best_of_n",
-            id=f"{question.id}/{tag}/{i}",
-            origin=f"best_of_n:{strategy.n}",
+@dataclass(frozen=True)
+class BestOfN(Strategy):
+    """`n` independent samples. `select`: `weighted` or `majority` vote, or `best`, the answer of the highest score."""
+
+    n: int
+    select: Select = "weighted"
+
+    kind: ClassVar[str] = "best_of_n"
+
+    @classmethod
+    def at(cls, budget: int, *, select: Select = "weighted") -> BestOfN:
+        return cls(budget, select)
+
+    @property
+    def name(self) -> str:
+        return f"best_of_n:{self.n}:{self.select}"
+
+    @property
+    def label(self) -> str:
+        return f"best of {self.n}\n{self.select}"
+
+    @property
+    def judged(self) -> bool:
+        return self.select != "majority"
+
+    async def run(self, question: Question, searcher: Searcher, tag: str) -> Sequence[Candidate]:
+        prompt = searcher.prompts.solve(question)
+        candidates = await together(
+            attempt(searcher.policy, prompt, searcher, question, purpose=self.kind, id=f"{question.id}/{tag}/{i}")
+            for i in range(self.n)
         )
-        for i in range(strategy.n)
-    )
-    distinct = len({c.solution.tokens for c in candidates})
-    if judges(strategy):
-        candidates = await judged(question, candidates, tools.prm, tools.kept)
-    return Found(tuple(candidates), {"duplicates": strategy.n - distinct})
+        return await judge(question, candidates, searcher.prm, searcher.kept) if self.judged else candidates
+
+    def answer(self, candidates: Sequence[Candidate]) -> str | None:
+        match self.select:
+            case "weighted":
+                return super().answer(candidates)
+            case "majority":
+                return majority([c.solution.answer for c in candidates])
+            case "best":
+                return argmax([c.solution.answer for c in candidates], [c.score for c in candidates])
+            case _:
+                raise ValueError(f"{self.name}: no such way to select")
+
+    def covers(self, other: Strategy) -> bool:
+        """N samples hold the first n < N, and a judged set holds a vote without its judge."""
+        return isinstance(other, BestOfN) and other.n <= self.n and (self.judged or not other.judged)
+
+    def part(self, candidates: Sequence[Candidate]) -> Sequence[Candidate]:
+        return candidates[: self.n]

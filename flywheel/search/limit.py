@@ -16,7 +16,7 @@ from dataclasses import replace
 from flywheel.ledger import metered
 from flywheel.models.engine import Completion, Engine, Sampling
 from flywheel.models.prm import together
-from flywheel.search.tools import Kept, Tools
+from flywheel.search.strategy import Kept, Searcher
 
 
 class OutOfTokens(Exception):
@@ -85,11 +85,14 @@ class Limited:
         return self.engine.score_tokens(reads)
 
 
-def limited(tools: Tools, limit: int) -> Tools:
-    """The same tools, paying from one allowance of `limit` tokens, and keeping what they make."""
+def limited(searcher: Searcher, limit: int) -> Searcher:
+    """The same models, paying from one allowance of `limit` tokens, and keeping what they make."""
     allowance = Allowance(limit)
-    wrap = lambda engine: engine and Limited(engine, allowance)
-    prm = copy(tools.prm)
+
+    def paying(engine: Engine | None) -> Engine | None:
+        return engine and Limited(engine, allowance)
+
+    prm = copy(searcher.prm)
     if prm:
-        prm.engine = wrap(prm.engine)
-    return replace(tools, policy=wrap(tools.policy), reviser=wrap(tools.reviser), prm=prm, kept=Kept())
+        prm.engine = paying(prm.engine)
+    return replace(searcher, policy=paying(searcher.policy), reviser=paying(searcher.reviser), prm=prm, kept=Kept())

@@ -11,96 +11,13 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from math import isqrt
 
 from flywheel.errors import UserError
-from flywheel.recipe import AdaptiveSpec, BeamSpec, BestOfNSpec, CalibrateSpec, ReviseSpec, StrategySpec
-from flywheel.records import Adaptive, Beam, BestOfN, Revise, Strategy
+from flywheel.search.strategies import AnyStrategy, from_dict
+from flywheel.search.strategy import Strategy
 
 SCHEMA = 1
 ENOUGH = 5  # questions that a bin needs to choose for itself
-LONGEST = 64  # attempts in a revision chain (Snell et al., 6.2)
-KINDS: dict[str, type] = {"best_of_n": BestOfN, "beam": Beam, "revise": Revise, "adaptive": Adaptive}
-
-
-def name(strategy: Strategy) -> str:
-    """The strategy in figures, tables and ids, e.g. `best_of_n:16:weighted`, `beam:16:4`, `revise:8x2:majority`.
-
-    Limits that are not the usual ones are added, so that different strategies have different names.
-    """
-    match strategy:
-        case BestOfN(n=n, select=select):
-            return f"best_of_n:{n}:{select}"
-        case Beam(n=n, width=width, max_rounds=rounds, lookahead=k):
-            return (
-                f"beam:{n}:{width}"
-                + (f":rounds{rounds}" if rounds != Beam(n).max_rounds else "")
-                + (f":lookahead{k}" if k else "")
-            )
-        case Revise(length=length, chains=chains, select=select, context=context):
-            return f"revise:{length}x{chains}:{select}" + (
-                f":context{context}" if context != Revise(length).context else ""
-            )
-        case Adaptive(n=n, sure=sure, maker=maker, step=step):
-            return f"adaptive:{n}:{sure:g}:{maker}" + (f":step{step}" if step != Adaptive(n).step else "")
-
-
-def strategies(spec: CalibrateSpec) -> list[tuple[int, Strategy]]:
-    """Every distinct (budget, strategy) that a recipe asks for, by rising budget.
-
-    A budget is in the paper's unit, final answers generated: N beams that look k steps ahead
-    spend N (k + 1) of it (5.2), revisions spend it on chains x attempts, and adaptive sampling
-    at most all of it. Beam's width is a
-    number or `sqrt` of the number of beams. What a budget does not allow is left out
-    (`left_out` says so).
-    """
-    wanted = [(budget, _expand(kind, budget)) for budget, kind in _asked(spec)]
-    return list(dict.fromkeys(item for item, (budget, kind) in zip(wanted, _asked(spec)) if not _unfit(kind, budget)))
-
-
-def left_out(spec: CalibrateSpec) -> list[str]:
-    """One line for every strategy of the recipe that cannot run at one of its budgets."""
-    return [
-        f"{why[0]} left out at budget {budget}: {why[1]}"
-        for budget, kind in _asked(spec)
-        if (why := _unfit(kind, budget))
-    ]
-
-
-def _asked(spec: CalibrateSpec) -> list[tuple[int, StrategySpec]]:
-    return [
-        (budget, kind)
-        for budget in sorted(set(spec.budgets))
-        for kind in spec.strategies
-        if budget <= (kind.max_budget or budget)
-    ]
-
-
-def _unfit(spec: StrategySpec, budget: int) -> tuple[str, str] | None:
-    """What cannot spend `budget`, and why; None if it can."""
-    match spec:
-        case BeamSpec(lookahead=k) if budget % (k + 1):
-            return f"beam with lookahead {k}", f"a beam costs {k + 1}, which does not divide it"
-        case BeamSpec(width=int(width), lookahead=k) if width > budget // (k + 1):
-            return f"beam of width {width}", f"it has only {budget // (k + 1)} beams"
-        case ReviseSpec(chains=chains) if budget % chains:
-            return f"revise in {chains} chains", "they do not divide it"
-        case ReviseSpec(chains=chains) if budget // chains > LONGEST:
-            return f"revise in {chains} chains", f"of more than {LONGEST} attempts each"
-    return None
-
-
-def _expand(spec: StrategySpec, budget: int) -> Strategy:
-    match spec:
-        case BestOfNSpec(select=select):
-            return BestOfN(budget, select)
-        case BeamSpec(width=width, max_rounds=rounds, lookahead=k):
-            beams = budget // (k + 1)
-            return Beam(beams, isqrt(beams) if width == "sqrt" else width, rounds, k)
-        case ReviseSpec(chains=chains, select=select, context=context):
-            return Revise(budget // chains, chains, select, context)
-        case AdaptiveSpec(sure=sure, maker=maker, step=step):
-            return Adaptive(budget, sure, maker, step)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +32,7 @@ class Trial:
     question_id: str
     bin: int
     budget: int
-    strategy: Strategy
+    strategy: AnyStrategy
     correct: bool
     verified: int
     tokens: int
@@ -165,10 +82,7 @@ class Plan:
 
     def to_dict(self) -> dict:
         """JSON: schema, kind, models, entries (one object each, the strategy with its `kind`)."""
-        entries = [
-            {**asdict(e), "strategy": {"kind": _kind(e.strategy), **asdict(e.strategy)}, "borrowed": list(e.borrowed)}
-            for e in self.entries
-        ]
+        entries = [{**asdict(e), "strategy": e.strategy.to_dict(), "borrowed": list(e.borrowed)} for e in self.entries]
         return {"schema": SCHEMA, "kind": self.kind, "models": dict(self.models), "entries": entries}
 
     @classmethod
@@ -177,20 +91,16 @@ class Plan:
         try:
             if data["schema"] != SCHEMA:
                 raise UserError(
-                    f"{source}: a plan of schema {data['schema']}, and this version reads schema {SCHEMA}: calibrate again"
+                    f"{source}: a plan of schema {data['schema']}, and this version reads {SCHEMA}: calibrate again"
                 )
             entries = []
             for row in data["entries"]:
-                given = dict(row["strategy"])
-                strategy = KINDS[given.pop("kind")](**given)
-                entries.append(Entry(**{**row, "strategy": strategy, "borrowed": tuple(row["borrowed"])}))
+                entries.append(
+                    Entry(**{**row, "strategy": from_dict(row["strategy"]), "borrowed": tuple(row["borrowed"])})
+                )
             return cls(data["kind"], dict(data["models"]), tuple(entries))
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{source}: not a plan: {type(error).__name__}: {error}") from None
-
-
-def _kind(strategy: Strategy) -> str:
-    return next(kind for kind, made in KINDS.items() if type(strategy) is made)
 
 
 # ---- fitting -------------------------------------------------------------------------
@@ -271,7 +181,7 @@ def _options(trials: Sequence[Trial], bin: int, bins: int, budget: int, score: C
     for strategy, group in by_strategy.items():
         if sorted(t.question_id for t in group) != questions:
             raise ValueError(
-                f"{name(strategy)}: {len(group)} trials on the {n} questions of bin {bin}; one on each wanted"
+                f"{strategy.name}: {len(group)} trials on the {n} questions of bin {bin}; one on each wanted"
             )
     borrowed = tuple(b for b in used if b != bin)
     return [
@@ -322,7 +232,7 @@ def table(trials: Sequence[Trial]) -> list[dict]:
     """Every (bin, budget, strategy) that was tried, with its `figures`, sorted."""
     groups: dict[tuple[int, int, str], list[Trial]] = {}
     for trial in trials:
-        groups.setdefault((trial.bin, trial.budget, name(trial.strategy)), []).append(trial)
+        groups.setdefault((trial.bin, trial.budget, trial.strategy.name), []).append(trial)
     return [
         {"bin": bin, "budget": budget, "strategy": label, **figures(group)}
         for (bin, budget, label), group in sorted(groups.items())

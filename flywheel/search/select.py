@@ -6,9 +6,7 @@ could be parsed, never wins. Ties go to the answer that appeared first.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from math import fsum
 
 from flywheel.problems.grading import answer_key
@@ -55,46 +53,3 @@ def _heaviest(answers: Answers, scores: Sequence[float], key: Key) -> tuple[str 
     return max(
         ((answer, fsum(group)) for answer, group in groups.values()), key=lambda item: item[1], default=(None, 0.0)
     )
-
-
-# ---- curves: what selection would have answered from fewer of the samples ------------
-
-
-@dataclass(frozen=True, slots=True)
-class Scored:
-    """One graded sample of a pool: its answer's key (or None), its PRM score, its verdict."""
-
-    answer: str | None
-    score: float
-    correct: bool
-
-
-Select = Callable[[Sequence[Scored]], str | None]  # returns an answer of the pool
-
-
-def by_weight(pool: Sequence[Scored]) -> str | None:
-    return weighted([s.answer for s in pool], [s.score for s in pool], key=str)
-
-
-def by_majority(pool: Sequence[Scored]) -> str | None:
-    return majority([s.answer for s in pool], key=str)
-
-
-def by_argmax(pool: Sequence[Scored]) -> str | None:
-    return argmax([s.answer for s in pool], [s.score for s in pool])
-
-
-def accuracy_at(pool: Sequence[Scored], n: int, select: Select, draws: int, rng: random.Random) -> float:
-    """P(the answer selected from n samples is right) for one question, from a larger pool.
-
-    The mean over `draws` random subsets of size n without replacement; n = len(pool) is
-    exact, with no draw. Raises ValueError if n is not in 1..len(pool).
-    """
-    if not 1 <= n <= len(pool):
-        raise ValueError(f"accuracy_at: n = {n} of a pool of {len(pool)}")
-    subsets = [pool] if n == len(pool) else [rng.sample(pool, n) for _ in range(draws)]
-    return sum(_right(subset, select(subset)) for subset in subsets) / len(subsets)
-
-
-def _right(pool: Sequence[Scored], answer: str | None) -> bool:
-    return answer is not None and next(s.correct for s in pool if s.answer == answer)

@@ -14,72 +14,79 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 from flywheel.measure.health import COPIES, copies
-from flywheel.records import Grade, ModelRef, Revise, Role, Solution, Split
-from flywheel.runs.run import Context, Stage
-from flywheel.search.tools import Tools
-from flywheel.stages.kit import Kit, by_question, kit
+from flywheel.records import Grade, ModelRef, Role, Solution, Split
+from flywheel.runs.run import Context
+from flywheel.runs.stage import Input, Stage
+from flywheel.search.revise import Revise
+from flywheel.stages.kit import Kit, kit
+from flywheel.stages.shared import by_question, ids
 
 
 def items(ctx: Context) -> list[str]:
     """`step|question`, checkpoint by checkpoint."""
-    questions = [p.id for p in ctx.problems(Split.VALIDATION)][: ctx.recipe.reviser.probe_questions]
-    return [f"{c['step']}|{q}" for c in ctx.figures("train_reviser").get("checkpoints", []) for q in questions]
+    questions = ids(ctx, Split.VALIDATION)[: ctx.recipe.reviser.probe_questions]
+    return [f"{c['step']}|{q}" for c in checkpoints(ctx) for q in questions]
 
 
-class Checkpoints:
+def checkpoints(ctx: Context) -> list[dict]:
+    return ctx.figures("train_reviser").get("checkpoints", [])
+
+
+def model(ctx: Context, checkpoint: dict) -> ModelRef:
+    adapter = ctx.path("train_reviser") / checkpoint["path"]
+    return ModelRef(f"reviser_{ctx.round}@{checkpoint['step']}", ctx.recipe.model.base, str(adapter))
+
+
+class OneAtATime:
     """The kit of one checkpoint at a time: another one's engine is closed before it opens."""
 
     def __init__(self, ctx: Context, stack: ExitStack):
         self.ctx, self.stack, self.step, self.kit = ctx, stack, None, None
 
-    def at(self, step: int) -> Kit:
-        if step != self.step:
+    def at(self, checkpoint: dict) -> Kit:
+        if checkpoint["step"] != self.step:
             self.stack.close()
-            path = next(c["path"] for c in self.ctx.figures("train_reviser")["checkpoints"] if c["step"] == step)
-            adapter = str(self.ctx.path("train_reviser") / path)
-            ref = ModelRef(f"reviser_{self.ctx.round}@{step}", self.ctx.recipe.model.base, adapter)
-            self.kit = self.stack.enter_context(kit(self.ctx, {Role.REVISER: ref}, Split.VALIDATION))
-            self.step = step
+            models = {Role.REVISER: model(self.ctx, checkpoint)}
+            self.kit = self.stack.enter_context(kit(self.ctx, models, Split.VALIDATION))
+            self.step = checkpoint["step"]
         return self.kit
 
 
 @contextmanager
-def tools(ctx: Context) -> Iterator[Checkpoints]:
+def open_kits(ctx: Context) -> Iterator[OneAtATime]:
     with ExitStack() as stack:
-        yield Checkpoints(ctx, stack)
+        yield OneAtATime(ctx, stack)
 
 
-def work(ctx: Context, checkpoints: Checkpoints, items: Sequence[str]) -> Iterator[object]:
-    pairs = [(int(step), question) for step, _, question in (item.partition("|") for item in items)]
-    for step in dict.fromkeys(step for step, _ in pairs):
-        yield from play(ctx, checkpoints.at(step), step, [question for s, question in pairs if s == step])
-
-
-def play(ctx: Context, kit: Kit, step: int, questions: Sequence[str]) -> Iterator[object]:
-    """Short revision chains of one checkpoint, graded."""
+def work(ctx: Context, kits: OneAtATime, items: Sequence[str]) -> Iterator[object]:
+    """Short revision chains of each checkpoint, graded."""
     spec = ctx.recipe.reviser
     strategy = Revise(length=spec.probe_attempts, select="majority", context=spec.context)
-    tools = Tools(None, None, kit.engine(Role.REVISER), kit.prompts, kit.reader, ctx.recipe.sample)
-    yield from kit.searched(questions, tools, lambda question: strategy, f"r{ctx.round}/step{step}")
+    wanted: dict[int, list[str]] = {}
+    for step, _, question in (item.partition("|") for item in items):
+        wanted.setdefault(int(step), []).append(question)
+    for checkpoint in checkpoints(ctx):
+        if questions := wanted.get(checkpoint["step"]):
+            kit = kits.at(checkpoint)
+            searcher = kit.searcher(policy=False, prm=False)
+            tag = f"r{ctx.round}/step{checkpoint['step']}"
+            yield from kit.search_all(questions, searcher, lambda question: strategy, tag)
 
 
 def finish(ctx: Context) -> dict:
-    grades = {g.solution_id: g.correct for g in ctx.read(Grade, "choose_reviser")}
-    chains = by_question(ctx.read(Solution, "choose_reviser"))
+    correct = {g.solution_id: g.correct for g in ctx.read(Grade, "choose_reviser")}
+    solutions = list(ctx.read(Solution, "choose_reviser"))
     tried = []
-    for checkpoint in ctx.figures("train_reviser").get("checkpoints", []):
-        mine = [s for group in chains.values() for s in group if f"/step{checkpoint['step']}/" in s.id]
-        curve = [
-            sum(rights) / len(rights)
-            for attempt in range(1, ctx.recipe.reviser.probe_attempts + 1)
-            if (rights := [grades[s.id] for s in mine if s.attempt == attempt])
-        ]
+    for checkpoint in checkpoints(ctx):
+        name = model(ctx, checkpoint).name
+        chains = by_question(s for s in solutions if s.model == name).values()
+        chains = [sorted(chain, key=lambda s: s.attempt) for chain in chains]
+        by_attempt: dict[int, list[bool]] = {}
+        for s in (s for chain in chains for s in chain):
+            by_attempt.setdefault(s.attempt, []).append(correct[s.id])
+        curve = [sum(rights) / len(rights) for _, rights in sorted(by_attempt.items())]
         later = curve[1:] or curve
-        played = [
-            sorted((s for s in mine if s.question_id == q), key=lambda s: s.attempt)
-            for q in dict.fromkeys(s.question_id for s in mine)
-        ]
-        copied = copies([(s, grades[s.id]) for s in chain] for chain in played)
+        copied = copies([(s, correct[s.id]) for s in chain] for chain in chains)
         tried.append({**checkpoint, "pass@1_by_attempt": curve, "score": sum(later) / len(later), "copies": copied})
     if not tried:
         return {"chosen": None, "checkpoints": []}
@@ -89,19 +96,24 @@ def finish(ctx: Context) -> dict:
         return {
             "chosen": None,
             "checkpoints": tried,
-            "why": f"every checkpoint copies: {least:.0%} or more of attempts after an incorrect one are that one again",
+            "why": f"every checkpoint copies: {least:.0%} or more of attempts after an incorrect one repeat it",
         }
     best = max(fit, key=lambda c: (c["score"], -c["step"]))
     shutil.copytree(ctx.path("train_reviser") / best["path"], ctx.dir / "adapter", dirs_exist_ok=True)
-    return {"model": f"reviser_{ctx.round}", "chosen": best, "checkpoints": tried, "questions": len(chains)}
+    return {
+        "model": f"reviser_{ctx.round}",
+        "chosen": best,
+        "checkpoints": tried,
+        "questions": len(by_question(solutions)),
+    }
 
 
 STAGE = Stage(
     name="choose_reviser",
-    sections=("reviser", "sample", "prompts", "engine"),
-    inputs=("train_reviser",),
+    sections=("problems", "reviser", "sample", "prompts", "engine"),
+    inputs=(Input("train_reviser"),),
     items=items,
-    tools=tools,
+    open=open_kits,
     work=work,
     finish=finish,
 )

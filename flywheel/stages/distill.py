@@ -8,14 +8,16 @@ from __future__ import annotations
 import random
 
 from flywheel.records import Question, Role
-from flywheel.runs.run import Context, Stage
-from flywheel.stages.kit import examples, harvested, start, text_tools
+from flywheel.runs.run import Context
+from flywheel.runs.stage import Input, Stage
+from flywheel.stages.kit import prompts_and_reader
+from flywheel.stages.shared import examples, harvested, start
 
 
 def train(ctx: Context) -> dict:
     from flywheel.training.sft import train_sft
 
-    prompts, reader = text_tools(ctx)
+    prompts, reader = prompts_and_reader(ctx)
     spec = ctx.recipe.distill
     rows = harvested(ctx, range(1, ctx.round + 1))
     if not rows:
@@ -56,4 +58,6 @@ def train(ctx: Context) -> dict:
     }
 
 
-STAGE = Stage(name="distill", sections=("distill", "prompts", "model"), inputs=("harvest@all",), train=train)
+STAGE = Stage(
+    name="distill", sections=("distill", "prompts", "model"), inputs=(Input("harvest", every=True),), train=train
+)

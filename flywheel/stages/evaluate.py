@@ -13,34 +13,30 @@ from collections.abc import Iterator, Sequence
 from flywheel.measure.bins import fixed_bins, migration, migration_null
 from flywheel.measure.stats import paired_gain
 from flywheel.records import Role, Split
-from flywheel.runs.run import Context, Stage
+from flywheel.runs.run import Context
+from flywheel.runs.stage import Input, Stage
 from flywheel.search.select import majority
-from flywheel.stages.kit import Kit, answer_is_right, ids, interval, kit, test_rates, test_samples, verdict_counts
-
-
-def draws(ctx: Context) -> tuple[str, ...]:
-    return ("bin", "score") if ctx.round == 0 else ("score",)
+from flywheel.stages.kit import Kit, kit
+from flywheel.stages.shared import (
+    answer_is_right,
+    ids,
+    interval,
+    test_grades,
+    test_rates,
+    test_solutions,
+    verdict_counts,
+)
 
 
 def work(ctx: Context, kit: Kit, questions: Sequence[str]) -> Iterator[object]:
-    n = ctx.recipe.evaluate.samples
-
-    async def one(question: str):
-        item = kit.problems[question].question
-        return [
-            s
-            for draw in draws(ctx)
-            for s in await kit.solutions(item, n, purpose="evaluate", tag=f"r{ctx.round}/{draw}")
-        ]
-
-    for _, solutions in kit.each(questions, one):
-        yield from solutions
-        yield from kit.grade(solutions)
+    counts = dict.fromkeys(questions, ctx.recipe.evaluate.samples)
+    for purpose in ("bin", "evaluate") if ctx.round == 0 else ("evaluate",):
+        yield from kit.sample_all(counts, purpose=purpose, tag=f"r{ctx.round}/{purpose}")
 
 
 def finish(ctx: Context) -> dict:
     edges, count = ctx.recipe.calibrate.edges, ctx.recipe.calibrate.bins
-    solutions, grades = test_samples(ctx, ctx.round)
+    solutions, grades = test_solutions(ctx, ctx.round), test_grades(ctx, ctx.round)
     questions = sorted(grades)
     now = test_rates(ctx, ctx.round)
     k = ctx.recipe.evaluate.samples
@@ -94,9 +90,14 @@ def finish(ctx: Context) -> dict:
 STAGE = Stage(
     name="evaluate",
     sections=("problems", "model", "engine", "prompts", "sample", "evaluate", "calibrate.edges", "calibrate.bins"),
-    inputs=("gate?", "distill?", "evaluate@0", "evaluate@-1"),
+    inputs=(
+        Input("gate", optional=True),
+        Input("distill", optional=True),
+        Input("evaluate", of=0),
+        Input("evaluate", back=1),
+    ),
     items=lambda ctx: ids(ctx, Split.TEST),
-    tools=lambda ctx: kit(ctx, {Role.POLICY: ctx.model(Role.POLICY, ctx.round)}, Split.TEST),
+    open=lambda ctx: kit(ctx, {Role.POLICY: ctx.model(Role.POLICY, ctx.round)}, Split.TEST),
     work=work,
     finish=finish,
     test_split=True,

@@ -13,8 +13,10 @@ from collections.abc import Iterator, Sequence
 from flywheel.measure import health
 from flywheel.measure.stats import paired_gain
 from flywheel.records import Grade, ModelRef, Role, Solution, Split
-from flywheel.runs.run import Context, Stage
-from flywheel.stages.kit import Kit, by_question, kit, pass_rates
+from flywheel.runs.run import Context
+from flywheel.runs.stage import Input, Stage
+from flywheel.stages.kit import Kit, kit
+from flywheel.stages.shared import LAST_POLICY, by_question, ids, pass_rates
 
 
 def candidate(ctx: Context) -> ModelRef:
@@ -24,18 +26,12 @@ def candidate(ctx: Context) -> ModelRef:
 def items(ctx: Context) -> list[str]:
     if not ctx.figures("distill")["trained"]:
         return []
-    return [p.id for p in ctx.problems(Split.CALIBRATE)]
+    return ids(ctx, Split.CALIBRATE)
 
 
 def work(ctx: Context, kit: Kit, questions: Sequence[str]) -> Iterator[object]:
-    n = ctx.recipe.sample.calibrate
-
-    async def one(question: str):
-        return await kit.solutions(kit.problems[question].question, n, purpose="gate", tag=f"r{ctx.round}/after")
-
-    for _, solutions in kit.each(questions, one):
-        yield from solutions
-        yield from kit.grade(solutions)
+    counts = dict.fromkeys(questions, ctx.recipe.sample.calibrate)
+    return kit.sample_all(counts, purpose="gate", tag=f"r{ctx.round}/after")
 
 
 def finish(ctx: Context) -> dict:
@@ -73,10 +69,10 @@ def finish(ctx: Context) -> dict:
 
 STAGE = Stage(
     name="gate",
-    sections=("sample", "prompts", "engine"),
-    inputs=("sample", "distill", "gate@-1?", "distill@-1?"),
+    sections=("problems", "sample", "prompts", "engine"),
+    inputs=(Input("sample"), Input("distill"), *LAST_POLICY),
     items=items,
-    tools=lambda ctx: kit(ctx, {Role.POLICY: candidate(ctx)}, Split.CALIBRATE),
+    open=lambda ctx: kit(ctx, {Role.POLICY: candidate(ctx)}, Split.CALIBRATE),
     work=work,
     finish=finish,
 )

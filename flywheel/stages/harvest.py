@@ -9,85 +9,64 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from flywheel.problems.grading import load_function
-from flywheel.records import Grade, Harvested, Solution, Split
-from flywheel.runs.run import Context, Stage, write_table
+from flywheel.records import Grade, Harvested, Role, Solution, Split
+from flywheel.runs.files import write_table
+from flywheel.runs.run import Context
+from flywheel.runs.stage import Input, Stage
 from flywheel.search.plan import Plan
-from flywheel.stages.kit import Kit, by_question, difficulties, kit, search_tools, searchers, trace, votes
+from flywheel.search.strategy import Strategy
+from flywheel.stages.kit import Kit, kit
+from flywheel.stages.shared import LAST_POLICY, by_question, difficulties, ids, model_names, search_models, trace, votes
 
-
-def tools(ctx: Context):
-    return kit(ctx, searchers(ctx), Split.TRAIN)
+SOURCES = ("sample", "harvest")  # the stages whose verified solutions are kept
 
 
 def work(ctx: Context, kit: Kit, questions: Sequence[str]) -> Iterator[object]:
     plan = Plan.from_dict(ctx.figures("calibrate")["harvest"])
-    bins, tools = difficulties(ctx), search_tools(kit)
-    yield from kit.searched(
-        questions,
-        tools,
-        lambda q: plan.strategy(bins[q].quantile_bin, ctx.recipe.harvest.budget),
-        f"r{ctx.round}/harvest",
-    )
+    bins, budget = difficulties(ctx), ctx.recipe.harvest.budget
+    searcher = kit.searcher(reviser=Role.REVISER in search_models(ctx))
+
+    def strategy(question: str) -> Strategy:
+        return plan.strategy(bins[question].quantile_bin, budget)
+
+    return kit.search_all(questions, searcher, strategy, f"r{ctx.round}/harvest")
 
 
 def finish(ctx: Context) -> dict:
     spec, bins = ctx.recipe.harvest, difficulties(ctx)
-    texts = {p.id: p for p in ctx.problems(Split.TRAIN)}
-    correct = {
-        g.solution_id
-        for stage in ("sample", "harvest")
-        for g in ctx.read(Grade, stage)
-        if g.correct and g.question_id in texts
-    }
-    candidates = {}
-    groups: dict[str, list[Solution]] = {}
-    parents: dict[str, str | None] = {}
-    for stage in ("sample", "harvest"):
-        solutions = [s for s in ctx.read(Solution, stage) if s.question_id in texts]
-        candidates[stage] = len(solutions)
-        parents |= {s.id: s.parent for s in solutions}
-        for question, group in by_question(s for s in solutions if s.id in correct).items():
-            groups.setdefault(question, []).extend(group)
-
+    problems = {p.id: p for p in ctx.problems(Split.TRAIN)}
+    correct = {g.solution_id for stage in SOURCES for g in ctx.read(Grade, stage) if g.correct}
+    solutions = {s: [x for x in ctx.read(Solution, s) if x.question_id in problems] for s in SOURCES}
+    right = [s for group in solutions.values() for s in group if s.id in correct]
     rows: list[Harvested] = []
     once = 0
-    for question, group in groups.items():
+    for question, group in by_question(right).items():
         first: dict[str, Solution] = {}
         for solution in group:
             first.setdefault(trace(solution), solution)
-        for text, count in votes(group, parents).most_common(spec.keep):
+        text, bin = problems[question].question.text, bins[question].fixed_bin
+        for found, count in votes(group).most_common(spec.keep):
             if count < spec.min_votes:
                 once += 1
                 continue
-            s = first[text]
-            rows.append(
-                Harvested(
-                    question,
-                    texts[question].question.text,
-                    s.text,
-                    s.answer,
-                    bins[question].fixed_bin,
-                    ctx.round,
-                    count,
-                    s.tokens,
-                )
-            )
+            s = first[found]
+            rows.append(Harvested(question, text, s.text, s.answer, bin, ctx.round, count, s.tokens))
     kept = balanced(rows, spec.balance)
     write_table(ctx.dir / "harvest.parquet", kept)
     figures = {
         "plan": f"harvest_{ctx.round}",
-        "models": {role: ref.name for role, ref in searchers(ctx).items()},
-        "candidates": sum(candidates.values()),
-        "candidates_by_stage": candidates,
-        "verified": len(correct),
+        "models": model_names(search_models(ctx)),
+        "candidates": sum(map(len, solutions.values())),
+        "candidates_by_stage": {stage: len(group) for stage, group in solutions.items()},
+        "verified": len(right),
         "too_few_votes": once,
         "kept": len(kept),
         "questions": len({r.question_id for r in kept}),
-        "training_questions": len(texts),
+        "training_questions": len(problems),
         "by_bin": [
             {
                 "bin": b,
-                "training_questions": sum(d.fixed_bin == b for q, d in bins.items() if q in texts),
+                "training_questions": sum(d.fixed_bin == b for q, d in bins.items() if q in problems),
                 "kept": sum(r.bin == b for r in kept),
                 "questions": len({r.question_id for r in kept if r.bin == b}),
             }
@@ -117,10 +96,20 @@ def balanced(rows: list[Harvested], limit: float) -> list[Harvested]:
 
 STAGE = Stage(
     name="harvest",
-    sections=("harvest", "sample", "prm.aggregate", "prompts", "engine"),
-    inputs=("sample", "train_prm", "choose_reviser", "calibrate", "gate@-1?", "distill@-1?"),
-    items=lambda ctx: [p.id for p in ctx.problems(Split.TRAIN)],
-    tools=tools,
+    sections=(
+        "problems",
+        "harvest",
+        "sample",
+        "prm.aggregate",
+        "prm.labels",
+        "prompts",
+        "engine",
+        "calibrate.bins",
+        "calibrate.edges",
+    ),
+    inputs=(Input("sample"), Input("train_prm"), Input("choose_reviser"), Input("calibrate"), *LAST_POLICY),
+    items=lambda ctx: ids(ctx, Split.TRAIN),
+    open=lambda ctx: kit(ctx, search_models(ctx), Split.TRAIN),
     work=work,
     finish=finish,
 )

@@ -6,15 +6,18 @@ solutions share is rolled out once; the value after the last step is the verdict
 
 from __future__ import annotations
 
-import asyncio
 import random
 from collections.abc import Iterator, Sequence
 
 from flywheel.errors import UserError
-from flywheel.models.engine import Sampling
-from flywheel.records import Problem, Role, Solution, Split, StepValues, Verdict
-from flywheel.runs.run import Context, Stage
-from flywheel.stages.kit import Kit, difficulties, kit, sampled, trace
+from flywheel.models.prm import together
+from flywheel.records import Role, Solution, Split, StepValues, Verdict
+from flywheel.runs.run import Context
+from flywheel.runs.stage import Input, Stage
+from flywheel.stages.kit import Kit, kit
+from flywheel.stages.shared import LAST_POLICY, ids, sampled, sampled_rates, trace
+
+Tokens = tuple[int, ...]
 
 
 def questions(ctx: Context) -> list[str]:
@@ -23,83 +26,84 @@ def questions(ctx: Context) -> list[str]:
     Those whose sampled pass rate lies in `label.prefer` come first: rollouts of a question
     that is never, or always, answered right end alike after every step, and teach little.
     """
-    pool = [p.id for p in ctx.problems(Split.TRAIN)]
-    spec, bins = ctx.recipe.label, difficulties(ctx)
+    pool = ids(ctx, Split.TRAIN)
+    spec, rates = ctx.recipe.label, sampled_rates(ctx)
     low, high = spec.prefer
     random.Random(ctx.seed("questions")).shuffle(pool)
-    pool.sort(key=lambda question: not low <= bins[question].pass_at_1 <= high)  # stable: shuffled within
+    pool.sort(key=lambda question: not low <= rates[question] <= high)  # stable: shuffled within
     return sorted(pool[: spec.questions or len(pool)])
 
 
-def chosen(ctx: Context, wanted: set[str]) -> dict[str, list[tuple[Solution, bool]]]:
-    """For each question, distinct parsable solutions to label, with their verdicts.
+def chosen(ctx: Context, question: str) -> list[tuple[Solution, bool]]:
+    """Distinct solutions of a question to label, and whether each is right. One without an answer is not labelled.
 
-    Where a question has right and wrong ones, both are taken: the PRM is used to tell
-    them apart.
+    Where a question has right and wrong ones, both are taken: the PRM is used to tell them apart.
     """
     groups, verdicts = sampled(ctx)
-    picked = {}
-    for question in wanted:
-        distinct: dict[str, tuple[Solution, bool]] = {}
-        for solution in groups.get(question, []):
-            verdict = verdicts[solution.id]
-            if verdict in (Verdict.CORRECT, Verdict.INCORRECT):
-                distinct.setdefault(trace(solution), (solution, verdict is Verdict.CORRECT))
-        pool = list(distinct.values())
-        random.Random(ctx.seed(question, "choice")).shuffle(pool)
-        right = [item for item in pool if item[1]]
-        wrong = [item for item in pool if not item[1]]
-        mixed = [item for pair in zip(right, wrong) for item in pair]
-        mixed += right[len(wrong) :] + wrong[len(right) :]
-        picked[question] = mixed[: ctx.recipe.label.solutions]
-    return picked
+    distinct: dict[str, tuple[Solution, bool]] = {}
+    for solution in groups.get(question, []):
+        verdict = verdicts[solution.id]
+        if verdict in (Verdict.CORRECT, Verdict.INCORRECT):
+            distinct.setdefault(trace(solution), (solution, verdict is Verdict.CORRECT))
+    pool = list(distinct.values())
+    random.Random(ctx.seed(question, "choice")).shuffle(pool)
+    right = [item for item in pool if item[1]]
+    wrong = [item for item in pool if not item[1]]
+    mixed = [item for pair in zip(right, wrong) for item in pair]
+    mixed += right[len(wrong) :] + wrong[len(right) :]
+    return mixed[: ctx.recipe.label.solutions]
 
 
-async def label(ctx: Context, kit: Kit, problem: Problem, solutions: list[tuple[Solution, bool]]) -> list[StepValues]:
-    spec, n = ctx.recipe.sample, ctx.recipe.label.rollouts
-    head = kit.prompts.solve(problem.question)
-    prefixes = sorted({s.tokens[:cut] for s, _ in solutions for cut in cuts(s)})
-
-    async def rollout(prefix: tuple[int, ...]) -> float:
-        room = spec.max_tokens - len(prefix)
-        if room <= 0:
-            return 0.0
-        sampling = Sampling(room, spec.temperature, spec.top_p, kit.reader.stop)
-        done = await kit.engine().generate(head + list(prefix), sampling, purpose="rollout", n=n)
-        ends = [
-            kit.reader.solution(
-                (*prefix, *d.tokens), d.finish, id=f"{problem.id}/rollout/{i}", question_id=problem.id, origin="rollout"
-            )
-            for i, d in enumerate(done)
-        ]
-        decided = [g.correct for g in kit.grade(ends) if g.verdict is not Verdict.UNDECIDED]
-        return sum(decided) / len(decided) if decided else 0.0
-
-    values = dict(zip(prefixes, await asyncio.gather(*map(rollout, prefixes))))
-    return [
-        StepValues(
-            solution.id,
-            problem.id,
-            (*(values[solution.tokens[:cut]] for cut in cuts(solution)), float(correct)),
-            (*(n for _ in cuts(solution)), 0),
-        )
-        for solution, correct in solutions
-    ]
-
-
-def cuts(solution: Solution) -> list[int]:
-    """Lengths in tokens of the proper step prefixes (after step 1 .. last but one)."""
-    total, out = 0, []
+def prefixes(solution: Solution) -> list[Tokens]:
+    """The tokens up to the end of each step but the last."""
+    out, tokens = [], ()
     for step in solution.steps[:-1]:
-        total += len(step.tokens)
-        out.append(total)
+        tokens += step.tokens
+        out.append(tokens)
     return out
 
 
+async def roll_out(ctx: Context, kit: Kit, question: str, prefix: Tokens) -> list[Solution]:
+    """`label.rollouts` continuations of `prefix` to the end of the solution; none where no token is left."""
+    room = ctx.recipe.sample.max_tokens - len(prefix)
+    if room <= 0:
+        return []
+    prompt = [*kit.prompts.solve(kit.problems[question].question), *prefix]
+    engine, sampling = kit.engine(), kit.sampling(max_tokens=room)
+    drawn = await engine.generate(prompt, sampling, purpose="rollout", n=ctx.recipe.label.rollouts)
+    return [
+        kit.reader.solution(
+            (*prefix, *done.tokens),
+            done.finish,
+            id=f"{question}/rollout/{i}",
+            question_id=question,
+            purpose="rollout",
+            model=engine.name,
+        )
+        for i, done in enumerate(drawn)
+    ]
+
+
 def work(ctx: Context, kit: Kit, questions: Sequence[str]) -> Iterator[object]:
-    picked = chosen(ctx, set(questions))
-    for _, labelled in kit.each(questions, lambda q: label(ctx, kit, kit.problems[q], picked[q])):
-        yield from labelled
+    """All rollouts first, then their grades: a check that hangs must not hold up the engine."""
+    picked = {question: chosen(ctx, question) for question in questions}
+
+    async def one(question: str) -> dict[Tokens, list[Solution]]:
+        wanted = list(dict.fromkeys(prefix for solution, _ in picked[question] for prefix in prefixes(solution)))
+        rollouts = await together(roll_out(ctx, kit, question, prefix) for prefix in wanted)
+        return dict(zip(wanted, rollouts))
+
+    drawn = list(kit.each(questions, one))
+    graded = iter(kit.grade([end for _, rolled in drawn for ends in rolled.values() for end in ends]))
+    for question, rolled in drawn:
+        values = {}
+        for prefix, ends in rolled.items():
+            decided = [g.correct for g in [next(graded) for _ in ends] if g.verdict is not Verdict.UNDECIDED]
+            values[prefix] = sum(decided) / len(decided) if decided else 0.0
+        for solution, right in picked[question]:
+            steps = [values[prefix] for prefix in prefixes(solution)]
+            rollouts = (ctx.recipe.label.rollouts,) * len(steps)
+            yield StepValues(solution.id, question, (*steps, float(right)), (*rollouts, 0))
 
 
 def finish(ctx: Context) -> dict:
@@ -115,19 +119,19 @@ def finish(ctx: Context) -> dict:
         "questions": len({row.question_id for row in rows}),
         "solutions": len(rows),
         "steps": len(values),
-        "mean_value": sum(values) / len(values) if values else None,
-        "values_at_0": sum(v == 0 for v in values) / len(values) if values else None,
-        "values_at_1": sum(v == 1 for v in values) / len(values) if values else None,
+        "mean_value": sum(values) / len(values),
+        "values_at_0": sum(v == 0 for v in values) / len(values),
+        "values_at_1": sum(v == 1 for v in values) / len(values),
         "rollouts_a_prefix": ctx.recipe.label.rollouts,
     }
 
 
 STAGE = Stage(
     name="label",
-    sections=("label", "sample", "prompts", "engine"),
-    inputs=("sample", "gate@-1?", "distill@-1?"),
+    sections=("problems", "label", "sample", "prompts", "engine"),
+    inputs=(Input("sample"), *LAST_POLICY),
     items=questions,
-    tools=lambda ctx: kit(ctx, {Role.POLICY: ctx.model(Role.POLICY, ctx.round - 1)}, Split.TRAIN),
+    open=lambda ctx: kit(ctx, {Role.POLICY: ctx.model(Role.POLICY, ctx.round - 1)}, Split.TRAIN),
     work=work,
     finish=finish,
 )

@@ -6,45 +6,32 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from flywheel.records import Grade, Role, Split
-from flywheel.runs.run import Context, Stage
-from flywheel.stages.kit import Kit, difficulties, ids, kit, verdict_counts
+from flywheel.runs.run import Context
+from flywheel.runs.stage import Stage
+from flywheel.stages.kit import Kit, kit
+from flywheel.stages.shared import LAST_POLICY, difficulties, ids, verdict_counts
 
 SPLITS = (Split.TRAIN, Split.CALIBRATE)
 
 
-def tools(ctx: Context):
-    return kit(ctx, {Role.POLICY: ctx.model(Role.POLICY, ctx.round - 1)}, *SPLITS)
-
-
 def work(ctx: Context, kit: Kit, questions: Sequence[str]) -> Iterator[object]:
     spec = ctx.recipe.sample
-
-    async def one(question: str):
-        problem = kit.problems[question]
-        n = spec.calibrate if problem.split is Split.CALIBRATE else spec.per_question
-        return await kit.solutions(problem.question, n, purpose="sample", tag=f"r{ctx.round}")
-
-    for _, solutions in kit.each(questions, one):
-        yield from solutions
-        yield from kit.grade(solutions)
+    sizes = {Split.TRAIN: spec.per_question, Split.CALIBRATE: spec.calibrate}
+    counts = {question: sizes[kit.problems[question].split] for question in questions}
+    return kit.sample_all(counts, purpose="sample", tag=f"r{ctx.round}")
 
 
 def finish(ctx: Context) -> dict:
     grades = list(ctx.read(Grade, "sample"))
     bins = difficulties(ctx)
-    train = {p.id for p in ctx.problems(Split.TRAIN)}
-    rates = {
-        split: [d.pass_at_1 for q, d in bins.items() if (q in train) == (split == "train")]
-        for split in ("train", "calibrate")
-    }
-    fixed = Counter(d.fixed_bin for q, d in bins.items() if q in train)
+    rates = {split: [bins[q].pass_at_1 for q in ids(ctx, split)] for split in SPLITS}
+    fixed = Counter(bins[q].fixed_bin for q in ids(ctx, Split.TRAIN))
     return {
         "policy": ctx.model(Role.POLICY, ctx.round - 1).name,
         "questions": len(bins),
         "solutions": len(grades),
         "verdicts": verdict_counts(grades),
-        "pass@1_train": sum(rates["train"]) / max(1, len(rates["train"])),
-        "pass@1_calibrate": sum(rates["calibrate"]) / max(1, len(rates["calibrate"])),
+        **{f"pass@1_{split}": sum(inside) / max(1, len(inside)) for split, inside in rates.items()},
         "quantile_bins": [
             {"bin": b, "questions": len(inside), "pass@1": [min(inside), max(inside)]}
             for b in range(1, ctx.recipe.calibrate.bins + 1)
@@ -57,9 +44,9 @@ def finish(ctx: Context) -> dict:
 STAGE = Stage(
     name="sample",
     sections=("problems", "model", "engine", "prompts", "sample", "calibrate.edges", "calibrate.bins"),
-    inputs=("gate@-1?", "distill@-1?"),
+    inputs=LAST_POLICY,
     items=lambda ctx: ids(ctx, *SPLITS),
-    tools=tools,
+    open=lambda ctx: kit(ctx, {Role.POLICY: ctx.model(Role.POLICY, ctx.round - 1)}, *SPLITS),
     work=work,
     finish=finish,
 )

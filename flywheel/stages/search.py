@@ -8,172 +8,202 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from flywheel.measure.bins import fixed_bin, quantile_bins, quantile_edges
+from flywheel.models.prm import Prm, together
 from flywheel.records import (
     Answered,
-    Beam,
-    BestOfN,
     Candidate,
     Grade,
     ModelRef,
     Outcome,
-    Revise,
+    Problem,
+    Question,
     Role,
+    SampleScores,
     Solution,
     Split,
-    StepValues,
-    Strategy,
 )
-from flywheel.runs.run import Context, Stage
-from flywheel.search.plan import Plan, name
-from flywheel.search.revise import revision_prompt
-from flywheel.search.run import search, select
+from flywheel.runs.run import Context
+from flywheel.runs.stage import Input, Stage
+from flywheel.search.beam import Beam
+from flywheel.search.best_of_n import BestOfN
+from flywheel.search.plan import Plan
+from flywheel.search.revise import Revise, revision_prompt
+from flywheel.search.run import search
 from flywheel.search.select import majority, weighted
-from flywheel.search.tools import judged
-from flywheel.stages.kit import (
-    Kit,
+from flywheel.search.strategy import Searcher, Strategy, judge
+from flywheel.stages.kit import Kit, kit
+from flywheel.stages.shared import (
+    LAST_POLICY,
     answer_is_right,
     by_question,
     difficulties,
     ids,
     interval,
-    kit,
-    plan_models,
-    search_tools,
-    searchers,
+    model_names,
+    search_models,
+    test_grades,
     test_rates,
-    test_samples,
+    test_solutions,
 )
 
 
-def tools(ctx: Context):
-    return kit(ctx, {**searchers(ctx), "prm:base": ModelRef("policy_0", ctx.recipe.model.base)}, Split.TEST)
+@dataclass(frozen=True)
+class Found:
+    """What one method answered: the answer, the solutions that it chose from, and its cost in tokens."""
+
+    answer: str | None
+    solutions: Sequence[Solution]
+    tokens: int
+
+
+@dataclass
+class Searched:
+    """All that was done for one test question. `scores`: the PRM's, of the samples; `chain`: the reviser's attempts."""
+
+    found: dict[str, Found]
+    scores: list[float]
+    chain: list[Solution]
+
+
+class OneQuestion:
+    """The searches of one test question. Methods that agree on a strategy share its draws."""
+
+    def __init__(self, ctx: Context, kit: Kit, searcher: Searcher, problem: Problem, plan: Plan):
+        self.spec, self.round = ctx.recipe.evaluate, ctx.round
+        self.kit, self.searcher, self.question, self.plan = kit, searcher, problem.question, plan
+        self.running: dict[Strategy, asyncio.Task[Outcome]] = {}
+
+    async def search(self, strategy: Strategy) -> Outcome:
+        if strategy not in self.running:
+            tag = f"r{self.round}/search/{strategy.name}"
+            self.running[strategy] = asyncio.create_task(search(strategy, self.question, self.searcher, tag=tag))
+        return await self.running[strategy]
+
+    async def by(self, strategy: Strategy) -> Found:
+        done = await self.search(strategy)
+        return Found(done.answer, [c.solution for c in done.candidates], done.tokens)
+
+    async def after_probe(self, edges: Sequence[float]) -> Found:
+        """Bin the question by the scores of a few samples, and search as the plan says.
+
+        The probe's samples stay candidates: best-of-N draws so many fewer, another search has them beside its own.
+        """
+        size = self.spec.probe
+        probe = await search(BestOfN(size), self.question, self.searcher, tag=f"r{self.round}/probe")
+        bin = fixed_bin(sum(c.score for c in probe.candidates) / size, edges)
+        chosen = self.plan.strategy(bin, self.spec.budget)
+        match chosen:
+            case BestOfN(n=n) if n <= size:
+                candidates, tokens = probe.candidates[:n], probe.tokens
+            case BestOfN(n=n):
+                tag = f"r{self.round}/after_probe"
+                rest = await search(replace(chosen, n=n - size), self.question, self.searcher, tag=tag)
+                candidates, tokens = (*probe.candidates, *rest.candidates), probe.tokens + rest.tokens
+            case _:
+                rest = await self.search(chosen)
+                candidates, tokens = (*rest.candidates, *probe.candidates), probe.tokens + rest.tokens
+        return Found(chosen.answer(candidates), [c.solution for c in candidates], tokens)
+
+    async def all(self, pool: Sequence[Solution], oracle_bin: int, edges: Sequence[float]) -> Searched:
+        """Every method, all at once: a step of the engine costs little more for more sequences.
+
+        `pool`: the samples of `evaluate`. `edges`: of the bins, on the probe's mean score.
+        """
+        k, n = len(pool), self.spec.budget
+        length = max(n, self.spec.revise_attempts)
+        methods = {f"beam@{n}": self.by(Beam(n))}
+        if self.searcher.reviser:
+            methods[f"revise@{length}"] = self.by(Revise(length))
+        methods[f"compute_optimal@{n}_oracle"] = self.by(self.plan.strategy(oracle_bin, n))
+        methods[f"compute_optimal@{n}_probe"] = self.after_probe(edges)
+        by_prm, by_base, *searched = await together(
+            [
+                self.judged(pool, self.kit.prm()),
+                self.judged(pool[:n], self.kit.prm("prm:base")),
+                *methods.values(),
+            ]
+        )
+        head = len(self.kit.prompts.solve(self.question))
+        drawn = [head + len(s.tokens) + 1 for s in pool]  # prompt, solution and its end
+        answers, scores, costs = [s.answer for s in pool], [c.score for c in by_prm], [c.score_cost for c in by_prm]
+        base_scores, base_cost = [c.score for c in by_base], sum(c.score_cost for c in by_base)
+        base = weighted(answers[:n], base_scores)
+        found = {
+            f"majority@{k}": Found(majority(answers), pool, sum(drawn)),
+            f"majority@{n}": Found(majority(answers[:n]), pool[:n], sum(drawn[:n])),
+            **{
+                f"best_of_n_weighted@{size}": Found(
+                    weighted(answers[:size], scores[:size]), pool[:size], sum(drawn[:size]) + sum(costs[:size])
+                )
+                for size in (k, n)
+            },
+            f"best_of_n_weighted@{n}_base_verifier": Found(base, pool[:n], sum(drawn[:n]) + base_cost),
+            **dict(zip(methods, searched)),
+        }
+        chain = list(found[f"revise@{length}"].solutions) if self.searcher.reviser else []
+        return Searched(found, scores, chain)
+
+    async def judged(self, pool: Sequence[Solution], verifier: Prm) -> Sequence[Candidate]:
+        return await judge(self.question, [Candidate(s) for s in pool], verifier)
 
 
 def work(ctx: Context, kit: Kit, questions: Sequence[str]) -> Iterator[object]:
-    spec, tools = ctx.recipe.evaluate, search_tools(kit)
-    solutions, grades = test_samples(ctx, ctx.round - 1)
+    searcher = kit.searcher(reviser=Role.REVISER in search_models(ctx))
+    samples, grades = test_solutions(ctx, ctx.round - 1), test_grades(ctx, ctx.round - 1)
     plan = Plan.from_dict(ctx.figures("calibrate")["serve"])
-    plan.check_models(plan_models(ctx))
-    oracle = oracle_bins(ctx)
-    cuts = probe_cuts(ctx)
-    prm, base = kit.prm(), kit.prm("prm:base")
+    plan.check_models(model_names(search_models(ctx)))
+    bins, edges = oracle_bins(ctx), probe_edges(ctx)
 
-    async def values(question, pool: list[Solution], verifier) -> tuple[list[float], list[int]]:
-        """Score of each of the pool, and what its judging was charged."""
-        found = await judged(question, [Candidate(s) for s in pool], verifier)
-        return [c.score for c in found], [c.score_cost for c in found]
+    async def one(question: str) -> Searched:
+        searches = OneQuestion(ctx, kit, searcher, kit.problems[question], plan)
+        return await searches.all(samples[question], bins[question], edges)
 
-    async def one(question: str) -> list[tuple[str, str | None, list[Solution], int]]:
-        item, pool = kit.problems[question].question, solutions[question]
-        k, n, answers = len(pool), spec.budget, [s.answer for s in pool]
-        runs: dict[Strategy, asyncio.Future[Outcome]] = {}
-
-        async def shared(strategy: Strategy) -> Outcome:
-            if strategy not in runs:  # methods that agree on a strategy share its draws
-                runs[strategy] = asyncio.ensure_future(
-                    search(strategy, item, tools, tag=f"r{ctx.round}/search/{name(strategy)}")
-                )
-            return await runs[strategy]
-
-        async def run(method: str, strategy: Strategy) -> tuple[str, str | None, list[Solution], int]:
-            done = await shared(strategy)
-            return method, done.answer, [c.solution for c in done.candidates], done.tokens
-
-        async def probed() -> tuple[str, str | None, list[Solution], int]:
-            """The probe's samples stay candidates: best-of-N draws so many fewer, another search has them beside its own."""
-            first = await search(BestOfN(spec.probe), item, tools, tag=f"r{ctx.round}/probe")
-            seen = sum(c.score for c in first.candidates) / spec.probe
-            chosen = plan.strategy(fixed_bin(seen, cuts), n)
-            match chosen:
-                case BestOfN(n=whole) if whole <= spec.probe:
-                    found, tokens = first.candidates[:whole], first.tokens
-                case BestOfN(n=whole):
-                    rest = await search(
-                        replace(chosen, n=whole - spec.probe), item, tools, tag=f"r{ctx.round}/after_probe"
-                    )
-                    found, tokens = (*first.candidates, *rest.candidates), first.tokens + rest.tokens
-                case _:
-                    rest = await shared(chosen)
-                    found, tokens = (*rest.candidates, *first.candidates), first.tokens + rest.tokens
-            return f"compute_optimal@{n}_probe", select(chosen, found), [c.solution for c in found], tokens
-
-        methods = [
-            run(f"beam@{n}", Beam(n)),
-            run(f"compute_optimal@{n}_oracle", plan.strategy(oracle[question], n)),
-            probed(),
-        ]
-        if tools.reviser:
-            length = max(n, spec.revise_attempts)
-            methods.insert(1, run(f"revise@{length}", Revise(length)))
-        # all at once: a step of the engine costs little more for more sequences
-        (by_prm, judging), (by_base, base_judging), *searched = await asyncio.gather(
-            values(item, pool, prm), values(item, pool[:n], base), *methods
-        )
-        scored[question] = by_prm
-        if tools.reviser:
-            chains[question] = searched[1][2]
-        head = len(kit.prompts.solve(item))
-        drawn = [head + len(s.tokens) + 1 for s in pool]  # drawn in `evaluate`: prompt, solution and its end
-        return [
-            (f"majority@{k}", majority(answers), pool, sum(drawn)),
-            (f"majority@{n}", majority(answers[:n]), pool[:n], sum(drawn[:n])),
-            (f"best_of_n_weighted@{k}", weighted(answers, by_prm), pool, sum(drawn) + sum(judging)),
-            (f"best_of_n_weighted@{n}", weighted(answers[:n], by_prm[:n]), pool[:n], sum(drawn[:n]) + sum(judging[:n])),
-            (
-                f"best_of_n_weighted@{n}_base_verifier",
-                weighted(answers[:n], by_base),
-                pool[:n],
-                sum(drawn[:n]) + sum(base_judging),
-            ),
-            *searched,
-        ]
-
-    scored: dict[str, list[float]] = {}
     chains: dict[str, list[Solution]] = {}
-    for question, rows in kit.each(questions, one):
-        known = {g.solution_id: g.correct for g in grades[question]}
-        drawn = {s.id: s for _, _, pool, _ in rows for s in pool if s.id not in known}
+    for question, done in kit.each(questions, one):
+        correct = {g.solution_id: g.correct for g in grades[question]}
+        drawn = {s.id: s for found in done.found.values() for s in found.solutions if s.id not in correct}
         fresh = kit.grade(list(drawn.values()))
-        correct = known | {g.solution_id: g.correct for g in fresh}
-        for method, answer, pool, tokens in rows:
-            yield Answered(question, method, bool(answer_is_right(answer, pool, correct)), tokens)
-        yield StepValues(f"{question}/prm", question, tuple(scored[question]))
-        chain_ids = {s.id for s in chains.get(question, [])}
-        yield from chains.get(question, [])
-        yield from (g for g in fresh if g.solution_id in chain_ids)
-    if tools.reviser and len(questions) > 1:  # a question alone has no other
-        yield from control(kit, questions, chains)
+        correct |= {g.solution_id: g.correct for g in fresh}
+        for method, found in done.found.items():
+            right = bool(answer_is_right(found.answer, found.solutions, correct))
+            yield Answered(question, method, right, found.tokens)
+        yield SampleScores(question, tuple(done.scores))
+        chains[question] = done.chain
+        in_chain = {s.id for s in done.chain}
+        yield from done.chain
+        yield from (g for g in fresh if g.solution_id in in_chain)
+    if searcher.reviser and len(questions) > 1:  # a question alone has no other
+        yield from control(ctx, kit, searcher, chains)
 
 
-def control(kit: Kit, questions: Sequence[str], chains: dict[str, list[Solution]]) -> Iterator[object]:
+def control(ctx: Context, kit: Kit, searcher: Searcher, chains: dict[str, list[Solution]]) -> Iterator[object]:
     """Attempts 2.. again, with the context taken from the next question's chain: does context help?"""
-    spec, tools, engine = kit.ctx.recipe.evaluate, search_tools(kit), kit.engine(Role.REVISER)
+    reviser, context = searcher.reviser, ctx.recipe.reviser.context
+
+    async def attempt(question: Question, attempts: Sequence[Solution], place: int) -> Solution:
+        prompt = revision_prompt(reviser, question, attempts[: place - 1], searcher, context)
+        (done,) = await reviser.generate(prompt, searcher.sampling(), purpose="control")
+        return kit.reader.solution(
+            done.tokens,
+            done.finish,
+            id=f"{question.id}/r{ctx.round}/control/{place}",
+            question_id=question.id,
+            purpose="control",
+            model=reviser.name,
+            attempt=place,
+        )
 
     async def one(pair: tuple[str, str]) -> list[Solution]:
-        question, other = pair
+        question, other = kit.problems[pair[0]].question, chains[pair[1]]
+        places = range(2, ctx.recipe.evaluate.revise_attempts + 1)
+        return await together(attempt(question, other, place) for place in places)
 
-        async def attempt(place: int) -> Solution:
-            prompt, _ = revision_prompt(
-                engine,
-                kit.problems[question].question,
-                chains[other][: place - 1],
-                tools,
-                kit.ctx.recipe.reviser.context,
-            )
-            (done,) = await engine.generate(prompt, tools.sampling(), purpose="control")
-            id, origin = f"{question}/r{kit.ctx.round}/control/{place}", f"control:{engine.name}"
-            return kit.reader.solution(
-                done.tokens, done.finish, id=id, question_id=question, origin=origin, attempt=place
-            )
-
-        return list(await asyncio.gather(*map(attempt, range(2, spec.revise_attempts + 1))))
-
-    pairs = list(zip(questions, [*questions[1:], questions[0]]))
-    for _, solutions in kit.each(pairs, one):
+    questions = list(chains)
+    for _, solutions in kit.each(list(zip(questions, [*questions[1:], questions[0]])), one):
         yield from solutions
         yield from kit.grade(solutions)
 
@@ -183,52 +213,53 @@ def oracle_bins(ctx: Context) -> dict[str, int]:
     return quantile_bins(test_rates(ctx, ctx.round - 1), ctx.recipe.calibrate.bins)
 
 
-def probe_cuts(ctx: Context) -> list[float]:
+def probe_edges(ctx: Context) -> list[float]:
     """Where the probe's statistic, the mean PRM score of its samples, is cut into bins.
 
     They are the quantiles of the same statistic on the calibration questions, whose plan is used.
     """
-    rows = ctx.read(StepValues, "calibrate")
-    seen = [row.values[: ctx.recipe.evaluate.probe] for row in rows]
-    means = [sum(values) / len(values) for values in seen]
-    return quantile_edges(means or [d.pass_at_1 for d in difficulties(ctx).values()], ctx.recipe.calibrate.bins)
+    size, bins = ctx.recipe.evaluate.probe, ctx.recipe.calibrate.bins
+    probes = [row.scores[:size] for row in ctx.read(SampleScores, "calibrate")]
+    means = [sum(scores) / len(scores) for scores in probes]
+    return quantile_edges(means or [d.pass_at_1 for d in difficulties(ctx).values()], bins)
 
 
 def finish(ctx: Context) -> dict:
     rows = list(ctx.read(Answered, "search"))
-    methods = list(dict.fromkeys(row.method for row in rows))
-    found: dict = {
-        "models": {**{str(role): ref.name for role, ref in searchers(ctx).items()}, "plan": f"serve_{ctx.round}"}
-    }
-    for method in methods:
+    found: dict = {"models": {**model_names(search_models(ctx)), "plan": f"serve_{ctx.round}"}}
+    for method in dict.fromkeys(row.method for row in rows):
         mine = {row.question_id: row for row in rows if row.method == method}
         found[method], found[f"{method}_ci"] = interval(ctx, [float(mine[q].correct) for q in sorted(mine)])
-        if any(row.tokens for row in mine.values()):
-            found[f"{method}_tokens"] = sum(row.tokens for row in mine.values()) / len(mine)
+        found[f"{method}_tokens"] = sum(row.tokens for row in mine.values()) / len(mine)
+    return {"search": found, **reviser_figures(ctx)}
+
+
+def reviser_figures(ctx: Context) -> dict:
+    """pass@1 by attempt of the reviser's chains and of the control; empty in a round without a reviser."""
     correct = {g.solution_id: g.correct for g in ctx.read(Grade, "search")}
-    curves: dict[str, dict[int, list[bool]]] = {"revise": {}, "control": {}}
-    pairs = {"right_to_wrong": [], "wrong_to_right": []}
+    curves: dict[str, dict[int, list[float]]] = {"revise": {}, "control": {}}
+    changed: dict[str, list[bool]] = {"right_to_wrong": [], "wrong_to_right": []}
     for group in by_question(ctx.read(Solution, "search")).values():
-        chain = sorted((s for s in group if "/control/" not in s.id), key=lambda s: s.attempt)
         for s in group:
-            curves["control" if "/control/" in s.id else "revise"].setdefault(s.attempt, []).append(correct[s.id])
+            curves[s.purpose].setdefault(s.attempt, []).append(float(correct[s.id]))
+        chain = sorted((s for s in group if s.purpose == "revise"), key=lambda s: s.attempt)
         for before, after in pairwise(chain):
-            pairs["right_to_wrong" if correct[before.id] else "wrong_to_right"].append(
-                correct[after.id] != correct[before.id]
-            )
-    figures = {"search": found}
-    if curves["revise"]:
-        mean = {name: [sum(c[a]) / len(c[a]) for a in sorted(c)] for name, c in curves.items()}
-        figures["reviser"] = {
+            was, now = correct[before.id], correct[after.id]
+            changed["right_to_wrong" if was else "wrong_to_right"].append(now != was)
+    if not curves["revise"]:
+        return {}
+    attempts = sorted(curves["revise"])[: ctx.recipe.evaluate.revise_attempts]
+    by_attempt = [interval(ctx, curves["revise"][a]) for a in attempts]
+    control = [sum(rights) / len(rights) for _, rights in sorted(curves["control"].items())]
+    return {
+        "reviser": {
             "model": ctx.model(Role.REVISER, ctx.round).name,
-            "pass@1_by_attempt": mean["revise"][: ctx.recipe.evaluate.revise_attempts],
-            "pass@1_by_attempt_ci": [
-                interval(ctx, [float(x) for x in curves["revise"][a]])[1] for a in sorted(curves["revise"])
-            ][: ctx.recipe.evaluate.revise_attempts],
-            "control_by_attempt": mean["revise"][:1] + mean["control"],
-            **{name: sum(x) / len(x) if x else None for name, x in pairs.items()},
+            "pass@1_by_attempt": [mean for mean, _ in by_attempt],
+            "pass@1_by_attempt_ci": [ci for _, ci in by_attempt],
+            "control_by_attempt": [by_attempt[0][0], *control],
+            **{name: sum(x) / len(x) if x else None for name, x in changed.items()},
         }
-    return figures
+    }
 
 
 STAGE = Stage(
@@ -244,9 +275,18 @@ STAGE = Stage(
         "reviser.context",
         "calibrate",
     ),
-    inputs=("train_prm", "choose_reviser", "calibrate", "evaluate@-1", "sample", "gate@-1?", "distill@-1?"),
+    inputs=(
+        Input("train_prm"),
+        Input("choose_reviser"),
+        Input("calibrate"),
+        Input("evaluate", back=1),
+        Input("sample"),
+        *LAST_POLICY,
+    ),
     items=lambda ctx: ids(ctx, Split.TEST),
-    tools=tools,
+    open=lambda ctx: kit(
+        ctx, {**search_models(ctx), "prm:base": ModelRef("policy_0", ctx.recipe.model.base)}, Split.TEST
+    ),
     work=work,
     finish=finish,
     test_split=True,

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 from flywheel.errors import UserError
 from flywheel.models.prm import aggregate, encode
 from flywheel.records import Grade, Problem, Role, Solution, Split, StepValues, Verdict
-from flywheel.runs.run import Context, Stage
-from flywheel.stages.kit import by_question, difficulties, start, text_tools
+from flywheel.runs.run import Context
+from flywheel.runs.stage import Input, Stage
+from flywheel.stages.kit import prompts_and_reader
+from flywheel.stages.shared import by_question, sampled_rates, start
 
 if TYPE_CHECKING:
     from flywheel.models.prompts import Prompts
@@ -52,11 +54,11 @@ def labelled(ctx: Context, prompts: Prompts, problems: dict[str, Problem]) -> La
 
     rows = list(ctx.read(StepValues, "label"))
     solutions = {s.id: s for s in ctx.read(Solution, "sample")}
-    held, bins = held_out(ctx, list({row.question_id for row in rows})), difficulties(ctx)
+    held, rates = held_out(ctx, list({row.question_id for row in rows})), sampled_rates(ctx)
     # where no labelled question was ever answered right there is no progress to learn from, and the values serve
-    out = Labelled(ctx.recipe.prm.target if any(bins[row.question_id].pass_at_1 for row in rows) else "value")
+    out = Labelled(ctx.recipe.prm.target if any(rates[row.question_id] for row in rows) else "value")
     for row in rows:
-        values, weights = targets(row.values, bins[row.question_id].pass_at_1, out.target)
+        values, weights = targets(row.values, rates[row.question_id], out.target)
         made = example(prompts, problems[row.question_id], solutions[row.solution_id], values, weights)
         if not sum(weights):
             out.silent += 1
@@ -71,7 +73,7 @@ def train(ctx: Context) -> dict:
     from flywheel.models.steps import one_token
     from flywheel.training.prm import calibration, score_all, train_prm, within_question_auc
 
-    prompts, _ = text_tools(ctx)
+    prompts, _ = prompts_and_reader(ctx)
     spec, base = ctx.recipe.prm, ctx.recipe.model.base
     labels = tuple(one_token(prompts.tokenizer, word, "prm.labels") for word in spec.labels)
     problems = {p.id: p for p in ctx.problems(Split.TRAIN)}
@@ -145,4 +147,12 @@ def train(ctx: Context) -> dict:
     }
 
 
-STAGE = Stage(name="train_prm", sections=("prm", "label", "prompts", "model"), inputs=("sample", "label"), train=train)
+STAGE = Stage(
+    name="train_prm",
+    sections=("prm", "label", "prompts", "model"),
+    inputs=(
+        Input("sample"),
+        Input("label"),
+    ),
+    train=train,
+)

@@ -10,8 +10,10 @@ import random
 
 from flywheel.measure.stats import edit_distance
 from flywheel.records import Role, Solution, Split, Trajectory, Verdict
-from flywheel.runs.run import Context, Stage
-from flywheel.stages.kit import closed, examples, sampled, start, text_tools, trace
+from flywheel.runs.run import Context
+from flywheel.runs.stage import Input, Stage
+from flywheel.stages.kit import prompts_and_reader
+from flywheel.stages.shared import closed, examples, sampled, start, trace
 
 
 def trajectories(ctx: Context) -> list[Trajectory]:
@@ -44,7 +46,7 @@ def history(target: Solution, wrong: list[Solution], count: int, rng: random.Ran
 def train(ctx: Context) -> dict:
     from flywheel.training.sft import train_sft
 
-    prompts, reader = text_tools(ctx)
+    prompts, reader = prompts_and_reader(ctx)
     spec = ctx.recipe.reviser
     problems = {p.id: p for p in ctx.problems(Split.TRAIN)}
     rows = trajectories(ctx)
@@ -94,4 +96,4 @@ def train(ctx: Context) -> dict:
     }
 
 
-STAGE = Stage(name="train_reviser", sections=("reviser", "prompts", "model"), inputs=("sample",), train=train)
+STAGE = Stage(name="train_reviser", sections=("reviser", "prompts", "model"), inputs=(Input("sample"),), train=train)

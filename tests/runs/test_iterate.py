@@ -103,14 +103,17 @@ def test_the_overview_counts_what_is_there(copy):
     )
 
 
-@pytest.mark.parametrize("argv, message", [
-    (["--set", "sampel.max_tokens=3"], "did you mean sample"),
-    (["--set", "sample.max_tokens=many"], "sample.max_tokens"),
-    (["--set", "model.base=no/such/model"], "model.base"),
-    (["--problems", "nowhere.jsonl"], "nowhere.jsonl"),
-    (["--recipe", "nowhere.yaml"], "nowhere.yaml: no such recipe"),
-    (["--name", "../up"], "--name"),
-])
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--set", "sampel.max_tokens=3"], "did you mean sample"),
+        (["--set", "sample.max_tokens=many"], "sample.max_tokens"),
+        (["--set", "model.base=no/such/model"], "model.base"),
+        (["--problems", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--recipe", "nowhere.yaml"], "nowhere.yaml: no such recipe"),
+        (["--name", "../up"], "--name"),
+    ],
+)
 def test_bad_input_ends_with_one_line_and_writes_nothing(project, argv, message):
     done = project.run(*argv)
     assert done.returncode == 1 and message in one_line(done.stderr) and done.stdout == ""
@@ -171,10 +174,13 @@ def test_a_deleted_leaf_is_made_again(copy):
     assert copy.tables() == before
 
 
-@pytest.mark.parametrize("harm, message", [
-    (lambda path: path.unlink(), "missing"),
-    (lambda path: path.write_bytes(path.read_bytes()[:-1]), "bytes"),
-])
+@pytest.mark.parametrize(
+    "harm, message",
+    [
+        (lambda path: path.unlink(), "missing"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "bytes"),
+    ],
+)
 def test_a_damaged_shard_is_named(copy, harm, message):
     path = copy.shards()[3] / "Solution.parquet"
     harm(path)

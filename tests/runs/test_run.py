@@ -305,11 +305,17 @@ def test_sections_of_every_stage_exist(recipe):
         manifest.recipe_leaves(recipe, ("sampel",))
 
 
-@pytest.mark.parametrize("make, message", [
-    (lambda base: (base / "config.json").unlink(), "is not a model"),
-    (lambda base: [p.unlink() for p in base.iterdir()] and base.rmdir(), "is not a model directory"),
-    (lambda base: (base / "model.safetensors").rename(base / "pytorch_model.bin"), "no \\*.safetensors; pickled weights"),
-])
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda base: (base / "config.json").unlink(), "is not a model"),
+        (lambda base: [p.unlink() for p in base.iterdir()] and base.rmdir(), "is not a model directory"),
+        (
+            lambda base: (base / "model.safetensors").rename(base / "pytorch_model.bin"),
+            "no \\*.safetensors; pickled weights",
+        ),
+    ],
+)
 def test_a_base_that_is_no_model_is_named(recipe, make, message):
     make(Path(recipe.model.base))
     with pytest.raises(Exception, match=f"model.base: .*{message}"):

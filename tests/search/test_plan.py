@@ -7,8 +7,12 @@ import pytest
 
 from flywheel.errors import UserError
 from flywheel.recipe import CalibrateSpec
-from flywheel.records import Adaptive, Beam, BestOfN, Revise
-from flywheel.search.plan import Plan, Trial, harvest_plan, held_out, left_out, name, serve_plan, strategies, table
+from flywheel.search.adaptive import Adaptive
+from flywheel.search.beam import Beam
+from flywheel.search.best_of_n import BestOfN
+from flywheel.search.plan import Plan, Trial, harvest_plan, held_out, serve_plan, table
+from flywheel.search.revise import Revise
+from flywheel.search.strategies import left_out, strategies
 
 MODELS = {"policy": "policy_0", "prm": "prm_1", "reviser": "reviser_1"}
 SMALL, BIG, BEAM, CHAIN = BestOfN(4), BestOfN(16), Beam(16), Revise(16)
@@ -56,13 +60,13 @@ def test_a_recipe_is_expanded_into_strategies():
         (16, Adaptive(16, 0.8)),
     ]
     assert left_out(spec) == ["beam of width 4 left out at budget 2: it has only 2 beams"]
-    assert name(Adaptive(16, 0.9, "reviser", 2)) == "adaptive:16:0.9:reviser:step2"
-    assert [name(s) for s in (BIG, BEAM, Revise(8, 2, "majority"))] == [
+    assert Adaptive(16, 0.9, "reviser", 2).name == "adaptive:16:0.9:reviser:step2"
+    assert [s.name for s in (BIG, BEAM, Revise(8, 2, "majority"))] == [
         "best_of_n:16:weighted",
         "beam:16:4",
         "revise:8x2:majority",
     ]
-    assert len({name(s) for _, s in strategies(spec)}) == len(strategies(spec))  # names tell them all apart
+    assert len({s.name for _, s in strategies(spec)}) == len(strategies(spec))  # names tell them all apart
 
 
 def test_lookahead_and_chains_spend_a_budget_in_the_papers_unit():
@@ -74,7 +78,7 @@ def test_lookahead_and_chains_spend_a_budget_in_the_papers_unit():
         ],
         budgets=[4, 6, 64, 512],
     )
-    assert [(budget, name(s)) for budget, s in strategies(spec)] == [
+    assert [(budget, s.name) for budget, s in strategies(spec)] == [
         (4, "beam:1:1:lookahead3"),
         (4, "revise:1x4:weighted"),
         (4, "revise:1x4:last"),

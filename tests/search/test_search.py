@@ -20,8 +20,13 @@ from flywheel.models.prm import Prm
 from flywheel.models.prompts import Prompts
 from flywheel.models.steps import Reader
 from flywheel.recipe import PromptSpec, SampleSpec
-from flywheel.records import Adaptive, Beam, BestOfN, Finish, Question, Revise, Role
-from flywheel.search import Tools, search, smaller
+from flywheel.records import Finish, Question, Role
+from flywheel.search.adaptive import Adaptive
+from flywheel.search.beam import Beam
+from flywheel.search.best_of_n import BestOfN
+from flywheel.search.revise import Revise
+from flywheel.search.run import read_off, search
+from flywheel.search.strategy import Searcher
 
 TOKENIZER = build()
 SPEC = PromptSpec(
@@ -100,7 +105,7 @@ class Say:
 
 
 class Bench:
-    """Tools over scripted devices, and a ledger."""
+    """A searcher over scripted devices, and a ledger."""
 
     def __init__(self, policy=None, values=None, reviser=None, *, how="last", max_model_len=256, **sample):
         self.ledger = Ledger("test", 1)
@@ -111,7 +116,7 @@ class Bench:
         }
         self.driver = Driver(engines, list(self.devices.values()), seed=0)
         prompts = Prompts(SPEC, TOKENIZER)
-        self.tools = Tools(
+        self.searcher = Searcher(
             engines[Role.POLICY],
             Prm(engines[Role.PRM], prompts, ("ok", "no"), how),
             engines[Role.REVISER],
@@ -121,7 +126,7 @@ class Bench:
         )
 
     def search(self, strategy, question=QUESTION, tag="t", limit=None):
-        [outcome] = self.driver.run([question], lambda q: search(strategy, q, self.tools, tag=tag, limit=limit))
+        [outcome] = self.driver.run([question], lambda q: search(strategy, q, self.searcher, tag=tag, limit=limit))
         return outcome
 
     def judged(self) -> list[str]:
@@ -144,9 +149,9 @@ def test_best_of_n_weighted_sums_scores_and_judges_an_equal_solution_once():
     assert outcome.answer == "18"  # 0.7 + 0.7 against 0.4 + 0.4
     assert [c.score for c in outcome.candidates] == [0.4, 0.7, 0.4, 0.0, 0.7]
     assert [c.solution.id for c in outcome.candidates] == [f"q1/t/{i}" for i in range(5)]
-    assert {c.solution.origin for c in outcome.candidates} == {"best_of_n:5:policy_1"}
+    assert {(c.solution.purpose, c.solution.model) for c in outcome.candidates} == {("best_of_n", "policy_1")}
     assert outcome.candidates[3].solution.answer is None and outcome.candidates[4].solution.text == "Answer 18"
-    assert (outcome.generations, outcome.strategy, outcome.extra) == (5, "best_of_n:5:weighted", {"duplicates": 1})
+    assert (len(outcome.candidates), outcome.strategy, outcome.cut_off) == (5, "best_of_n:5:weighted", False)
     assert len(bench.judged()) == 3  # no second time for the equal one, none for the one without an answer
 
 
@@ -200,8 +205,8 @@ def test_beam_search_by_hand():
         "5 +3 =9\n9 *2 =18\nAnswer 18",
     ]
     assert [c.values for c in outcome.candidates] == [(0.9, 0.2), (0.9, 0.8, 0.95), (0.9, 0.8, 0.95), (0.6, 0.5, 0.3)]
-    assert outcome.answer == "16" and outcome.generations == 4 and outcome.strategy == "beam:4:2"
-    assert outcome.extra == {"duplicates": 2, "rounds": 3}  # =8 and =18 were drawn twice
+    assert outcome.answer == "16" and len(outcome.candidates) == 4 and outcome.strategy == "beam:4:2"
+    assert {c.solution.draw for c in outcome.candidates} == {"q1/t"}  # beams share their beginnings
     assert all(c.solution.finish is Finish.STOP for c in outcome.candidates)
     assert [c.solution.id for c in outcome.candidates] == [f"q1/t/{i}" for i in range(4)]
     assert bench.devices[Role.POLICY].dealt == {
@@ -255,7 +260,7 @@ def test_lookahead_judges_a_prefix_where_greedy_steps_lead():
         outcome = bench.search(Beam(2, 2, lookahead=k))
         assert [c.solution.text for c in outcome.candidates] == ["5 +3 =8\n8 *2 =16\nAnswer 16"] * 2
         assert outcome.candidates[0].values == seen and outcome.answer == "16"
-        assert outcome.generations == 2 * (k + 1) and outcome.strategy == f"beam:2:2:lookahead{k}"
+        assert len(outcome.candidates) == 2 and outcome.strategy == f"beam:2:2:lookahead{k}"
         assert outcome.tokens == bench.ledger.tokens() > Bench(LOOK, values).search(Beam(2, 2)).tokens
         purposes = {purpose for (_, purpose) in bench.ledger._spent}
         assert purposes == {"beam", "lookahead", "verify"}
@@ -273,13 +278,13 @@ def test_a_blank_step_is_not_judged_again():
 def test_a_beam_cuts_off_what_never_ends():
     endless = {"*": ["5 +3 =8\n"]}
     by_rounds = Bench(endless, VALUES).search(Beam(4, 2, max_rounds=3))
-    assert [len(c.solution.steps) for c in by_rounds.candidates] == [3] * 4 and by_rounds.extra["rounds"] == 3
+    assert [len(c.solution.steps) for c in by_rounds.candidates] == [3] * 4
     by_steps = Bench(endless, VALUES, max_steps=2).search(Beam(4, 2))
-    assert by_steps.extra["rounds"] == 2
+    assert [len(c.solution.steps) for c in by_steps.candidates] == [2] * 4
     by_tokens = Bench(endless, VALUES, max_tokens=10).search(Beam(4, 2))  # steps of four tokens
     assert [len(c.solution.tokens) for c in by_tokens.candidates] == [10] * 4
     for outcome in (by_rounds, by_steps, by_tokens):
-        assert outcome.answer is None and outcome.generations == 4
+        assert outcome.answer is None and len(outcome.candidates) == 4
         assert {c.solution.finish for c in outcome.candidates} == {Finish.LENGTH}
 
 
@@ -301,7 +306,7 @@ def test_a_revision_sees_the_last_four_attempts_oldest_first():
     solutions = [c.solution for c in outcome.candidates]
     assert [s.attempt for s in solutions] == list(range(1, 9))
     assert [s.parent for s in solutions] == [None, *(s.id for s in solutions[:-1])]
-    assert {s.origin for s in solutions} == {"revise:8x1:reviser_1"}
+    assert {(s.purpose, s.model, s.draw) for s in solutions} == {("revise", "reviser_1", "q1/t/0")}
 
 
 def test_an_attempt_without_an_answer_is_no_context():
@@ -316,11 +321,10 @@ def test_context_that_does_not_fit_loses_its_oldest_attempts_and_says_so():
     head = len(ids("Q 5 +3 *2 ?\nTry "))
     room = head + 2 * len(ids("Answer 1\nAgain ")) + 32  # two attempts and max_tokens
     bench = Bench(reviser=ATTEMPTS, max_model_len=room)
-    outcome = bench.search(Revise(5, select="majority"))
+    bench.search(Revise(5, select="majority"))
     assert (
         bench.devices[Role.REVISER].asked[4].count("Again") == 2 and "Answer 3" in bench.devices[Role.REVISER].asked[4]
     )
-    assert outcome.extra["dropped"] == 1 + 2  # at attempt 4, and at attempt 5
 
 
 def test_chains_are_independent_and_selected_within_and_then_across():
@@ -382,7 +386,7 @@ def test_every_token_of_every_question_in_flight_is_charged_to_that_question():
 
     async def one(i: int):
         with metered() as spent:
-            outcome = await search(*jobs[i], bench.tools, tag=f"t{i}")
+            outcome = await search(*jobs[i], bench.searcher, tag=f"t{i}")
         return outcome, spent
 
     done = bench.driver.run(range(len(jobs)), one)
@@ -417,11 +421,11 @@ def limit_bench() -> Bench:
 def test_a_limit_is_never_passed_and_the_search_answers_with_what_it_has(strategy):
     whole = limit_bench().search(strategy)
     ample = limit_bench().search(strategy, limit=100_000)
-    assert (ample.candidates, ample.answer, ample.tokens, ample.extra) == (
+    assert (ample.candidates, ample.answer, ample.tokens, ample.cut_off) == (
         whole.candidates,
         whole.answer,
         whole.tokens,
-        whole.extra,
+        whole.cut_off,
     )
     cut_off = []
     for limit in range(0, whole.tokens + 60, 23):
@@ -431,7 +435,7 @@ def test_a_limit_is_never_passed_and_the_search_answers_with_what_it_has(strateg
         assert not any(device.waiting for device in bench.devices.values())
         answers = {c.solution.answer for c in outcome.candidates} - {None}
         assert outcome.answer in answers if answers else outcome.answer is None
-        cut_off.append("cut_off" in outcome.extra)
+        cut_off.append(outcome.cut_off)
     assert cut_off[0] and sorted(cut_off, reverse=True) == cut_off  # cut off until the limit is ample
 
 
@@ -439,7 +443,7 @@ def test_a_search_cut_off_between_sampling_and_judging():
     head = len(ids("Q 5 +3 *2 ?\nTry "))
     sampled = 5 * head + sum(len(ids(text)) + 1 for text in SAMPLES[:4]) + len(ids(SAMPLES[4]))
     nothing_judged = Bench({"": SAMPLES}, VALUES).search(BestOfN(5), limit=sampled + 32)
-    assert nothing_judged.extra == {"cut_off": 1} and len(nothing_judged.candidates) == 5
+    assert nothing_judged.cut_off and len(nothing_judged.candidates) == 5
     assert nothing_judged.answer == "16" and nothing_judged.tokens <= sampled + 32  # a majority, and the first of two
 
 
@@ -447,17 +451,17 @@ def test_a_smaller_strategy_is_read_off_a_larger_one():
     bench = Bench({"": SAMPLES}, VALUES, ATTEMPTS)
     whole = bench.search(BestOfN(5))
     for n, how in ((2, "weighted"), (3, "majority"), (5, "weighted")):
-        fresh, read = Bench({"": SAMPLES}, VALUES).search(BestOfN(n, how)), smaller(BestOfN(5), whole, BestOfN(n, how))
-        assert (read.answer, read.tokens, read.generations, read.extra) == (fresh.answer, fresh.tokens, n, fresh.extra)
+        fresh, read = Bench({"": SAMPLES}, VALUES).search(BestOfN(n, how)), read_off(BestOfN(5), whole, BestOfN(n, how))
+        assert (read.answer, read.tokens, len(read.candidates)) == (fresh.answer, fresh.tokens, n)
         assert read.strategy == fresh.strategy == f"best_of_n:{n}:{how}"
         assert [(c.solution.text, c.score, c.cost, c.score_cost) for c in read.candidates] == [
             (c.solution.text, c.score, c.cost, c.score_cost) for c in fresh.candidates
         ]
     chain = bench.search(Revise(4, select="majority"))
-    begun = smaller(Revise(4, select="majority"), chain, Revise(2, select="majority"))
+    begun = read_off(Revise(4, select="majority"), chain, Revise(2, select="majority"))
     assert [c.solution.answer for c in begun.candidates] == ["1", "2"] and begun.tokens < chain.tokens
     grid = bench.search(Revise(3, 4, select="majority"))
-    part = smaller(Revise(3, 4, select="majority"), grid, Revise(2, 2, select="last"))
+    part = read_off(Revise(3, 4, select="majority"), grid, Revise(2, 2, select="last"))
     assert [c.solution.id for c in part.candidates] == [
         "q1/t/0",
         "q1/t/1",
@@ -475,18 +479,18 @@ def test_a_smaller_strategy_is_read_off_a_larger_one():
         (Revise(4), Revise(4, 2)),
         (Revise(4), Revise(2, context=2)),
     ]:
-        assert smaller(done, whole, wanted) is None
+        assert not done.covers(wanted)
 
 
 def test_adaptive_sampling_stops_when_the_vote_is_decided():
     sure = Bench({"": ["Answer 16"]}, {"Answer 16": 1.0}).search(Adaptive(16, 0.95))
     # equal solutions are judged once and all of them vote: Beta(1 + 4, 1) above 1/2 with 1 - 1/32 = 0.969
-    assert sure.answer == "16" and len(sure.candidates) == 4 and sure.extra == {"drawn": 4}
+    assert sure.answer == "16" and len(sure.candidates) == 4
     assert [bool(c.score_cost) for c in sure.candidates] == [True, False, False, False]
     torn = Bench({"": ["Answer 16", "Answer 18"]}, {"Answer 16": 0.5, "Answer 18": 0.4}).search(
         Adaptive(10, 0.95, step=4)
     )
-    assert len(torn.candidates) == 10 and torn.answer == "16" and torn.generations == 10
+    assert len(torn.candidates) == 10 and torn.answer == "16"
     low = Bench({"": ["Answer 16"]}, {"Answer 16": 0.1}).search(Adaptive(64, 0.9, step=2))
     assert len(low.candidates) == 4  # scores count in units of the highest: 1 - 0.5 ** 3 < 0.9 < 1 - 0.5 ** 5
     mixed = Bench({"": ["Answer 16", "Answer 16", "Answer 18"]}, {"Answer 16": 0.5, "Answer 18": 0.05}).search(
@@ -500,15 +504,15 @@ def test_what_is_sooner_sure_is_read_off_what_is_later():
     lines = {"": SAMPLES[:4]}
     whole = Bench(lines, VALUES).search(Adaptive(16, 0.99, step=2))
     for wanted in (Adaptive(16, 0.6, step=2), Adaptive(4, 0.99, step=2), Adaptive(3, 0.99, step=2)):
-        fresh, read = Bench(lines, VALUES).search(wanted), smaller(Adaptive(16, 0.99, step=2), whole, wanted)
+        fresh, read = Bench(lines, VALUES).search(wanted), read_off(Adaptive(16, 0.99, step=2), whole, wanted)
         assert (read.answer, read.tokens, len(read.candidates), read.strategy) == (
             fresh.answer,
             fresh.tokens,
             len(fresh.candidates),
             fresh.strategy,
         )
-    assert len(read.candidates) == 3 and smaller(Adaptive(4), whole, Adaptive(8)) is None
-    assert smaller(Adaptive(16, 0.9, step=2), whole, Adaptive(16, 0.99, step=2)) is None
+    assert len(read.candidates) == 3 and not Adaptive(4).covers(Adaptive(8))
+    assert not Adaptive(16, 0.9, step=2).covers(Adaptive(16, 0.99, step=2))
 
 
 def test_the_reviser_s_first_attempts_can_be_what_is_drawn():
@@ -517,7 +521,7 @@ def test_the_reviser_s_first_attempts_can_be_what_is_drawn():
 
 
 def test_a_strategy_whose_model_is_missing_is_refused():
-    tools = Bench(BEAM, BEAM_VALUES).tools
+    searcher = Bench(BEAM, BEAM_VALUES).searcher
     for lacking, strategy in [
         ("prm", BestOfN(4)),
         ("prm", Beam(4)),
@@ -525,11 +529,11 @@ def test_a_strategy_whose_model_is_missing_is_refused():
         ("reviser", Revise(4)),
         ("policy", BestOfN(4)),
     ]:
-        poorer = replace(tools, **{lacking: None})
-        assert tools.can(strategy) and not poorer.can(strategy)
+        poorer = replace(searcher, **{lacking: None})
+        assert searcher.can(strategy) and not poorer.can(strategy)
         with pytest.raises(ValueError, match="needs a model"):
             asyncio.run(search(strategy, QUESTION, poorer, tag="t"))
-    assert replace(tools, prm=None).can(BestOfN(4, "majority")) and replace(tools, policy=None).can(
+    assert replace(searcher, prm=None).can(BestOfN(4, "majority")) and replace(searcher, policy=None).can(
         Revise(4, select="majority")
     )
 

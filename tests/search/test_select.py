@@ -1,23 +1,10 @@
 """Selection and its curves against cases worked by hand."""
 
-import random
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flywheel.measure.stats import pass_at_k
-from flywheel.search.select import (
-    Scored,
-    accuracy_at,
-    argmax,
-    by_argmax,
-    by_majority,
-    by_weight,
-    hierarchical,
-    majority,
-    weighted,
-)
+from flywheel.search.select import argmax, hierarchical, majority, weighted
 
 
 def test_weighted_sums_the_scores_of_an_answer():
@@ -77,29 +64,3 @@ def test_chains_are_selected_within_and_then_across():
     pooled = [pair for answers, scores in chains for pair in zip(answers, scores)]
     assert weighted([a for a, _ in pooled], [s for _, s in pooled]) == "5"
     assert hierarchical([([None], [0.5])]) is None and hierarchical([]) is None
-
-
-POOL = [
-    Scored("7", 0.9, True),
-    Scored("7", 0.8, True),
-    Scored("4", 0.5, False),
-    Scored("4", 0.4, False),
-    Scored("4", 0.3, False),
-    Scored(None, 0.0, False),
-]
-
-
-def test_a_curve_at_the_whole_pool_is_the_selection_itself():
-    rng = random.Random(0)
-    assert accuracy_at(POOL, 6, by_weight, 1, rng) == 1.0  # 1.7 against 1.2
-    assert accuracy_at(POOL, 6, by_majority, 1, rng) == 0.0  # two against three
-    assert accuracy_at(POOL, 6, by_argmax, 1, rng) == 1.0
-
-
-def test_a_curve_at_one_sample_is_the_pass_rate_and_argmax_of_a_perfect_scorer_is_pass_at_k():
-    rng = random.Random(0)
-    for select in (by_weight, by_majority, by_argmax):
-        assert accuracy_at(POOL, 1, select, 4000, rng) == pytest.approx(2 / 6, abs=0.03)
-    assert accuracy_at(POOL, 3, by_argmax, 4000, rng) == pytest.approx(pass_at_k(6, 2, 3), abs=0.03)
-    with pytest.raises(ValueError, match="pool of 6"):
-        accuracy_at(POOL, 7, by_weight, 1, rng)

@@ -1,0 +1,72 @@
+"""Start a run with what another one has finished and a change of recipe does not touch."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from flywheel.errors import UserError
+from flywheel.recipe import Recipe
+from flywheel.runs import manifest
+from flywheel.runs.files import fence, sync_dir
+from flywheel.runs.shards import shard_dirs
+from flywheel.runs.stage import Scheduled
+
+
+def fork(old: Path, new: Path, recipe: Recipe, sources: dict[str, str], plan: Sequence[Scheduled]) -> list[str]:
+    """Give `new` every finished stage of `old` that `recipe` would make alike: same fingerprint, whole files.
+
+    Files are linked, not copied, where the file system allows it: a finished stage is never written again. A stage
+    that `new` already has is left alone, so a fork that was interrupted goes on. Returns a line a stage: taken over,
+    or made anew and why. Raises UserError where a file of `old` is damaged.
+    """
+    lines = []
+    for scheduled in plan:
+        directory, name = manifest.stage_dir(new, *scheduled.at), manifest.name_of(scheduled.at)
+        if manifest.load(new, *scheduled.at) or shard_dirs(directory):
+            lines.append(f"{name}: already here")
+        elif why := made_anew(old, new, recipe, sources, scheduled):
+            lines.append(f"{name}: made anew ({why})")
+        else:
+            take_over(manifest.stage_dir(old, *scheduled.at), directory)
+            lines.append(f"{name}: taken over")
+    return lines
+
+
+def made_anew(old: Path, new: Path, recipe: Recipe, sources: dict[str, str], scheduled: Scheduled) -> str:
+    """Why `old`'s stage cannot be taken over; empty if it can."""
+    made = manifest.load(old, *scheduled.at)
+    if made is None:
+        return f"not finished in {old}"
+    for at in scheduled.reads:
+        if manifest.load(new, *at) is None:
+            return f"it reads {manifest.name_of(at)}, which is made anew"
+    if found := manifest.difference(made["fingerprint"], manifest.fingerprint(new, recipe, sources, scheduled)):
+        key, was, now = found
+        return f"{key} was {was!r}, is {now!r}"
+    return ""
+
+
+def take_over(source: Path, target: Path) -> None:
+    """Link the files of a finished stage; `target` appears whole or not at all. Raises UserError for a damaged file."""
+    made = manifest.load(source.parent.parent, int(source.parent.name.removeprefix("round_")), source.name)
+    manifest.check_files(source, made, contents=True)
+    scratch = target.with_name(f".{target.name}.fork")
+    shutil.rmtree(scratch, ignore_errors=True)
+    try:
+        for name in (*made["files"], manifest.MANIFEST):
+            (scratch / name).parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(source / name, scratch / name)
+            except OSError:  # another file system, or one without links
+                shutil.copy2(source / name, scratch / name)
+        fence()
+        shutil.rmtree(target, ignore_errors=True)  # at most an empty stage that was begun
+        scratch.rename(target)
+    except OSError as error:
+        raise UserError(f"{target}: cannot be taken over from {source}: {error}") from None
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    sync_dir(target.parent)

@@ -1,0 +1,52 @@
+"""What a launch says in the terminal while it works."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+from tqdm import tqdm
+
+
+def brief(made: dict[str, Any], most: int = 6) -> str:
+    """A manifest in part of a line: its first plain figures, else its counts."""
+    plain = {
+        k: v
+        for k, v in made["figures"].items()
+        if isinstance(v, (int, float, str)) and (k == "why" or len(str(v)) < 60)
+    }
+    parts = [
+        f"{key} {value:.3f}" if isinstance(value, float) else f"{key} {value}"
+        for key, value in (plain or made["counts"]).items()
+    ]
+    if made["tokens"]:
+        parts.insert(0, f"{made['tokens']:,} tokens")
+    return ", ".join(parts[: most + 1])
+
+
+class Progress:
+    """A bar in a terminal; elsewhere a line at most every 30 seconds."""
+
+    EVERY = 30.0
+
+    def __init__(self, title: str):
+        self.title, self.bar, self.last = title, None, time.monotonic()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def show(self, done: int, total: int, figures: dict[str, float]) -> None:
+        notes = {key: f"{value:.4g}" for key, value in figures.items()}
+        if sys.stderr.isatty():
+            self.bar = self.bar if self.bar is not None else tqdm(desc=self.title, leave=False, total=total)
+            self.bar.total = total
+            self.bar.set_postfix(notes, refresh=False)
+            self.bar.update(done - self.bar.n)
+        elif time.monotonic() - self.last >= self.EVERY:
+            self.last = time.monotonic()
+            print(f"{self.title}  {done}/{total}  {' '.join(f'{k} {v}' for k, v in notes.items())}", flush=True)

@@ -1,0 +1,75 @@
+"""The list of strategies, and how a recipe names them."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Iterable, Iterator
+from typing import Union
+
+from pydantic import ConfigDict, ValidationError, validate_call
+
+from flywheel.errors import UserError
+from flywheel.recipe import CalibrateSpec, StrategySpec
+from flywheel.search.adaptive import Adaptive
+from flywheel.search.beam import Beam
+from flywheel.search.best_of_n import BestOfN
+from flywheel.search.revise import Revise
+from flywheel.search.strategy import Strategy, Unfit
+
+STRATEGIES: tuple[type[Strategy], ...] = (BestOfN, Beam, Revise, Adaptive)  # a new one is a file and a name here
+AnyStrategy = Union[STRATEGIES]  # noqa: UP007  (made of the list; for fields of records)
+KINDS = {strategy.kind: strategy for strategy in STRATEGIES}
+
+
+def from_dict(data: dict) -> Strategy:
+    """What `Strategy.to_dict` wrote. Raises KeyError for an unknown kind and TypeError for unknown fields."""
+    return KINDS[data["kind"]](**{name: value for name, value in data.items() if name != "kind"})
+
+
+def strategies(spec: CalibrateSpec) -> list[tuple[int, Strategy]]:
+    """Every distinct (budget, strategy) that a recipe asks for, by rising budget.
+
+    A budget is in the paper's unit, final answers generated. What a budget does not allow is left out
+    (`left_out` says so). Raises UserError for an unknown kind or option.
+    """
+    return list(dict.fromkeys((budget, s) for budget, s in _asked(spec) if isinstance(s, Strategy)))
+
+
+def left_out(spec: CalibrateSpec) -> list[str]:
+    """One line for every strategy of the recipe that cannot run at one of its budgets."""
+    unfit = [(budget, why.args) for budget, why in _asked(spec) if isinstance(why, Unfit)]
+    return [f"{what} left out at budget {budget}: {why}" for budget, (what, why) in unfit]
+
+
+def _asked(spec: CalibrateSpec) -> Iterator[tuple[int, Strategy | Unfit]]:
+    for budget in sorted(set(spec.budgets)):
+        for place, asked in enumerate(spec.strategies):
+            if budget <= (asked.max_budget or budget):
+                yield budget, _at(asked, budget, f"calibrate.strategies.{place}")
+
+
+def _at(spec: StrategySpec, budget: int, where: str) -> Strategy | Unfit:
+    if (kind := KINDS.get(spec.kind)) is None:
+        raise UserError(
+            f"{where}.kind: unknown strategy {spec.kind!r}{_nearest(spec.kind, KINDS)}; known: {', '.join(KINDS)}"
+        )
+    known = [name for name in inspect.signature(kind.at).parameters if name != "budget"]
+    for name in spec.options:
+        if name not in known:
+            raise UserError(
+                f"{where}.{name}: unknown key of {spec.kind}{_nearest(name, known)}; known: {', '.join(known)}"
+            )
+    try:
+        return validate_call(kind.at, config=ConfigDict(strict=True))(budget, **spec.options)
+    except Unfit as unfit:
+        return unfit
+    except ValidationError as error:
+        fault = error.errors()[0]
+        option = fault["loc"][0]
+        raise UserError(f"{where}.{option}: {fault['msg']} (got {spec.options[option]!r})") from None
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(known), 1, 0.5)
+    return f"; did you mean {near[0]}?" if near else ""

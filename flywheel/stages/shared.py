@@ -1,0 +1,173 @@
+"""What several stages compute alike, from the records of a run."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
+from typing import TypeVar
+
+from flywheel.measure.bins import fixed_bins, quantile_bins
+from flywheel.measure.stats import bootstrap_mean
+from flywheel.problems.grading import answer_key
+from flywheel.recipe import TrainSpec
+from flywheel.records import Difficulty, Finish, Grade, Harvested, ModelRef, Role, Solution, Split, Verdict
+from flywheel.runs.files import read_table
+from flywheel.runs.run import Context, Run
+from flywheel.runs.stage import Input
+from flywheel.training.sft import Example
+
+T = TypeVar("T")
+LAST_POLICY = (Input("gate", back=1, optional=True), Input("distill", back=1, optional=True))
+
+
+def ids(run: Run, *splits: Split) -> list[str]:
+    return [p.id for p in run.problems(*splits)]
+
+
+def by_question(records: Iterable[T]) -> dict[str, list[T]]:
+    groups: dict[str, list[T]] = {}
+    for record in records:
+        groups.setdefault(record.question_id, []).append(record)
+    return groups
+
+
+# ---- grades and difficulty -------------------------------------------------------------
+
+
+def pass_rates(grades: Iterable[Grade]) -> dict[str, float]:
+    """Share of correct solutions by question. Undecided ones count neither way."""
+    rates = {}
+    for question, group in by_question(grades).items():
+        decided = [g.correct for g in group if g.verdict is not Verdict.UNDECIDED]
+        rates[question] = sum(decided) / len(decided) if decided else 0.0
+    return rates
+
+
+def verdict_counts(grades: Sequence[Grade]) -> dict[str, int]:
+    return {str(v): sum(g.verdict is v for g in grades) for v in Verdict}
+
+
+@lru_cache(maxsize=1)  # a stage's process asks for every chunk
+def sampled(ctx: Context) -> tuple[dict[str, list[Solution]], dict[str, Verdict]]:
+    """The sample stage's solutions by question, and their verdicts by solution id."""
+    verdicts = {grade.solution_id: grade.verdict for grade in ctx.read(Grade, "sample")}
+    return by_question(ctx.read(Solution, "sample")), verdicts
+
+
+def sampled_rates(ctx: Context) -> dict[str, float]:
+    """pass@1 of the last policy on the train and calibrate questions, from the sample stage."""
+    return pass_rates(ctx.read(Grade, "sample"))
+
+
+@lru_cache(maxsize=1)
+def difficulties(ctx: Context) -> dict[str, Difficulty]:
+    """Bins of the train and calibrate questions from the sample stage's pass rates.
+
+    Quantiles are taken within each split: the splits are drawn alike, and their numbers of
+    samples differ, so that ties at a rate of 0 would otherwise part them.
+    """
+    spec = ctx.recipe.calibrate
+    rates = sampled_rates(ctx)
+    quantile: dict[str, int] = {}
+    for split in (Split.TRAIN, Split.CALIBRATE):
+        quantile |= quantile_bins({q: rates[q] for q in ids(ctx, split)}, spec.bins)
+    fixed = fixed_bins(rates, spec.edges)
+    return {q: Difficulty(q, rate, quantile[q], fixed[q]) for q, rate in rates.items()}
+
+
+def test_grades(run: Run, round: int, purpose: str = "evaluate") -> dict[str, list[Grade]]:
+    """The grades of one draw on the test questions, by question: `evaluate`, or in round 0 `bin` too."""
+    return by_question(g for g in run.read(Grade, "evaluate", round) if g.purpose == purpose)
+
+
+def test_rates(run: Run, round: int, purpose: str = "evaluate") -> dict[str, float]:
+    """pass@1 of the test questions in one draw."""
+    return pass_rates(g for group in test_grades(run, round, purpose).values() for g in group)
+
+
+def test_solutions(run: Run, round: int) -> dict[str, list[Solution]]:
+    return by_question(s for s in run.read(Solution, "evaluate", round) if s.purpose == "evaluate")
+
+
+def answer_is_right(answer: str | None, solutions: Iterable[Solution], correct: Mapping[str, bool]) -> float:
+    """1.0 if the selected `answer` is right: the verdict of a solution that gave it; None is wrong."""
+    if answer is None:
+        return 0.0
+    given = (s for s in solutions if s.answer is not None and answer_key(s.answer) == answer_key(answer))
+    return float(correct[next(given).id])
+
+
+def interval(ctx: Context, values: Sequence[float]) -> tuple[float, list[float]]:
+    """The mean and its 95% bootstrap interval over questions."""
+    mean, low, high = bootstrap_mean(values, n=ctx.recipe.evaluate.bootstrap, seed=ctx.seed("bootstrap") % 2**31)
+    return mean, [low, high]
+
+
+# ---- traces and training texts ---------------------------------------------------------
+
+
+def trace(solution: Solution) -> str:
+    """What two solutions share if they are the same derivation: their text, spacing apart."""
+    return " ".join(solution.text.split())
+
+
+def votes(right: Iterable[Solution]) -> Counter[str]:
+    """trace -> how many independent draws gave it, of the `right` solutions (`Solution.draw`)."""
+    return Counter(text for text, _ in {(trace(s), s.draw) for s in right})
+
+
+def harvested(ctx: Context, rounds: range) -> list[Harvested]:
+    """The harvest of several rounds, a trace of a question once (votes of its first round)."""
+    seen: dict[tuple[str, str], Harvested] = {}
+    for round in rounds:
+        for row in read_table(ctx.path("harvest", round) / "harvest.parquet", Harvested):
+            seen.setdefault((row.question_id, " ".join(row.solution.split())), row)
+    return list(seen.values())
+
+
+def examples(
+    rows: Iterable[tuple[str, Sequence[int], Sequence[int]]], held: set[str], longest: int
+) -> tuple[list[Example], list[Example], int]:
+    """(to train on, to validate on, how many were too long) of (question id, prompt, target) token ids.
+
+    The questions of `held` validate. What is longer than `longest` tokens is left out and counted, never cut.
+    """
+    fit, check, too_long = [], [], 0
+    for question, prompt, target in rows:
+        if len(prompt) + len(target) > longest:
+            too_long += 1
+            continue
+        (check if question in held else fit).append(Example((*prompt, *target), len(prompt)))
+    return fit, check, too_long
+
+
+def closed(solution: Solution, eos: int) -> tuple[int, ...]:
+    """A finished solution as training text: its own token ids and EOS."""
+    if solution.finish is not Finish.STOP:
+        raise ValueError(f"{solution.id}: a truncated solution cannot be a training text")
+    return (*solution.tokens, eos)
+
+
+def start(ctx: Context, spec: TrainSpec) -> str | None:
+    """The adapter that a training begins with: the last policy's if the recipe says so and there is one."""
+    return ctx.model(Role.POLICY, ctx.round - 1).adapter if spec.start == "policy" else None
+
+
+# ---- models of a round -----------------------------------------------------------------
+
+
+def search_models(ctx: Context) -> dict[Role, ModelRef]:
+    """The models of this round's search: the policy that was sampled, this round's PRM and reviser.
+
+    A round without a reviser (nothing to train it on) searches without one.
+    """
+    models = {Role.POLICY: ctx.model(Role.POLICY, ctx.round - 1), Role.PRM: ctx.model(Role.PRM, ctx.round)}
+    if ctx.figures("choose_reviser").get("chosen"):
+        models[Role.REVISER] = ctx.model(Role.REVISER, ctx.round)
+    return models
+
+
+def model_names(models: Mapping[Role, ModelRef]) -> dict[str, str]:
+    """The names of models by role, as a plan and the figures hold them."""
+    return {str(role): ref.name for role, ref in models.items()}
