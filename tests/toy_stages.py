@@ -18,14 +18,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flywheel.errors import EngineDied, UserError
-from flywheel.records import Beam, BestOfN, Finish, Grade, Solution, Split, Step, Strategy, Verdict
-from flywheel.runs.run import Context, Stage
+from flywheel.records import Finish, Grade, Solution, Split, Step, Verdict
+from flywheel.runs.run import Context, Run
+from flywheel.runs.stage import Input, Stage
+from flywheel.search.beam import Beam
+from flywheel.search.best_of_n import BestOfN
+from flywheel.search.strategies import AnyStrategy
 
 
 @dataclass(frozen=True, slots=True)
 class Trial:
     question_id: str
-    strategy: Strategy
+    strategy: AnyStrategy
     right: bool
     extra: dict[str, float]
 
@@ -67,7 +71,9 @@ def tools(ctx: Context):
 def draw(ctx: Context, question: str) -> Solution:
     rng = random.Random(ctx.seed(question))
     steps = tuple(Step(f"{n}\n", (n, n + 1)) for n in (rng.randrange(99) for _ in range(3)))
-    return Solution(f"{question}/0", question, steps, Finish.STOP, str(rng.randrange(5)), "toy")
+    return Solution(
+        f"{question}/0", question, steps, Finish.STOP, str(rng.randrange(5)), "sample", "toy", f"{question}/0"
+    )
 
 
 def work(ctx: Context, tool: int, questions: Sequence[str]) -> Iterator[object]:
@@ -135,12 +141,27 @@ def test_ids(ctx: Context) -> list[str]:
 
 test_ids.__test__ = False
 
-SAMPLE = Stage("sample", ("sample", "engine"), ("gate@-1", "distill@-1"), train_ids, tools, work, finish=finish)
-LABEL = Stage("label", ("label",), ("sample",), train_ids, tools, trials)
-DISTILL = Stage("distill", ("distill",), ("label", "sample@all"), train=train)
-GATE = Stage("gate", ("distill",), ("distill",), items=lambda ctx: [], work=work, finish=gate)
+SAMPLE = Stage(
+    "sample",
+    ("sample", "engine"),
+    (Input("gate", back=1), Input("distill", back=1)),
+    train_ids,
+    tools,
+    work,
+    finish=finish,
+)
+LABEL = Stage("label", ("label",), (Input("sample"),), train_ids, tools, trials)
+DISTILL = Stage("distill", ("distill",), (Input("label"), Input("sample", every=True)), train=train)
+GATE = Stage("gate", ("distill",), (Input("distill"),), items=lambda ctx: [], work=work, finish=gate)
 EVALUATE = Stage(
-    "evaluate", ("evaluate",), ("gate", "evaluate@-1"), test_ids, tools, work, finish=finish, test_split=True
+    "evaluate",
+    ("evaluate",),
+    (Input("gate"), Input("evaluate", back=1)),
+    test_ids,
+    tools,
+    work,
+    finish=finish,
+    test_split=True,
 )
 
 
@@ -151,15 +172,15 @@ def stages(round: int) -> list[Stage]:
 # ---- the report of a toy run ----
 
 
-def after_round(run: Path, round: int) -> None:
+def after_round(run: Run, round: int) -> None:
     log(f"report:{round}")
     print(f"report of round {round}")
     if os.environ.get("TOY_FAULT") == "report":
         raise OSError("no way to the tracker")
 
 
-def summary(run: Path) -> dict:
-    return {"run": run.name}
+def summary(run: Run) -> dict:
+    return {"run": run.root.name}
 
 
 def print_round(data: dict, round: int) -> None:

@@ -123,7 +123,8 @@ class Run:
                 adapter = str(self.path("distill", made) / "adapter") if made else None
                 return ModelRef(f"policy_{made}", base, adapter)
             case Role.PRM:
-                if self.figures("train_prm", round).get("refused"):
+                trained = self.manifest("train_prm", round)
+                if trained and trained["figures"].get("refused"):
                     return ModelRef("policy_0", base)
                 return ModelRef(f"prm_{round}", base, str(self.path("train_prm", round) / "adapter"))
             case Role.REVISER:
@@ -172,6 +173,11 @@ class Context(Run):
     def recipe(self) -> Recipe:
         """The recipe, as far as the stage names it."""
         return self._recipe if self.stage.sections is None else Named(self._recipe, self.stage)
+
+    @property
+    def chunk(self) -> int:
+        """Items to a shard."""
+        return self._recipe.engine.chunk
 
     def path(self, stage: str, round: int | None = None) -> Path:
         return super().path(stage, self.round if round is None else round)

@@ -65,7 +65,7 @@ def fill(ctx: Context, chunk: int | None = None) -> None:
     `chunk`: items to a chunk, `engine.chunk` if None. An engine that dies is opened again, once a chunk; what it had
     spent stays in the ledger. Raises EngineDied with the questions of the chunk if it dies again.
     """
-    shards = Shards(ctx.dir, cut(ctx.stage.items(ctx), chunk or ctx.recipe.engine.chunk))
+    shards = Shards(ctx.dir, cut(ctx.stage.items(ctx), chunk or ctx.chunk))
     with ExitStack() as stack:
         stack.callback(shards.close)
         opened = stack.enter_context(Opened(ctx))

@@ -14,27 +14,27 @@ from toy import Project
 from toy_stages import Trial
 
 from flywheel.iterate import load_recipe, parser
-from flywheel.records import (
-    Beam,
-    BestOfN,
-    Candidate,
-    Finish,
-    Grade,
-    Outcome,
-    Problem,
-    Revise,
-    Role,
-    Solution,
-    Split,
-    Step,
-)
+from flywheel.records import Candidate, Finish, Grade, Outcome, Problem, Role, Solution, Split, Step
 from flywheel.runs import manifest
-from flywheel.runs.files import Damaged, encode, plain
-from flywheel.runs.run import Context, Stage, TestSplitForbidden, chunks, inputs, perform, read_table, write_table
+from flywheel.runs.files import Damaged, encode, plain, read_table, write_table
+from flywheel.runs.run import Context, TestSplitForbidden
 from flywheel.runs.shards import Shards, shard_dirs
+from flywheel.runs.stage import Input, Scheduled, Stage
+from flywheel.runs.worker import cut, perform
+from flywheel.search.beam import Beam
+from flywheel.search.best_of_n import BestOfN
+from flywheel.search.revise import Revise
 
 SOLUTION = Solution(
-    "q/0", "q", (Step("1 +2 =3\n", (1, 2, 3)), Step("Answer 3", (4,))), Finish.STOP, None, "toy", parent="p"
+    "q/0",
+    "q",
+    (Step("1 +2 =3\n", (1, 2, 3)), Step("Answer 3", (4,))),
+    Finish.STOP,
+    None,
+    "sample",
+    "toy",
+    "q/0",
+    parent="p",
 )
 
 
@@ -45,9 +45,12 @@ def recipe(tmp_path):
 
 
 def finished(run: Path, round: int, stage: str, figures: dict) -> None:
-    directory = manifest.stage_dir(run, round, stage)
-    directory.mkdir(parents=True, exist_ok=True)
-    manifest.seal(directory, {}, figures, 0.0, 1, 0, 1)
+    manifest.stage_dir(run, round, stage).mkdir(parents=True, exist_ok=True)
+    manifest.seal(run, scheduled(round, Stage(stage, (), (), train=dict)), {}, figures, 0.0, 1)
+
+
+def scheduled(round: int, stage: Stage, *reads: tuple[int, str]) -> Scheduled:
+    return Scheduled(round, stage, reads, 0, 1)
 
 
 # ---- tables ----
@@ -60,11 +63,11 @@ def test_records_come_back_from_parquet_as_they_were(tmp_path):
             "beam",
             (Candidate(SOLUTION, (0.25, 1.0)), Candidate(replace(SOLUTION, answer="3"))),
             None,
-            4,
             9,
-            {"a": 1.5},
+            4,
+            True,
         ),
-        Outcome("r", "beam", (), "3", 0, 0),
+        Outcome("r", "beam", (), "3", 0),
     ]
     write_table(tmp_path / "a=b.parquet", rows)
     assert read_table(tmp_path / "a=b.parquet", Outcome) == rows
@@ -199,16 +202,16 @@ def test_a_stage_reads_its_own_records_in_the_order_of_its_items(recipe, tmp_pat
     assert [s.question_id for s in ctx.read(Solution, "sample")] == ids
     assert figures["solutions"] == 20 and figures["nan"] is None
     assert ctx.ledger.tokens() == 0  # taken into the shards
-    made = manifest.seal(ctx.dir, {}, figures, 1.0, 1, 0, 1)
+    made = manifest.seal(tmp_path, scheduled(1, toy_stages.SAMPLE), {}, figures, 1.0, 1)
     assert made["counts"] == {"Solution": 20, "Grade": 20} and made["tokens"] == 20 * (5 + 6)
 
 
 def test_a_stage_sees_only_what_it_names(recipe, tmp_path):
     finished(tmp_path, 1, "calibrate", {"x": 1})
     ctx = Context(recipe, tmp_path, 1, toy_stages.LABEL)
-    with pytest.raises(ValueError, match="does not name it"):
+    with pytest.raises(ValueError, match="does not name round_"):
         ctx.figures("calibrate")
-    with pytest.raises(ValueError, match="does not name it"):
+    with pytest.raises(ValueError, match="does not name round_"):
         next(ctx.read(Grade, "evaluate", 0))
 
 
@@ -238,27 +241,24 @@ def test_a_refused_gate_keeps_the_policy_that_stood(recipe, tmp_path):
     policy = ctx.model(Role.POLICY, 2)
     assert policy.name == "policy_1" and policy.adapter == str(tmp_path / "round_1" / "distill" / "adapter")
     with pytest.raises(Exception, match="policy of round 3 is not decided"):
-        ctx.model(Role.POLICY)
-    assert ctx.model(Role.PRM).name == "prm_3"
-
-
-def test_a_strategy_written_before_a_key_came_is_the_same_one():
-    before, now = [{"kind": "beam", "width": 4}], [{"kind": "beam", "width": 4, "max_budget": None}]
-    key = "calibrate.strategies"
-    assert manifest.difference({key: before}, {key: now}) is None
-    assert manifest.difference({key: before}, {key: [{**now[0], "max_budget": 4}]}) == (
-        key,
-        before,
-        [{"kind": "beam", "width": 4, "max_budget": 4}],
-    )
-    assert manifest.difference({}, {"distill.start": None}) is None
-    assert manifest.difference({}, {"distill.start": "policy"}) == ("distill.start", "nothing", "policy")
+        ctx.model(Role.POLICY, 3)
+    assert ctx.model(Role.PRM, 3).name == "prm_3"
 
 
 def test_inputs_name_rounds():
-    stage = Stage("x", (), ("a", "b@-1", "c@all", "d@0", "x@-1", "x"), train=lambda ctx: {})
-    assert inputs(stage, 2) == [(2, "a"), (1, "b"), (1, "c"), (2, "c"), (0, "d"), (1, "x")]
-    assert inputs(stage, 0) == [(0, "a"), (0, "d")]
+    inputs = (
+        Input("a"),
+        Input("b", back=1),
+        Input("c", every=True),
+        Input("d", of=0),
+        Input("e", back=1, optional=True),
+        Input("x", back=1),
+        Input("x"),
+    )
+    stage = Stage("x", (), inputs, train=dict)
+    assert stage.reads(2) == [(2, "a"), (1, "b"), (1, "c"), (2, "c"), (0, "d"), (1, "e"), (1, "x")]
+    assert stage.reads(1) == [(1, "a"), (0, "b"), (1, "c"), (0, "d"), (0, "x")]
+    assert stage.reads(0) == [(0, "a"), (0, "d")]
 
 
 def test_seeds_are_by_identity(recipe, tmp_path):
@@ -280,6 +280,22 @@ def test_a_stage_is_sampling_or_training():
         Stage("x", (), ())
 
 
+def test_a_stage_sees_the_recipe_keys_that_it_names_and_no_others(recipe, tmp_path):
+    """So its fingerprint holds all that it reads. The stages of a real round run under this guard."""
+    stage = Stage("x", ("sample", "prm.labels"), (), train=dict)
+    seen = Context(recipe, tmp_path, 1, stage).recipe
+    assert seen.sample.temperature == 1.0 and seen.prm.labels == ("+", "-")
+    assert seen.model.base == recipe.model.base and seen.problems.path == recipe.problems.path and seen.seed == 0
+    for read, key in [
+        (lambda: seen.prm.epochs, "prm.epochs"),
+        (lambda: seen.label, "label"),
+        (lambda: seen.name, "name"),
+    ]:
+        with pytest.raises(ValueError, match=f"stage x reads the recipe's {key} but does not name it"):
+            read()
+    assert Context(recipe, tmp_path, 1, replace(stage, sections=None)).recipe is recipe
+
+
 # ---- fingerprints ----
 
 
@@ -287,12 +303,12 @@ def test_a_fingerprint_holds_what_the_stage_reads_and_nothing_else(recipe, tmp_p
     sources = manifest.source_files(recipe)
     assert set(sources) == {"model.base/config.json", "model.base/model.safetensors", "problems.path"}
     finished(tmp_path, 1, "sample", {})
-    stage = Stage("x", ("sample", "calibrate.edges"), ("sample",), train=lambda ctx: {})
-    made = manifest.fingerprint(recipe, stage, sources, [(1, "sample")], tmp_path)
+    stage = Stage("x", ("sample", "calibrate.edges"), (Input("sample"),), train=dict)
+    made = manifest.fingerprint(tmp_path, recipe, sources, scheduled(1, stage, (1, "sample")))
     assert made["sample.temperature"] == 1.0 and made["calibrate.edges"] == [0.8, 0.6, 0.4, 0.2]
     assert not any(key.startswith(("label.", "calibrate.budgets", "model.lora")) for key in made)
     finished(tmp_path, 1, "sample", {"other": 1})
-    again = manifest.fingerprint(recipe, stage, sources, [(1, "sample")], tmp_path)
+    again = manifest.fingerprint(tmp_path, recipe, sources, scheduled(1, stage, (1, "sample")))
     assert manifest.difference(made, again)[0] == "input round_1/sample"
 
 
@@ -327,7 +343,7 @@ def test_a_manifest_lists_what_the_stage_made_and_not_its_scratch(tmp_path):
     for name in ("adapter/weights", "trainer/checkpoint", "rank_0.log", "claims.lock"):
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
         (directory / name).write_text(name)
-    made = manifest.seal(directory, {}, {}, 0.0, 1, 0, 1)
+    made = manifest.seal(tmp_path, scheduled(1, toy_stages.DISTILL), {}, {}, 0.0, 1)
     assert list(made["files"]) == ["adapter/weights"]
     manifest.check_files(directory, made, contents=True)
     (directory / "adapter" / "weights").write_text("adapter/WEIGHTS")  # same size
@@ -344,5 +360,5 @@ def test_a_manifest_lists_what_the_stage_made_and_not_its_scratch(tmp_path):
 )
 def test_chunks_are_of_nearly_one_length_and_lose_nothing(count, size, sizes):
     items = [f"q{i}" for i in range(count)]
-    made = chunks(items, size)
+    made = cut(items, size)
     assert [len(c) for c in made] == sizes and [q for c in made for q in c] == items

@@ -1,0 +1,54 @@
+"""A change of recipe keeps what it does not touch: --fork, as a person uses it."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from toy import Project, finish
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Project:
+    return finish(tmp_path_factory)
+
+
+def lines(output: str) -> dict[str, str]:
+    """stage -> what was said of it."""
+    forked = [line.strip().partition(": ") for line in output.splitlines() if line.startswith("  round_")]
+    return {stage: said for stage, _, said in forked}
+
+
+def test_a_fork_takes_over_what_the_change_does_not_touch_and_makes_the_rest(finished):
+    before = len(finished.logged("sample:"))
+    done = finished.run("--fork", "toy", "--name", "longer", "--round", "2", "--set", "distill.epochs=9")
+    assert done.returncode == 0, done.stderr
+    said = lines(done.stdout)
+    assert [s for s in said if said[s] == "taken over"] == ["round_0/evaluate", "round_1/sample", "round_1/label"]
+    assert said["round_1/distill"] == "made anew (distill.epochs was 3.0, is 9.0)"
+    assert said["round_1/gate"].startswith("made anew (")
+    assert said["round_2/sample"] == "made anew (it reads round_1/gate, which is made anew)"
+    old, new = finished.run_dir, finished.runs / "longer"
+    shard = "round_1/sample/shards/00000/Solution.parquet"
+    assert os.stat(old / shard).st_ino == os.stat(new / shard).st_ino  # linked, not copied
+    assert len(finished.logged("sample:")) == before + 10  # round 2's alone
+    again = finished.run("--fork", "toy", "--name", "longer", "--round", "2", "--set", "distill.epochs=9")
+    assert again.returncode == 0 and "nothing to do" in again.stdout
+    assert set(lines(again.stdout).values()) == {"already here"}
+
+
+def test_a_fork_of_damaged_work_is_refused(finished):
+    table = finished.stage(1, "label") / "shards" / "00000" / "Trial.parquet"
+    kept = table.read_bytes()
+    try:
+        table.write_bytes(kept[:-1] + b"x")
+        done = finished.run("--fork", "toy", "--name", "damaged", "--round", "1")
+        assert done.returncode == 1 and "label/shards/00000/Trial.parquet" in done.stderr
+        assert not (finished.runs / "damaged" / "round_1" / "label").exists()
+    finally:
+        table.write_bytes(kept)
+
+
+def test_a_fork_wants_a_run_and_a_name(finished):
+    assert "--name" in finished.run("--fork", "toy").stderr
+    assert "no run of that name" in finished.run("--fork", "nowhere", "--name", "x").stderr
