@@ -11,7 +11,7 @@ import itertools
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -139,7 +139,7 @@ class ReviserSpec(TrainSpec):
 
 
 class StrategySpec(BaseModel):
-    """A strategy that competes for a place in the plan. Its options are checked by the strategy (`search/strategies.py`)."""
+    """A strategy that competes for a place in the plan. `search/strategies.py` checks its options."""
 
     model_config = ConfigDict(extra="allow", strict=True, frozen=True)
 
@@ -197,48 +197,48 @@ class Recipe(Spec):
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
-        edges = self.calibrate.edges
-        if len(edges) != self.calibrate.bins - 1 or any(a <= b for a, b in itertools.pairwise(edges)):
-            raise ValueError(f"calibrate.edges: {self.calibrate.bins - 1} falling numbers wanted, got {edges}")
+        for fault in self._faults():
+            raise ValueError(fault)
+        return self
+
+    def _faults(self) -> Iterator[str]:
+        """What of one section contradicts another, a line each."""
+        edges, bins, budgets = self.calibrate.edges, self.calibrate.bins, self.calibrate.budgets
+        if len(edges) != bins - 1 or any(a <= b for a, b in itertools.pairwise(edges)):
+            yield f"calibrate.edges: {bins - 1} falling numbers wanted, got {edges}"
         for key in ("harvest", "evaluate"):
-            if (budget := getattr(self, key).budget) not in self.calibrate.budgets:
-                raise ValueError(
-                    f"{key}.budget: {budget} is not among calibrate.budgets {self.calibrate.budgets}; a plan has no strategy for it"
-                )
-        if self.evaluate.samples < max(self.evaluate.budget, self.evaluate.probe):
-            raise ValueError(
-                f"evaluate.samples: {self.evaluate.samples} is fewer than evaluate.budget {self.evaluate.budget} or evaluate.probe {self.evaluate.probe}"
-            )
+            if (budget := getattr(self, key).budget) not in budgets:
+                yield f"{key}.budget: {budget} is not among calibrate.budgets {budgets}; a plan has no strategy for it"
+        for key in ("budget", "probe"):
+            if self.evaluate.samples < (least := getattr(self.evaluate, key)):
+                yield f"evaluate.samples: {self.evaluate.samples} is fewer than evaluate.{key} {least}"
         if self.sample.max_tokens >= self.engine.max_model_len:
-            raise ValueError("sample.max_tokens: must be below engine.max_model_len")
-        for strategy in self.calibrate.strategies:
-            if strategy.max_budget is not None and strategy.max_budget < min(self.calibrate.budgets):
-                raise ValueError(
-                    f"calibrate.strategies: {strategy.kind} with max_budget {strategy.max_budget} is never tried; the smallest of calibrate.budgets is {min(self.calibrate.budgets)}"
+            yield "sample.max_tokens: must be below engine.max_model_len"
+        largest = {s.kind: 0 for s in self.calibrate.strategies}
+        for s in self.calibrate.strategies:
+            largest[s.kind] = max(largest[s.kind], s.max_budget or max(budgets))
+            if s.max_budget is not None and s.max_budget < min(budgets):
+                yield (
+                    f"calibrate.strategies: {s.kind} with max_budget {s.max_budget} is never tried;"
+                    f" the smallest of calibrate.budgets is {min(budgets)}"
                 )
-        plain = [
-            strategy.max_budget or max(self.calibrate.budgets)
-            for strategy in self.calibrate.strategies
-            if strategy.kind == "best_of_n"
-        ]
-        if max(plain, default=0) < max(self.calibrate.budgets):
-            at = f" at budget {max(self.calibrate.budgets)}" if plain else ""
-            raise ValueError(
-                f"calibrate.strategies: best_of_n is missing{at}; it is what a round without a reviser has, and what all else is measured against"
+        if largest.get("best_of_n", 0) < max(budgets):
+            at = f" at budget {max(budgets)}" if "best_of_n" in largest else ""
+            yield (
+                f"calibrate.strategies: best_of_n is missing{at};"
+                " a round without a reviser has nothing else, and all else is measured against it"
             )
         if self.prm.target == "progress" and self.prm.aggregate not in ("min", "product"):
-            raise ValueError(
-                f"prm.aggregate: {self.prm.aggregate} does not sum up a PRM of prm.target progress, which judges each step alone; product or min does"
+            yield (
+                f"prm.aggregate: {self.prm.aggregate} does not sum up a PRM of prm.target progress,"
+                " which judges each step alone; product or min does"
             )
         if self.label.prefer[0] > self.label.prefer[1]:
-            raise ValueError(f"label.prefer: a rising pair wanted, got {list(self.label.prefer)}")
+            yield f"label.prefer: a rising pair wanted, got {list(self.label.prefer)}"
         for key in ("prm", "reviser", "distill"):
-            spec = getattr(self, key)
-            if spec.batch_size % spec.micro_batch_size:
-                raise ValueError(
-                    f"{key}.batch_size: {spec.batch_size} is not a multiple of {key}.micro_batch_size {spec.micro_batch_size}"
-                )
-        return self
+            batch, micro = getattr(self, key).batch_size, getattr(self, key).micro_batch_size
+            if batch % micro:
+                yield f"{key}.batch_size: {batch} is not a multiple of {key}.micro_batch_size {micro}"
 
 
 def load(path: str | Path, overrides: list[str] = ()) -> Recipe:
@@ -287,48 +287,31 @@ def _one_line(error: ValidationError) -> str:
     """The first fault as `key: what is wrong`; unknown keys name the nearest known one."""
     faults = error.errors()
     fault = next((f for f in faults if f["type"] == "extra_forbidden"), faults[0])
-    where = ".".join(
-        str(part) if str(part).strip() and str(part).isprintable() else repr(part) for part in fault["loc"]
-    )
-    more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+    parts = [str(part) if str(part).strip() and str(part).isprintable() else repr(part) for part in fault["loc"]]
+    where, more = ".".join(parts), f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
     if fault["type"] == "extra_forbidden":
-        known = known_keys()
-        # a place in a list, and the kind that follows it, are no keys
-        written = ".".join(
-            str(p)
-            for i, p in enumerate(fault["loc"])
-            if not isinstance(p, int) and not (i and isinstance(fault["loc"][i - 1], int))
-        )
-        near = (
-            difflib.get_close_matches(written, known, 1, 0.5)
-            or [
-                key
-                for key in known
-                if key.rsplit(".", 1)[-1]
-                in difflib.get_close_matches(where.rsplit(".", 1)[-1], [k.rsplit(".", 1)[-1] for k in known], 1, 0.6)
-            ][:1]
-        )
-        return f"{where}: unknown key" + (f"; did you mean {near[0]}?" if near else "") + more
+        near = nearest_key(where)
+        return f"{where}: unknown key" + (f"; did you mean {near}?" if near else "") + more
     if not where:
         return fault["msg"].removeprefix("Value error, ") + more
     return f"{where}: {fault['msg']} (got {fault.get('input')!r:.60})" + more
 
 
+def nearest_key(written: str) -> str | None:
+    """The recipe's key nearest to `written`; else the one whose last part is nearest to its last part."""
+    known = known_keys()
+    if near := difflib.get_close_matches(written, known, 1, 0.5):
+        return near[0]
+    last = {key.rpartition(".")[2]: key for key in reversed(known)}
+    near = difflib.get_close_matches(written.rpartition(".")[2], list(last), 1, 0.6)
+    return last[near[0]] if near else None
+
+
 def known_keys() -> list[str]:
     """Every dotted key of the schema."""
-
-    def kinds(annotation: Any) -> Iterator[Any]:
-        yield annotation
-        for inner in get_args(annotation):
-            yield from kinds(inner)
-
-    def walk(model: type[BaseModel], prefix: str) -> list[str]:
-        keys = []
-        for name, info in model.model_fields.items():
-            keys.append(prefix + name)
-            for kind in kinds(info.annotation):
-                if isinstance(kind, type) and issubclass(kind, BaseModel):
-                    keys += walk(kind, f"{prefix}{name}.")
-        return keys
-
-    return walk(Recipe, "")
+    keys = []
+    for section, info in Recipe.model_fields.items():
+        keys.append(section)
+        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+            keys += [f"{section}.{key}" for key in info.annotation.model_fields]
+    return keys

@@ -20,7 +20,10 @@ from flywheel.runs.stage import Stage, schedule
 
 
 def verify(run: Path, stages: Callable[[int], Sequence[Stage]], say: Callable[[str], None] = print) -> list[Path]:
-    """Say a line a stage; return what must be deleted for the next launch to redo it. Raises UserError where it is no run."""
+    """Say a line a stage; return what must be deleted for the next launch to redo it.
+
+    Raises UserError where `run` is none.
+    """
     recipe = Run(run).recipe
     sources = manifest.source_files(recipe)
     plan = schedule(stages, manifest.last_round(run))

@@ -1,4 +1,4 @@
-"""The directions of imports that DESIGN section 5 asks for, read from the source."""
+"""Imports point down, by package: read from the source."""
 
 from __future__ import annotations
 

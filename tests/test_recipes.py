@@ -7,6 +7,8 @@ import pytest
 from flywheel.iterate import parser
 from flywheel.problems.grading import load_function
 from flywheel.recipe import RecipeError, load
+from flywheel.search.revise import Revise
+from flywheel.search.strategies import strategies
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -26,8 +28,8 @@ def test_a_shipped_recipe_loads(path):
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_chain_of_revisions_fits_the_model(path):
     recipe = load(path)
-    for strategy in recipe.calibrate.strategies:
-        if strategy.kind == "revise" and recipe.prompts.chat:  # attempts of full length; the laboratory's are short
+    for _, strategy in strategies(recipe.calibrate):
+        if isinstance(strategy, Revise) and recipe.prompts.chat:  # attempts of full length; the laboratory's are short
             assert (strategy.context + 1) * recipe.sample.max_tokens + 256 <= recipe.engine.max_model_len
 
 

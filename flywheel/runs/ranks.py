@@ -99,38 +99,38 @@ class Launch:
             self.dir = self._host() if ranks.rank == 0 else self._join()
 
     def _host(self) -> Path:
-        """Handshake: publish every rank's token until each rank has confirmed its own. The launch's directory."""
+        """Handshake: publish every rank's token until each rank has confirmed its own. Returns their directory."""
         for old in self.base.glob("*"):
             shutil.rmtree(old, ignore_errors=True) if old.is_dir() else old.unlink(missing_ok=True)
-        launch, others = uuid.uuid4().hex, range(1, self.ranks.world)
-        (self.base / launch).mkdir()
-        said: dict[str, str] = {}
+        directory, others = self.base / uuid.uuid4().hex, range(1, self.ranks.world)
+        directory.mkdir()
+        published: dict[str, str] = {}
         for _ in _until(PATIENCE):
-            heard = {str(r): word for r in others if (word := read_json(self.base / f"hello_{r}.json"))}
-            if heard != said:
-                said = heard
-                write_json(self.base / "welcome.json", {"launch": launch, "ranks": said})
-            if len(said) == len(others) and all(
-                read_json(self.base / launch / f"here_{r}.json") == said[str(r)] for r in others
-            ):
-                return self.base / launch
-        missing = [r for r in others if str(r) not in said]
+            tokens = {str(r): token for r in others if (token := read_json(self.base / f"hello_{r}.json"))}
+            if tokens != published:
+                published = tokens
+                write_json(self.base / "welcome.json", {"launch": directory.name, "ranks": published})
+            confirmed = [r for r in others if read_json(directory / f"here_{r}.json") == published.get(str(r), "")]
+            if len(confirmed) == len(others):
+                return directory
+        missing = [r for r in others if str(r) not in published]
         raise LaunchFailed(
             f"ranks {missing or list(others)} of {self.ranks.world} did not come within {PATIENCE:.0f} s:"
             f" is {self.base.parent} shared by all hosts?"
         )
 
     def _join(self) -> Path:
-        word, hello = uuid.uuid4().hex, self.base / f"hello_{self.ranks.rank}.json"
+        """The other side: publish a token of this process, and confirm it once rank 0 has published it too."""
+        token, hello = uuid.uuid4().hex, self.base / f"hello_{self.ranks.rank}.json"
         for _ in _until(PATIENCE):
-            if not hello.is_file():  # rank 0 clears the table when it comes
+            if not hello.is_file():  # rank 0 clears the folder when it comes
                 with suppress(FileNotFoundError):
-                    write_json(hello, word)
+                    write_json(hello, token)
             welcome = read_json(self.base / "welcome.json") or {}
-            if welcome.get("ranks", {}).get(str(self.ranks.rank)) == word:
+            if welcome.get("ranks", {}).get(str(self.ranks.rank)) == token:
                 directory = self.base / welcome["launch"]
                 RunLock(directory, f"alive_{self.ranks.rank}").take()
-                write_json(directory / f"here_{self.ranks.rank}.json", word)
+                write_json(directory / f"here_{self.ranks.rank}.json", token)
                 return directory
         raise LaunchFailed(f"rank 0 did not answer within {PATIENCE:.0f} s")
 
@@ -176,7 +176,7 @@ class Launch:
                 write_json(self.dir / f"failed_{self.ranks.rank}.json", line)
 
     def watch(self) -> None:
-        """Raises LaunchFailed if another rank failed, or is gone. (Not every launch has a launcher that would end it.)"""
+        """Raises LaunchFailed if another rank failed, or is gone. (A launch may have no launcher that would end it.)"""
         for r in range(self.ranks.world) if self.dir else ():
             if r != self.ranks.rank and (line := read_json(self.dir / f"failed_{r}.json")):
                 raise LaunchFailed(f"rank {r}: {line}" if self.ranks.rank == 0 else line)

@@ -20,7 +20,6 @@ from flywheel.records import (
     ModelRef,
     Outcome,
     Problem,
-    Question,
     Role,
     SampleScores,
     Solution,
@@ -58,15 +57,6 @@ class Found:
     answer: str | None
     solutions: Sequence[Solution]
     tokens: int
-
-
-@dataclass
-class Searched:
-    """All that was done for one test question. `scores`: the PRM's, of the samples; `chain`: the reviser's attempts."""
-
-    found: dict[str, Found]
-    scores: list[float]
-    chain: list[Solution]
 
 
 class OneQuestion:
@@ -108,8 +98,10 @@ class OneQuestion:
                 candidates, tokens = (*rest.candidates, *probe.candidates), probe.tokens + rest.tokens
         return Found(chosen.answer(candidates), [c.solution for c in candidates], tokens)
 
-    async def all(self, pool: Sequence[Solution], oracle_bin: int, edges: Sequence[float]) -> Searched:
-        """Every method, all at once: a step of the engine costs little more for more sequences.
+    async def all(
+        self, pool: Sequence[Solution], oracle_bin: int, edges: Sequence[float]
+    ) -> tuple[dict[str, Found], list[float]]:
+        """What every method found, and the PRM's scores of the pool. All at once: more sequences cost a step little.
 
         `pool`: the samples of `evaluate`. `edges`: of the bins, on the probe's mean score.
         """
@@ -144,11 +136,34 @@ class OneQuestion:
             f"best_of_n_weighted@{n}_base_verifier": Found(base, pool[:n], sum(drawn[:n]) + base_cost),
             **dict(zip(methods, searched)),
         }
-        chain = list(found[f"revise@{length}"].solutions) if self.searcher.reviser else []
-        return Searched(found, scores, chain)
+        return found, scores
 
     async def judged(self, pool: Sequence[Solution], verifier: Prm) -> Sequence[Candidate]:
         return await judge(self.question, [Candidate(s) for s in pool], verifier)
+
+    async def chain(self) -> list[Solution]:
+        """The reviser's attempts, one after the other."""
+        outcome = await self.search(Revise(max(self.spec.budget, self.spec.revise_attempts)))
+        return [c.solution for c in outcome.candidates]
+
+    async def control(self, other: OneQuestion, context: int) -> list[Solution]:
+        """Attempts 2.. again, with the context taken from another question's chain: does context help?"""
+        reviser, theirs = self.searcher.reviser, await other.chain()
+
+        async def attempt(place: int) -> Solution:
+            prompt = revision_prompt(reviser, self.question, theirs[: place - 1], self.searcher, context)
+            [done] = await reviser.generate(prompt, self.searcher.sampling(), purpose="control")
+            return self.kit.reader.solution(
+                done.tokens,
+                done.finish,
+                id=f"{self.question.id}/r{self.round}/control/{place}",
+                question_id=self.question.id,
+                purpose="control",
+                model=reviser.name,
+                attempt=place,
+            )
+
+        return await together(map(attempt, range(2, self.spec.revise_attempts + 1)))
 
 
 def work(ctx: Context, kit: Kit, questions: Sequence[str]) -> Iterator[object]:
@@ -157,55 +172,30 @@ def work(ctx: Context, kit: Kit, questions: Sequence[str]) -> Iterator[object]:
     plan = Plan.from_dict(ctx.figures("calibrate")["serve"])
     plan.check_models(model_names(search_models(ctx)))
     bins, edges = oracle_bins(ctx), probe_edges(ctx)
+    searches = {q: OneQuestion(ctx, kit, searcher, kit.problems[q], plan) for q in questions}
+    others = dict(zip(questions, [*questions[1:], questions[0]]))
 
-    async def one(question: str) -> Searched:
-        searches = OneQuestion(ctx, kit, searcher, kit.problems[question], plan)
-        return await searches.all(samples[question], bins[question], edges)
+    async def one(question: str) -> tuple[dict[str, Found], list[float], list[Solution]]:
+        mine, other = searches[question], searches[others[question]]
+        wanted: list = [mine.all(samples[question], bins[question], edges)]
+        if searcher.reviser:
+            wanted.append(mine.chain())
+        if searcher.reviser and mine is not other:  # a question alone has no other
+            wanted.append(mine.control(other, ctx.recipe.reviser.context))
+        (found, scores), *attempts = await together(wanted)
+        return found, scores, [s for group in attempts for s in group]
 
-    chains: dict[str, list[Solution]] = {}
-    for question, done in kit.each(questions, one):
+    for question, (answered, scores, attempts) in kit.each(questions, one):
         correct = {g.solution_id: g.correct for g in grades[question]}
-        drawn = {s.id: s for found in done.found.values() for s in found.solutions if s.id not in correct}
-        fresh = kit.grade(list(drawn.values()))
-        correct |= {g.solution_id: g.correct for g in fresh}
-        for method, found in done.found.items():
+        drawn = {s.id: s for found in answered.values() for s in found.solutions} | {s.id: s for s in attempts}
+        fresh = {g.solution_id: g for g in kit.grade([s for s in drawn.values() if s.id not in correct])}
+        correct |= {id: g.correct for id, g in fresh.items()}
+        for method, found in answered.items():
             right = bool(answer_is_right(found.answer, found.solutions, correct))
             yield Answered(question, method, right, found.tokens)
-        yield SampleScores(question, tuple(done.scores))
-        chains[question] = done.chain
-        in_chain = {s.id for s in done.chain}
-        yield from done.chain
-        yield from (g for g in fresh if g.solution_id in in_chain)
-    if searcher.reviser and len(questions) > 1:  # a question alone has no other
-        yield from control(ctx, kit, searcher, chains)
-
-
-def control(ctx: Context, kit: Kit, searcher: Searcher, chains: dict[str, list[Solution]]) -> Iterator[object]:
-    """Attempts 2.. again, with the context taken from the next question's chain: does context help?"""
-    reviser, context = searcher.reviser, ctx.recipe.reviser.context
-
-    async def attempt(question: Question, attempts: Sequence[Solution], place: int) -> Solution:
-        prompt = revision_prompt(reviser, question, attempts[: place - 1], searcher, context)
-        (done,) = await reviser.generate(prompt, searcher.sampling(), purpose="control")
-        return kit.reader.solution(
-            done.tokens,
-            done.finish,
-            id=f"{question.id}/r{ctx.round}/control/{place}",
-            question_id=question.id,
-            purpose="control",
-            model=reviser.name,
-            attempt=place,
-        )
-
-    async def one(pair: tuple[str, str]) -> list[Solution]:
-        question, other = kit.problems[pair[0]].question, chains[pair[1]]
-        places = range(2, ctx.recipe.evaluate.revise_attempts + 1)
-        return await together(attempt(question, other, place) for place in places)
-
-    questions = list(chains)
-    for _, solutions in kit.each(list(zip(questions, [*questions[1:], questions[0]])), one):
-        yield from solutions
-        yield from kit.grade(solutions)
+        yield SampleScores(question, tuple(scores))
+        yield from attempts
+        yield from (fresh[s.id] for s in attempts)
 
 
 def oracle_bins(ctx: Context) -> dict[str, int]:

@@ -513,7 +513,7 @@ def test_a_child_uses_every_core_it_may(monkeypatch):
     """accelerate exports OMP_NUM_THREADS=1; a stage must not believe it."""
     code = (
         "import os; os.environ['OMP_NUM_THREADS'] = '1'\n"
-        "from flywheel import isolate\n"
+        "from flywheel.runs import isolate\n"
         "if __name__ == '__main__':\n"
         "    isolate.start_server(1, ('torch',))\n"
         "    print(isolate.call('toy_threads:used', {'seconds': 1.0}, what='x', threads=isolate.threads_for(1)))\n"
@@ -526,7 +526,7 @@ def test_a_child_uses_every_core_it_may(monkeypatch):
 
 
 def test_a_sampling_rank_sees_its_own_device(monkeypatch):
-    from flywheel.runs.loop import environment
+    from flywheel.runs.processes import environment
     from flywheel.runs.ranks import Ranks
 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
