@@ -119,7 +119,7 @@ def find_recipe(name: str) -> Path:
 
 
 def load_recipe(args: argparse.Namespace) -> Recipe:
-    """The recipe with its overrides and with absolute paths. Raises UserError."""
+    """The recipe with its overrides and with absolute paths. Raises UserError, RecipeError."""
     from flywheel import recipe
 
     path = find_recipe(args.recipe)
