@@ -96,10 +96,20 @@ def installed(wheel, tmp_path_factory) -> Path:
     return venv / "bin"
 
 
+def test_a_shipped_recipe_finds_its_own_functions_beside_somebody_elses_package_data(installed, tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "__init__.py").touch()
+    code = """
+from flywheel.iterate import load_recipe, parser
+from flywheel.problems.grading import load_function
+print(load_function(load_recipe(parser().parse_args([])).problems.step_checker).__code__.co_filename)
+"""
+    found = Path(ok(run(installed / "python", "-c", code, cwd=tmp_path)).strip())
+    assert found.is_relative_to(installed.parent) and found.parts[-5:-2] == ("flywheel", "share", "data")
+
+
 @pytest.mark.slow
 def test_the_installed_wheel_makes_a_round_in_an_empty_directory(installed, tmp_path):
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "__init__.py").touch()  # somebody's own package of that name is not in the way
     launch = (installed / "python", "-m", "accelerate.commands.accelerate_cli", "launch", "--quiet")
     config = ok(run(installed / "flywheel", "config", "cpu", cwd=tmp_path)).strip()
     micro = ("-m", "flywheel.iterate", "--round", 0, "--set", *MICRO)
