@@ -1,4 +1,4 @@
-"""`python -m flywheel.export RUN --out DIR`: what a run made, as others' tools load it.
+"""`flywheel export RUN --out DIR`: what a run made, as others' tools load it.
 
 DIR/README.md            model card with the figures
 DIR/policy/              merged policy and tokenizer (transformers, vLLM)
@@ -197,21 +197,19 @@ def _card(run: Run, round: int, adapters: list[str], rows: int) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m flywheel.export", description="Export a run's models, harvest and model card."
+        prog="flywheel export", description="Write a run's models, its harvest and a model card to a directory."
     )
     parser.add_argument("run", type=Path, help="a run directory, e.g. runs/chain")
     parser.add_argument("--out", type=Path, required=True, help="a new or empty directory")
-    parser.add_argument(
-        "--round", type=int, default=None, help="the models after this round (default: the last finished one)"
-    )
+    parser.add_argument("--round", type=int, help="the models after this round (default: the last finished one)")
     args = parser.parse_args(argv)
     try:
         print(f"exported to {export(Run(args.run), args.out, args.round)}")
     except UserError as error:
-        print(f"flywheel.export: {error}", file=sys.stderr)
+        print(f"flywheel: {error}", file=sys.stderr)
         return 1
     return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

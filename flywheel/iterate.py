@@ -14,23 +14,31 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flywheel.errors import explain
+from flywheel.errors import UserError, explain
 from flywheel.runs.isolate import PRELOAD
 
 if TYPE_CHECKING:
     from flywheel.recipe import Recipe
 
-DEFAULT = "recipes/chain.yaml"
+PACKAGE = Path(__file__).resolve().parent
+# Where the files that ship lie: in the package where it is installed, else in the checkout that holds it.
+SHARE = PACKAGE / "share" if (PACKAGE / "share").is_dir() else PACKAGE.parent
 AGAIN = "what is finished is kept; to continue, run the same command again"
 
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
-        prog="accelerate launch -m flywheel.iterate",
-        description="Bring a run to the end of a round: sample, verify, distill, evaluate, and again. "
-        "Run the same command again to continue an interrupted run.",
+        prog="flywheel iterate",
+        description="Bring a run to the end of a round: sample, verify, distil, evaluate, and again. "
+        "The same command, run again, continues an interrupted run: what is finished is kept.",
+        epilog="On several processes or GPUs, with the same options: "
+        "accelerate launch --config_file $(flywheel config ddp) -m flywheel.iterate",
     )
-    p.add_argument("--recipe", help=f"YAML recipe (default: {DEFAULT})")
+    p.add_argument(
+        "--recipe",
+        metavar="FILE|NAME",
+        help=f"a YAML recipe, or the name of one that ships: {', '.join(shipped('recipes'))} (default: chain)",
+    )
     p.add_argument("--name", help="name of the run (default: the recipe's name)")
     p.add_argument("--runs", default="runs", type=Path, help="directory that holds the runs (default: %(default)s)")
     p.add_argument(
@@ -59,7 +67,7 @@ def parser() -> argparse.ArgumentParser:
         help="start the run --name with all that the run OLD (a name in --runs, or a directory) has finished and the"
         " change of recipe does not touch; the recipe is OLD's unless --recipe says otherwise",
     )
-    p.add_argument("--dry-run", action="store_true", help="say what would run and what it would cost, and end")
+    p.add_argument("--dry-run", action="store_true", help="print what would run and what it would cost, and end")
     return p
 
 
@@ -71,9 +79,12 @@ def main(
     preload: tuple[str, ...] = PRELOAD,
     preflight: str | None = "flywheel.stages.kit:preflight",
 ) -> int:
-    """The exit code. `stages` is `module:function(round) -> list[Stage]`; `report` a module with
-    `after_round(run, round)`, `summary(run)` and `print_round(summary, round)`; `preflight` is
-    `module:function(recipe)`, asked before a run is made."""
+    """Returns the exit code.
+
+    stages: `module:function(round) -> list[Stage]`. report: a module with `after_round(run, round)`,
+    `summary(run)` and `print_round(summary, round)`. preload: modules that the server of stage processes
+    loads. preflight: `module:function(recipe)`, called before a run is made; it raises UserError.
+    """
     args = parser().parse_args(argv)
     if args.round < 0:
         parser().error("--round: 0 or more")
@@ -104,31 +115,39 @@ def main(
         return 1
 
 
+def shipped(folder: str) -> dict[str, Path]:
+    """The YAML files of `recipes` or `accelerate_configs` that ship with flywheel, by name."""
+    return {path.stem: path for path in sorted((SHARE / folder).glob("*.yaml"))}
+
+
 def find_recipe(name: str) -> Path:
-    """As given from the current directory, else from the project that holds this package."""
-    here, project = Path(name), Path(__file__).parents[1] / name
-    return here if here.exists() or not project.exists() else project
+    """The file `name`, else the recipe of that name that ships. Raises UserError where there is neither."""
+    path, recipes = Path(name), shipped("recipes")
+    if name in recipes and not path.is_file():
+        return recipes[name]
+    if not path.exists():
+        raise UserError(f"{name}: no such recipe file; recipes that ship: {', '.join(recipes)}")
+    return path
 
 
 def load_recipe(args: argparse.Namespace) -> Recipe:
-    """The recipe with its overrides and with absolute paths. Raises RecipeError."""
+    """The recipe with its overrides and with absolute paths. Raises UserError, RecipeError."""
     from flywheel import recipe
     from flywheel.search import strategies
 
-    path = find_recipe(args.recipe or DEFAULT)
-    own = (
-        [f"problems.path={json.dumps(str(Path(args.problems).absolute()))}", "problems.format=jsonl"]
-        if args.problems
-        else []
-    )
-    whole = (
-        ["problems.limits={}", "problems.step_checker=null"] if args.problems else []
-    )  # the recipe's are for its own set; --set may limit again
-    loaded = recipe.load(path, [*whole, *args.set, *own])
+    path = find_recipe(args.recipe or "chain")
+    overrides = list(args.set)
+    if args.problems:  # limits and step checker are for the recipe's own questions; --set may give others
+        own = json.dumps(str(Path(args.problems).absolute()))
+        overrides = ["problems.limits={}", "problems.step_checker=null", *args.set]
+        overrides += [f"problems.path={own}", "problems.format=jsonl"]
+    loaded = recipe.load(path, overrides)
     folder = path.resolve().parent
     root = folder.parent if folder.name == "recipes" else folder
-    if str(root) not in sys.path:
-        sys.path.append(str(root))  # a recipe may name functions of its project (checkers)
+    for project in (root, SHARE):  # a recipe may name functions of its project (checkers); a fork's lies in a run
+        if str(project) not in sys.path:
+            # those that ship come first: the current directory may hold a package `data` too
+            sys.path.insert(0 if project == SHARE else len(sys.path), str(project))
     strategies.strategies(loaded.calibrate)  # raises for an unknown strategy or option
     return loaded.model_copy(
         update={

@@ -1,4 +1,4 @@
-"""`python -m flywheel.summary RUN [--json]`: everything that a run has found and spent."""
+"""Every figure of a run and what it cost: flywheel summary RUN [--json]"""
 
 from __future__ import annotations
 
@@ -8,20 +8,23 @@ import sys
 from pathlib import Path
 
 from flywheel.errors import UserError
-from flywheel.report.summary import summary
-from flywheel.report.tables import print_all
-from flywheel.runs.run import Run
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m flywheel.summary", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="flywheel summary", description="Print every figure of a run and what it cost, read from its manifests."
+    )
     parser.add_argument("run", type=Path, help="a run directory, e.g. runs/chain")
-    parser.add_argument("--json", action="store_true", help="machine-readable, on stdout")
+    parser.add_argument("--json", action="store_true", help="as JSON")
     args = parser.parse_args(argv)
     try:
+        from flywheel.report import summary  # not before --help is answered
+        from flywheel.report.tables import print_all
+        from flywheel.runs.run import Run
+
         data = summary(Run(args.run))
     except UserError as error:
-        print(f"flywheel.summary: {error}", file=sys.stderr)
+        print(f"flywheel: {error}", file=sys.stderr)
         return 1
     if args.json:
         print(json.dumps(data, indent=1, allow_nan=False))
@@ -31,4 +34,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""Whether a run is whole, and what it would redo: python -m flywheel.verify RUN
+"""Whether a run is whole, and what it would redo: flywheel verify RUN
 
 Reads every file of every stage and compares it with the checksum it was written with, and every
 stage's fingerprint with the recipe, problems, model and stages that are there now. Changes nothing.
@@ -11,19 +11,24 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from flywheel.errors import UserError, explain
-from flywheel.runs import manifest
-from flywheel.runs.run import Run
 from flywheel.runs.shards import check_shard, shard_dirs
-from flywheel.runs.stage import Stage, schedule
+
+if TYPE_CHECKING:
+    from flywheel.runs.stage import Stage
 
 
 def verify(run: Path, stages: Callable[[int], Sequence[Stage]], say: Callable[[str], None] = print) -> list[Path]:
     """Say a line a stage; return what must be deleted for the next launch to redo it.
 
-    Raises UserError where `run` is none.
+    Raises UserError where `run` is no run.
     """
+    from flywheel.runs import manifest  # not before --help is answered
+    from flywheel.runs.run import Run
+    from flywheel.runs.stage import schedule
+
     recipe = Run(run).recipe
     sources = manifest.source_files(recipe)
     plan = schedule(stages, manifest.last_round(run))
@@ -71,8 +76,12 @@ def unfinished(directory: Path, redo: dict[Path, str]) -> str:
 def main(argv: Sequence[str] | None = None, stages: str = "flywheel.stages:stages") -> int:
     from flywheel.runs.isolate import resolve
 
-    parser = argparse.ArgumentParser(prog="python -m flywheel.verify", description=__doc__.split("\n\n")[0])
-    parser.add_argument("run", type=Path)
+    parser = argparse.ArgumentParser(
+        prog="flywheel verify",
+        description="Read every file of a run and compare it with its checksum, and every stage with the recipe, "
+        "questions, model and stages that it was made from. Changes nothing; prints what would have to be redone.",
+    )
+    parser.add_argument("run", type=Path, help="a run directory, e.g. runs/chain")
     args = parser.parse_args(argv)
     try:
         redo = verify(args.run, resolve(stages))
@@ -81,7 +90,8 @@ def main(argv: Sequence[str] | None = None, stages: str = "flywheel.stages:stage
         return 1
     if redo:
         print(
-            f"flywheel: {len(redo)} to redo; then the same launch makes them again: rm -r {' '.join(map(str, redo))}",
+            f"flywheel: {len(redo)} to redo; delete them, and the run's own command makes them again: "
+            f"rm -r {' '.join(map(str, redo))}",
             file=sys.stderr,
         )
         return 1

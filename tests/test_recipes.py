@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from flywheel.iterate import parser
+from flywheel.errors import UserError
+from flywheel.iterate import find_recipe, parser
 from flywheel.problems.grading import load_function
 from flywheel.recipe import RecipeError, load
 from flywheel.search.revise import Revise
@@ -37,6 +38,16 @@ def test_the_published_model_says_what_it_has_not_run_on():
     text = (ROOT / "recipes" / "qwen25_05b_gsm8k.yaml").read_text()
     assert "Not run on the published weights" in text.split("\nname:")[0]
     assert load(ROOT / "recipes" / "qwen25_05b_gsm8k.yaml").prm.labels == ("+", "-")
+
+
+def test_a_recipe_is_a_file_or_the_name_of_one_that_ships(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "chain").mkdir()  # a folder of that name is no recipe
+    assert find_recipe("chain").read_text() == (ROOT / "recipes" / "chain.yaml").read_text()
+    (tmp_path / "chain_lab").write_text("name: mine")
+    assert find_recipe("chain_lab").read_text() == "name: mine"
+    with pytest.raises(UserError, match="chian: no such recipe file; recipes that ship: chain, chain_lab, "):
+        find_recipe("chian")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,53 @@
+"""The command line: `flywheel COMMAND ...`, or `python -m flywheel COMMAND ...`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+
+from flywheel import __version__
+
+COMMANDS = {
+    "iterate": "train a run up to a round, or continue it",
+    "summary": "print every figure of a run and what it cost",
+    "verify": "check a run's files and say what would have to be redone",
+    "export": "write a run's models, its harvest and a model card to a directory",
+    "config": "print the path of an accelerate config that ships with flywheel",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns its exit code. Only that command's module is imported."""
+    parser = argparse.ArgumentParser(
+        prog="flywheel",
+        usage="flywheel COMMAND ...",
+        description="commands:\n" + "\n".join(f"  {name:9s} {what}" for name, what in COMMANDS.items()),
+        epilog="`flywheel COMMAND --help` lists a command's options.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"flywheel {__version__}")
+    parser.add_argument("command", metavar="COMMAND", choices=COMMANDS, help=argparse.SUPPRESS)
+    parser.add_argument("arguments", metavar="ARGUMENT", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.command == "config":
+        return config(args.arguments)
+    return importlib.import_module(f"flywheel.{args.command}").main(args.arguments)
+
+
+def config(argv: list[str]) -> int:
+    from flywheel.iterate import shipped
+
+    paths = shipped("accelerate_configs")
+    parser = argparse.ArgumentParser(
+        prog="flywheel config",
+        description="Print the path of an accelerate config that ships with flywheel, as in "
+        "`accelerate launch --config_file $(flywheel config ddp) -m flywheel.iterate --round 3`.",
+    )
+    parser.add_argument("name", metavar="NAME", choices=paths, help=", ".join(paths))
+    print(paths[parser.parse_args(argv).name])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
