@@ -13,10 +13,11 @@ import json
 import os
 import shutil
 import sys
-import tempfile
 from pathlib import Path
 
 from flywheel.errors import UserError
+from flywheel.records import Role
+from flywheel.report.card import card
 from flywheel.runs.run import Run
 
 HARVEST_COLUMNS = ("question_id", "question", "solution", "answer", "bin", "round", "votes")
@@ -27,24 +28,18 @@ def export(run: Run, out: Path, round: int | None = None) -> Path:
 
     `out` must not exist or be empty; it appears whole or not at all. Raises UserError.
     """
-    done = run.rounds
-    if not done or max(done) == 0:
+    done = [r for r in run.rounds if r]
+    if not done:
         raise UserError(f"{run.root}: no round finished beyond the base, nothing to export")
     chosen = max(done) if round is None else round
-    if chosen not in done or chosen == 0:
-        raise UserError(
-            f"{run.root}: round {chosen} cannot be exported; finished: {', '.join(str(r) for r in done if r)}"
-        )
+    if chosen not in done:
+        raise UserError(f"{run.root}: round {chosen} cannot be exported; finished: {', '.join(map(str, done))}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: not an empty directory; choose another --out")
+    staging = out.with_name(f".{out.name}-{os.getpid()}")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written: {error.strerror}") from None
-    try:
+        staging.mkdir(parents=True)
         _fill(run, chosen, staging)
-        staging.chmod(0o777 & ~_umask())
         staging.replace(out)
     except OSError as error:
         raise UserError(f"{out}: export failed: {error}") from None
@@ -53,22 +48,16 @@ def export(run: Run, out: Path, round: int | None = None) -> Path:
     return out
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 def _fill(run: Run, round: int, out: Path) -> None:
-    base = run.recipe.model.base
     adapters = run.adapters(round)
-    if run.policy_round(round) and "policy" not in adapters:
-        raise UserError(f"{run.path('distill', run.policy_round(round))}: the policy's adapter is missing")
+    if (made := run.policy_round(round)) and Role.POLICY not in adapters:
+        raise UserError(f"{run.path('distill', made)}: the policy's adapter is missing")
+    base = run.recipe.model.base
     for role, source in adapters.items():
         _copy_adapter(source, out / "adapters" / role, base)
-    _merge(base, adapters.get("policy"), out / "policy")
+    _merge(base, adapters.get(Role.POLICY), out / "policy")
     rows = _harvest(run, round, out / "harvest")
-    (out / "README.md").write_text(_card(run, round, sorted(adapters), rows), encoding="utf-8")
+    (out / "README.md").write_text(card(run, round, adapters, rows), encoding="utf-8")
 
 
 def _merge(base: str, adapter: Path | None, out: Path) -> None:
@@ -79,9 +68,8 @@ def _merge(base: str, adapter: Path | None, out: Path) -> None:
         model = AutoModelForCausalLM.from_pretrained(base, dtype="auto", use_safetensors=True)
         tokenizer = AutoTokenizer.from_pretrained(base)
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"model.base {base!r} cannot be loaded from {Path.cwd()}: {str(error).splitlines()[0]}"
-        ) from None
+        why = str(error).splitlines()[0]
+        raise UserError(f"model.base {base!r} cannot be loaded from {Path.cwd()}: {why}") from None
     if adapter is not None:
         from peft import PeftModel
 
@@ -91,7 +79,7 @@ def _merge(base: str, adapter: Path | None, out: Path) -> None:
 
 
 def _copy_adapter(source: Path, target: Path, base: str) -> None:
-    """The adapter's weights and config alone, naming the base as the recipe does (no path of this machine)."""
+    """The adapter's weights and config alone; the config names the base as the recipe does."""
     target.mkdir(parents=True)
     config = json.loads((source / "adapter_config.json").read_text(encoding="utf-8"))
     config["base_model_name_or_path"] = base
@@ -106,93 +94,12 @@ def _harvest(run: Run, round: int, out: Path) -> int:
 
     paths = [path for r in range(1, round + 1) if (path := run.harvest(r))]
     tables = [pq.ParquetFile(path).read(columns=list(HARVEST_COLUMNS)) for path in paths]
-    tables = [table for table in tables if table.num_rows]
+    tables = [table for table in tables if table.num_rows]  # one without rows has no types
     if not tables:
         return 0
-    table = pa.concat_tables(tables, promote_options="permissive")
     out.mkdir()
-    pq.write_table(table, out / "train.parquet")
-    return table.num_rows
-
-
-def _card(run: Run, round: int, adapters: list[str], rows: int) -> str:
-    from io import StringIO
-
-    import yaml
-
-    from flywheel.report.summary import summary
-    from flywheel.report.tables import print_round
-
-    data, recipe = summary(run), run.recipe.model_dump(mode="json")
-    text = StringIO()
-    print_round(data, round, text)
-    now = next(item for item in data["rounds"] if item["round"] == round)
-    policies = [item.get("policy") or {} for item in data["rounds"] if item["round"] <= round]
-    made = run.policy_round(round)
-    progress = ["| round | policy | pass@1 | 95% interval | gate |", "|---|---|---|---|---|"]
-    for item, policy in zip(data["rounds"], policies):
-        low, high = policy.get("pass@1_ci") or (None, None)
-        interval = f"{low:.3f} to {high:.3f}" if low is not None and high is not None else ""
-        value = f"{policy['pass@1']:.3f}" if policy.get("pass@1") is not None else ""
-        progress.append(
-            f"| {item['round']} | {policy.get('name', '')} | {value} | {interval} | {item.get('gate', '')} |"
-        )
-    lora = "\n".join(f"    {role}=adapters/{role} \\" for role in adapters).rstrip(" \\")
-    front = {
-        "base_model": recipe["model"]["base"],
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": ["flywheel", "lora", "process-reward-model", "test-time-compute"],
-    }
-    if Path(recipe["model"]["base"]).exists():
-        del front["base_model"]  # a local folder is no model of a hub
-    origin = (
-        f"`policy_{made}`: a LoRA adapter trained from the frozen base on the harvest of rounds 1 to {made}, merged."
-        if made
-        else "`policy_0`: the base itself. No round's distillation has passed its gate."
-    )
-    parts = [
-        "---\n" + yaml.safe_dump(front, sort_keys=False) + "---",
-        f"# {run.root.resolve().name}: the policy after round {round}",
-        f"{origin}\n\nBase model: `{recipe['model']['base']}`. Recipe: `{recipe.get('name')}`, seed {recipe.get('seed', 0)}, "
-        f"problems `{recipe['problems']['path']}`. Made by flywheel: each round samples, trains a process reward model and a "
-        "reviser on the samples, searches the training questions with them, and distils the verified solutions into the "
-        "policy. The adapters `prm` and `reviser` are those of this round's search.",
-        "## Test questions\n\n" + "\n".join(progress),
-        f"Each figure of round {now['round']} with the models that made it:\n\n```\n"
-        + text.getvalue().strip("\n")
-        + "\n```",
-        "## Use\n\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'model = AutoModelForCausalLM.from_pretrained("policy")\ntokenizer = AutoTokenizer.from_pretrained("policy")\n```',
-        f"The prompt is `{json.dumps(recipe['prompts']['solve'])}`"
-        + (" in the chat template." if recipe["prompts"].get("chat") else " as plain text."),
-    ]
-    if adapters:
-        parts.append(
-            f"```sh\nvllm serve {recipe['model']['base']} --enable-lora --max-lora-rank {recipe['model'].get('lora_rank', 16)} --lora-modules \\\n{lora}\n```"
-        )
-    if "prm" in adapters:
-        good, bad = (recipe.get("prm") or {}).get("labels", ("+", "-"))
-        parts.append(
-            f"The PRM's value of a step is the probability of `{good}` against `{bad}` as the next token after it."
-        )
-    if rows:
-        parts.append(
-            f'## Harvest\n\n{rows:,} verified solutions of training questions: `datasets.load_dataset("harvest")`. `bin` is the '
-            "question's fixed difficulty bin (1 easiest) when harvested, `votes` how many independent candidates gave the same solution."
-        )
-    else:
-        parts.append("## Harvest\n\nNo solution was verified in any round.")
-    spent = data["ledger"]
-    parts.append(
-        "## Cost\n\n"
-        + "\n".join(f"- {role}: {n:,} tokens" for role, n in spent["tokens"].items())
-        + f"\n- {spent['flops']:.3g} FLOPs (2N a token, 6N in training), {data['wall_seconds']:,.0f} s of stages (whole run, {data['finished_rounds']} rounds)"
-    )
-    parts.append(
-        "## Recipe\n\n```yaml\n" + yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).strip() + "\n```"
-    )
-    return "\n\n".join(parts) + "\n"
+    pq.write_table(pa.concat_tables(tables, promote_options="permissive"), out / "train.parquet")
+    return sum(table.num_rows for table in tables)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -58,6 +58,7 @@ def evaluate(round: int, refused: tuple[int, ...]) -> dict:
         bins.append({"bin": b, "n": size, "pass@1": value, "pass@1_ci": ci(value, 0.05)})
         if round:
             bins[-1]["gain"] = [0.06 * made, 0.04 * made, 0.08 * made]
+            bins[-1]["gain_from_last_round"] = [0.06, 0.04, 0.08]
     figures = {"policy": policy, "fixed_bins": bins}
     if round:
         figures |= {
@@ -108,8 +109,10 @@ def plan(kind: str, round: int) -> dict:
             "bin": b,
             "budget": n,
             "strategy": kinds[(b + n) % 3],
+            "questions": 8,
             "score": (1 - 0.15 * b) * (1.0 if kind == "serve" else 0.004),
             "tokens": 30.0 * n,
+            "borrowed": [],
         }
         for b in range(1, 6)
         for n in (4, 16)

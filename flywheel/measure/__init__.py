@@ -1,1 +1,1 @@
-"""Bins, intervals, and what a broken adapter looks like."""
+"""Difficulty bins, bootstrap intervals, and signs of a broken adapter."""

@@ -1,8 +1,7 @@
-"""Difficulty bins: quantile bins route compute, fixed bins measure progress.
+"""Difficulty bins: quantile bins choose the strategy for a question, fixed bins measure progress.
 
-Bins count from 1 (easiest). Quantile bins are the paper's (Snell et al., 3.2) and move
-with the model; fixed bins are edges on pass@1 that stay, so that a question which leaves
-bin 5 really became easier.
+Bins count from 1 (easiest). Quantile bins (Snell et al. 2024, section 3.2) are drawn anew for every model. Fixed bins
+have constant edges on pass@1, so a question that leaves bin 5 has become easier.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import numpy as np
 
 
 def quantile_bins(rates: Mapping[str, float], bins: int = 5) -> dict[str, int]:
-    """Question id -> bin, by falling pass rate; sizes differ by at most one, ties go by id."""
+    """Question id -> bin, from the highest pass rate to the lowest; sizes differ by at most one, ties go by id."""
     order = sorted(rates, key=lambda id: (-rates[id], id))
     return {id: 1 + place * bins // len(order) for place, id in enumerate(order)}
 
@@ -21,20 +20,18 @@ def quantile_bins(rates: Mapping[str, float], bins: int = 5) -> dict[str, int]:
 def quantile_edges(scores: Sequence[float], bins: int = 5) -> list[float]:
     """The bins - 1 falling edges that cut `scores` into equal parts, for `fixed_bin`.
 
-    With them a question outside the set is binned by a score of its own, the mean PRM score
-    of a probe, say. Raises ValueError on no scores.
+    They bin a question outside of the set by a score of its own, e.g. the mean PRM score of a few samples. Raises
+    ValueError without scores.
     """
     if not len(scores):
         raise ValueError("quantile_edges: no scores")
-    return [
-        float(edge) for edge in np.quantile(np.asarray(scores, dtype=float), [1 - i / bins for i in range(1, bins)])
-    ]
+    return np.quantile(np.asarray(scores, dtype=float), [1 - i / bins for i in range(1, bins)]).tolist()
 
 
 def fixed_bin(rate: float, edges: Sequence[float]) -> int:
-    """The bin of a rate under falling `edges`; an edge belongs to the easier bin.
+    """The bin of a rate under falling `edges`; a rate on an edge is in the easier bin.
 
-    A rate should be the quotient correct / samples: then one on an edge compares equal to it.
+    Compute the rate as correct / samples: then one on an edge equals the edge exactly.
     """
     return 1 + sum(rate < edge for edge in edges)
 
@@ -58,17 +55,16 @@ def migration(before: Mapping[str, int], after: Mapping[str, int], bins: int = 5
 
 
 def migration_null(first: Mapping[str, float], again: Mapping[str, float], edges: Sequence[float]) -> list[list[int]]:
-    """The migration that sampling alone gives: fixed bins from two independent draws of one model.
+    """The migration by chance alone: between the fixed bins of two independent draws of the same model.
 
-    `first` and `again`: question id -> pass rate. A question binned by a finite sample moves
-    when it is sampled afresh though nothing was learned (regression to the mean), so gains
-    are read beside this matrix. Both draws want the size of the draws that are compared:
-    halves of one sample are noisier, and overstate the null.
+    `first` and `again`: question id -> pass rate. A question that was binned by a finite sample moves when it is
+    sampled again though nothing was learned (regression to the mean), so a migration is read beside this one. Both
+    draws should be as large as those that are compared: smaller ones are noisier and overstate chance.
     """
     return migration(fixed_bins(first, edges), fixed_bins(again, edges), len(edges) + 1)
 
 
 def left_bin(matrix: Sequence[Sequence[float]], bin: int) -> float | None:
-    """The share of `bin`'s questions that ended in another bin; None where it held none."""
+    """The fraction of the questions of `bin` that ended in another bin; None where it held none."""
     row = matrix[bin - 1]
     return 1 - row[bin - 1] / sum(row) if sum(row) else None

@@ -1,4 +1,4 @@
-"""Figures with their uncertainty. Intervals are over questions, and over runs where there are several, by bootstrap."""
+"""Estimates with their uncertainty: bootstrap intervals over questions, and over runs where there are several."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from math import comb
 import numpy as np
 from rapidfuzz.distance import Levenshtein
 
+Estimate = tuple[float, float, float]  # the estimate, and the low and high end of its interval
 
-def bootstrap_mean(
-    values: Sequence[float], n: int = 2000, seed: int = 0, level: float = 0.95
-) -> tuple[float, float, float]:
-    """(mean, low, high): the mean over questions and its percentile-bootstrap interval.
 
-    `values` holds one number a question. Constant data, a single question included, gives
-    (c, c, c). Raises ValueError on no values or on one that is not finite.
+def bootstrap_mean(values: Sequence[float], n: int = 2000, seed: int = 0, level: float = 0.95) -> Estimate:
+    """(mean, low, high): the mean over questions and its percentile-bootstrap interval from `n` resamples.
+
+    `values` holds one number a question. Constant data, a single question included, gives (c, c, c). Raises ValueError
+    on no values or on one that is not finite.
     """
     from scipy.stats import bootstrap
 
@@ -24,8 +24,8 @@ def bootstrap_mean(
         raise ValueError(f"bootstrap_mean: a non-empty list of finite numbers wanted, got shape {data.shape}")
     if data.min() == data.max():
         return float(data[0]), float(data[0]), float(data[0])
-    # percentile, not BCa: the mean needs no correction for bias, and BCa's jackknife is
-    # undefined on the nearly constant data of an almost solved or unsolved bin
+    # percentile, not BCa: the mean needs no correction for bias, and BCa's jackknife is undefined on nearly constant
+    # data, as that of a bin that is almost solved or unsolved
     interval = bootstrap(
         (data,),
         np.mean,
@@ -38,14 +38,12 @@ def bootstrap_mean(
     return float(data.mean()), float(interval.low), float(interval.high)
 
 
-def bootstrap_runs(
-    values: Sequence[Sequence[float]], n: int = 2000, seed: int = 0, level: float = 0.95
-) -> tuple[float, float, float]:
-    """(mean, low, high) of runs x questions: the mean of the runs' own means, questions and runs both drawn anew.
+def bootstrap_runs(values: Sequence[Sequence[float]], n: int = 2000, seed: int = 0, level: float = 0.95) -> Estimate:
+    """(mean, low, high) of an array runs x questions: the mean of the runs' means, resampling runs and questions.
 
-    The runs share their questions, so one draw of questions serves all of them; NaN where a run
-    does not speak of a question. Few runs show little of how much runs differ: three of them, about
-    two thirds of the variance. Raises ValueError where a run speaks of none, or on an infinite number.
+    The runs share their questions, so a resample of questions serves all of them; NaN where a run lacks a question.
+    A few runs understate how much runs differ: three show about two thirds of that variance. Raises ValueError where a
+    run has no number, or an infinite one.
     """
     data = np.asarray(values, dtype=float)
     there = ~np.isnan(data)
@@ -54,7 +52,7 @@ def bootstrap_runs(
     runs, questions = data.shape
     rng, filled = np.random.default_rng(seed), np.where(there, data, 0.0)
     drawn = rng.multinomial(questions, np.full(questions, 1 / questions), size=n)
-    counts = drawn @ there.T  # n x runs; 0 where a run speaks of none of the questions drawn
+    counts = drawn @ there.T  # n x runs; 0 where a run has none of the questions drawn
     means = drawn @ filled.T / np.where(counts, counts, 1)
     weights = rng.multinomial(runs, np.full(runs, 1 / runs), size=n) * (counts > 0)
     total = weights.sum(axis=1)
@@ -63,17 +61,18 @@ def bootstrap_runs(
     return float((filled.sum(axis=1) / there.sum(axis=1)).mean()), float(low), float(high)
 
 
-def paired_gain(
-    before: Sequence[float], after: Sequence[float], n: int = 2000, seed: int = 0
-) -> tuple[float, float, float]:
-    """(gain, low, high) of after - before, the same questions in the same order (paired bootstrap)."""
+def paired_gain(before: Sequence[float], after: Sequence[float], n: int = 2000, seed: int = 0) -> Estimate:
+    """(gain, low, high) of after - before, for the same questions in the same order (paired bootstrap).
+
+    Raises ValueError where the numbers of questions differ, and as `bootstrap_mean` does.
+    """
     if len(before) != len(after):
         raise ValueError(f"paired_gain: {len(before)} questions before, {len(after)} after; the same ones wanted")
     return bootstrap_mean(np.asarray(after, dtype=float) - np.asarray(before, dtype=float), n, seed)
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Unbiased estimate of P(one of k samples is correct) from c correct of n (Chen et al. 2021).
+    """Unbiased estimate of P(at least one of k samples is correct) from c correct of n (Chen et al. 2021).
 
     1 - C(n-c, k) / C(n, k). Raises ValueError unless 0 <= c <= n and 1 <= k <= n.
     """
@@ -83,5 +82,5 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 
 def edit_distance(a: Sequence[int], b: Sequence[int]) -> int:
-    """Levenshtein distance of two token id sequences: insertions, deletions, substitutions."""
+    """Levenshtein distance of two sequences of token ids: insertions, deletions, substitutions."""
     return Levenshtein.distance(a, b)

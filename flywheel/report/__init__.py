@@ -10,11 +10,11 @@ __all__ = ["after_round", "print_round", "summary"]
 
 
 def after_round(run: Run, round: int) -> None:
-    """Print the round's tables, draw the pictures, bring W&B up to date. Rank 0 alone calls it."""
+    """Print the round's tables, draw the pictures, bring W&B up to date. Rank 0 calls it, in a process of its own."""
     from flywheel.report import pictures, wandb
 
     print_round(summary(run), round)
     pictures.draw(run)
-    print(f"pictures: {run.root / 'pictures'}")
+    print(f"pictures: {run.root / 'pictures'}", flush=True)
     if line := wandb.update(run):
         print(line, flush=True)

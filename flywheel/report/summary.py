@@ -1,75 +1,81 @@
-"""The figures of a run as data: what tables, pictures, W&B and the exported card are made of."""
+"""The figures of a run as data: what tables, pictures, W&B and the model card are made of."""
 
 from __future__ import annotations
+
+from collections import Counter
 
 from flywheel.ledger import total
 from flywheel.runs.files import plain
 from flywheel.runs.run import Run
 
 LONG = ("curve", "checkpoints")  # figures that belong in a picture, not in a summary
+PARTS = {
+    "sample": ("sample",),
+    "label": ("label",),
+    "prm": ("train_prm",),
+    "reviser": ("train_reviser", "choose_reviser"),
+    "harvest": ("harvest",),
+    "distill": ("distill",),
+}
 
 
 def summary(run: Run) -> dict:
-    """The run in one JSON-able dict (what `flywheel summary --json` prints).
+    """The run in one JSON-able dict (what `flywheel.summary --json` prints).
 
-    `rounds` holds the finished rounds; a round under way is named in `unfinished`. Tokens are
-    nominal. `seconds` are wall time by stage over all rounds, `wall_seconds` their sum.
+    `rounds` holds the finished rounds (`_round`), `unfinished` the stages done of a round under way. Token counts
+    include those that the prefix cache served. `seconds` are wall time by stage over all rounds, `wall_seconds` their
+    sum.
     """
-    manifests = run.manifests
-    seconds: dict[str, float] = {}
+    manifests, done = run.manifests, run.rounds
+    seconds: Counter[str] = Counter()
     for (_, stage), manifest in manifests.items():
-        seconds[stage] = seconds.get(stage, 0.0) + float(manifest.get("seconds", 0.0))
-    done = run.rounds
-    result: dict = {
+        seconds[stage] += manifest["seconds"]
+    roles, stages, purposes = (
+        {name: spent for (name,), spent in total(run.ledger_rows, by)} for by in ("role", "stage", "purpose")
+    )
+    result = {
         "recipe": run.recipe.name,
         "finished_rounds": max(done, default=0),
         "rounds": [_round(run, r) for r in done],
         "ledger": {
-            "tokens": {"policy": 0, "prm": 0, "reviser": 0}
-            | {key: s.tokens for (key,), s in total(run.ledger_rows, "role")},
-            "tokens_cached": {key: s.cached for (key,), s in total(run.ledger_rows, "role")},
-            "tokens_by_stage": {key: s.tokens for (key,), s in total(run.ledger_rows, "stage")},
-            "tokens_by_purpose": {key: s.tokens for (key,), s in total(run.ledger_rows, "purpose")},
+            "tokens": {"policy": 0, "prm": 0, "reviser": 0} | {role: spent.tokens for role, spent in roles.items()},
+            "tokens_cached": {role: spent.cached for role, spent in roles.items()},
+            "tokens_by_stage": {stage: spent.tokens for stage, spent in stages.items()},
+            "tokens_by_purpose": {purpose: spent.tokens for purpose, spent in purposes.items()},
             "flops": sum(row["flops"] for row in run.ledger_rows),
-            "flops_by_role": {key: s.flops for (key,), s in total(run.ledger_rows, "role")},
-            "seconds": seconds,
+            "flops_by_role": {role: spent.flops for role, spent in roles.items()},
+            "seconds": dict(seconds),
         },
-        "wall_seconds": sum(seconds.values()),
+        "wall_seconds": seconds.total(),
     }
-    under_way = {r: [s for at, s in manifests if at == r] for r, _ in manifests if r not in done}
+    under_way: dict[int, list[str]] = {}
+    for r, stage in manifests:
+        if r not in done:
+            under_way.setdefault(r, []).append(stage)
     if under_way:
-        result["unfinished"] = [{"round": r, "finished_stages": stages} for r, stages in under_way.items()]
+        result["unfinished"] = [{"round": r, "finished_stages": found} for r, found in under_way.items()]
     return plain(result)
 
 
 def _round(run: Run, r: int) -> dict:
-    """One finished round: `evaluate`'s figures, then one key a stage; absent where there is nothing."""
-    evaluated, searched = run.figures("evaluate", r), run.figures("search", r)
-    tested = {**evaluated, **(searched if "search" in searched else {"search": searched} if searched else {})}
-    out = {"round": r, **{k: v for k, v in tested.items() if k not in ("prm", "reviser")}}
-    for key, stages in {
-        "sample": ["sample"],
-        "label": ["label"],
-        "prm": ["train_prm"],
-        "reviser": ["train_reviser", "choose_reviser"],
-        "harvest": ["harvest"],
-        "distill": ["distill"],
-    }.items():
-        figures = {k: v for stage in stages for k, v in run.figures(stage, r).items() if k not in LONG}
-        if tested.get(key):  # measured on test questions: kept apart from what training's own questions gave
-            figures["test"] = tested[key]
+    """One finished round: the figures of `evaluate` and `search`, then one key for each of `PARTS`, then the gate.
+
+    A part without figures has no key. What the reviser did on test questions is kept apart, under `test`.
+    """
+    tested = run.figures("evaluate", r) | run.figures("search", r)
+    on_test = tested.pop("reviser", None)
+    out = {"round": r, **tested}
+    for part, stages in PARTS.items():
+        figures = {key: v for stage in stages for key, v in run.figures(stage, r).items() if key not in LONG}
         if figures:
-            out[key] = figures
-    if reviser := out.get("reviser"):
-        for source in (reviser.get("test"), reviser.get("chosen")):  # the first of these that has a curve
-            if "pass@1_by_attempt" in (source or {}):
-                reviser.setdefault("pass@1_by_attempt", source["pass@1_by_attempt"])
-    if r > 0:
-        gate, distilled = run.figures("gate", r), run.figures("distill", r)
-        if distilled.get("trained") is False:
-            out["gate"] = "nothing to distill"
-        elif "passed" in gate:
-            out["gate"] = "passed" if gate["passed"] else "refused"
-        if gate:
-            out["gate_figures"] = gate
+            out[part] = figures
+    if on_test:
+        reviser = out.setdefault("reviser", {})
+        reviser |= {"test": on_test, "pass@1_by_attempt": on_test["pass@1_by_attempt"]}
+    elif chosen := out.get("reviser", {}).get("chosen"):
+        out["reviser"]["pass@1_by_attempt"] = chosen["pass@1_by_attempt"]
+    if gate := run.figures("gate", r):
+        trained = run.figures("distill", r)["trained"]
+        out["gate"] = ("passed" if gate["passed"] else "refused") if trained else "nothing to distill"
+        out["gate_figures"] = gate
     return out

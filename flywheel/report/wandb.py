@@ -1,12 +1,8 @@
-"""Weights & Biases, written by rank 0 after each round and never in the way of a run.
+"""The history of a run in Weights & Biases, written after each round and never in the way of the run.
 
-The manifests are the truth and W&B a view of them. Online, the one W&B run of this run
-directory (fixed id, resume=allow) gets the rows that it lacks. Offline, a run cannot be
-resumed (each process would leave one more `offline-run-*` of the same id), so the whole
-history is written afresh and replaces the former directory: one history under one id.
-
-wandb runs in a child process with a deadline: whatever it does (hang, crash, write to the
-terminal), the run goes on and prints one line.
+The manifests are the truth, W&B a view of them. A run directory is one W&B run: its id never changes, and online
+`resume="allow"` lets each round append the rows that the server lacks. An offline run cannot be resumed (every session
+leaves one more `offline-run-*` folder), so offline the whole history is written afresh and replaces the former folder.
 """
 
 from __future__ import annotations
@@ -15,112 +11,117 @@ import argparse
 import os
 import secrets
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Thread
 
 from flywheel.errors import UserError
+from flywheel.ledger import total
+from flywheel.report.summary import summary
+from flywheel.runs.files import write_file
+from flywheel.runs.manifest import PATHS
 from flywheel.runs.run import Run
 
-DEADLINE = 180.0  # seconds; a healthy update of a few rounds takes under ten
+PATIENCE = 30.0  # seconds
 CURVES = ("train_prm", "train_reviser", "distill")
+SECTIONS = ("policy", "search", "prm", "reviser", "harvest")  # of a round's summary
 SAMPLES = 10  # harvested solutions in a round's table
 
 
-def update(run: Run, deadline: float = DEADLINE) -> str | None:
-    """Bring W&B up to date with the finished rounds; returns the line to print.
+def update(run: Run, patience: float = PATIENCE) -> str | None:
+    """Bring W&B up to date with the finished rounds; returns the line to print, None where tracking is disabled.
 
-    `track.mode` of the run's recipe decides: `auto` is online where a key is configured,
-    offline otherwise. What is not sent within `deadline` seconds is written offline.
+    `track.mode` of the recipe decides; `auto` is online where a key is configured, offline otherwise. A server has
+    `patience` seconds to answer and twice that to take the rows; what it does not take is written offline. Whatever
+    wandb does, this returns within 6 * `patience` seconds and raises nothing. It is meant for a process of its own:
+    it sets variables of the environment, and a wandb that hangs is left behind.
     """
-    mode = run.recipe.track.mode
-    if mode == "disabled":
+    if run.recipe.track.mode == "disabled":
         return None
-    said, trouble = _child(run, mode, deadline)
-    if trouble and mode in ("auto", "online"):
-        said, again = _child(run, "offline", DEADLINE)
-        trouble = f"{trouble}; the history is offline instead" if not again else trouble
-    return "W&B: " + "; ".join(part for part in (trouble, said) if part)
+    lines: list[str] = []
+    writer = Thread(target=lambda: lines.append(_write_or_fall_back(run, patience)), daemon=True)
+    writer.start()
+    writer.join(6 * patience)
+    return "W&B: " + (lines[0] if lines else f"no end; to try again: python -m flywheel.report.wandb {run.root}")
 
 
-def _child(run: Run, mode: str, deadline: float) -> tuple[str, str]:
-    """(what was done, what went wrong): one of them is empty."""
-    quiet = {
+def _write_or_fall_back(run: Run, patience: float) -> str:
+    said = []
+    for mode in (run.recipe.track.mode, "offline"):
+        try:
+            return "; ".join([*said, write(run, mode, patience)])
+        except Exception as error:  # of any class: nothing that goes wrong here may stop the run
+            said.append(" ".join(str(error).split())[:160] or type(error).__name__)
+    return "; ".join(said)
+
+
+def write(run: Run, mode: str, patience: float) -> str:
+    """Write the history in this process; returns what was done. Raises what wandb raises."""
+    # what no setting says: print nothing, report no errors, and stage tables here rather than in the home directory
+    folder = run.root / "wandb"
+    os.environ |= {
         "WANDB_SILENT": "true",
-        "WANDB_CONSOLE": "off",
         "WANDB_ERROR_REPORTING": "false",
-        "WANDB_DISABLE_GIT": "true",
+        "WANDB_DATA_DIR": str(folder.resolve()),
     }
-    quiet["WANDB_DATA_DIR"] = str(run.root.resolve() / "wandb")  # tables are staged there, not in the home directory
-    path = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]))
-    command = [sys.executable, "-m", "flywheel.report.wandb", str(run.root), "--mode", mode]
-    try:
-        done = subprocess.run(
-            command,
-            env={**os.environ, **quiet, "PYTHONPATH": path},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=deadline,
-        )
-    except subprocess.TimeoutExpired:
-        return "", f"no answer within {deadline:.0f} s"
-    except OSError as error:
-        return "", f"could not be started: {error}"
-    lines = [line for line in (done.stdout if done.returncode == 0 else done.stderr).splitlines() if line.strip()]
-    last = lines[-1].strip() if lines else ""
-    return (last, "") if done.returncode == 0 else ("", last[:160] or f"ended with status {done.returncode}")
-
-
-# ---- the child ------------------------------------------------------------------------
-
-
-def write(run: Run, mode: str) -> str:
-    """Write the history to W&B in this process; returns what was done. Raises wandb's errors."""
     import wandb
 
-    if mode == "auto":
-        mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False, verify=False) else "offline")
-    if mode == "disabled":
-        return "disabled by WANDB_MODE"
-    identity = run_id(run)
-    if (folder := run.root / "wandb").exists():
-        shutil.rmtree(folder)  # whatever of it was not sent is written again below
-    folder.mkdir()
-    session = wandb.init(
-        project=run.recipe.track.project,
-        name=run.root.resolve().name,
-        id=identity,
-        resume="allow",
-        dir=str(run.root),
-        mode=mode,
-        config=run.recipe.model_dump(mode="json"),
-        # nothing about the machine: no git remote, host, package list, console or usage statistics
-        settings=wandb.Settings(
-            silent=True,
-            console="off",
-            disable_git=True,
-            x_disable_meta=True,
-            x_disable_stats=True,
-            x_disable_machine_info=True,
-            x_save_requirements=False,
-            save_code=False,
-            init_timeout=30,
-            finish_timeout=60,
-        ),
-    )
-    session.define_metric("round")
-    for prefix in ("bin", "policy", "gain", "search", "prm", "reviser", "harvest", "gate", "ledger", "plan"):
-        session.define_metric(f"{prefix}/*", step_metric="round")
-    for stage in CURVES:
-        session.define_metric(f"{stage}/*", step_metric=f"step/{stage}")
-    for step, row in enumerate(rows(run)):
-        if step >= session.starting_step:  # the others are there since an earlier round
-            session.log({key: _media(wandb, value) for key, value in row.items()}, step=step)
-    where, url = Path(session.dir).parent, session.url
-    session.finish()
-    return f"offline; to send it: wandb sync {where}" if mode == "offline" else f"online, {url}"
+    try:
+        if mode == "auto":
+            mode = os.environ.get("WANDB_MODE")
+            mode = mode or ("online" if wandb.login(prompt=False, verify=False) else "offline")
+        if mode == "disabled":
+            return "disabled by WANDB_MODE"
+        shutil.rmtree(folder, ignore_errors=True)  # whatever of it was not sent is written again below
+        folder.mkdir()
+        session = wandb.init(
+            project=run.recipe.track.project,
+            name=run.root.resolve().name,
+            id=run_id(run),
+            resume="allow",
+            dir=str(run.root),
+            mode=mode,
+            config=_config(run),
+            # nothing about the machine: no program, host, git remote, packages, console or usage statistics
+            settings=wandb.Settings(
+                program="flywheel",
+                host="flywheel",
+                console="off",
+                disable_git=True,
+                x_disable_meta=True,
+                x_disable_stats=True,
+                x_disable_machine_info=True,
+                x_save_requirements=False,
+                save_code=False,
+                init_timeout=patience,
+                finish_timeout=2 * patience,
+                finish_timeout_raises=True,
+            ),
+        )
+        session.define_metric("round")
+        for prefix in ("bin", "gain", "gate", "ledger", "plan", *SECTIONS):
+            session.define_metric(f"{prefix}/*", step_metric="round")
+        for stage in CURVES:
+            session.define_metric(f"{stage}/*", step_metric=f"step/{stage}")
+        for step, row in enumerate(rows(run)):
+            if step >= session.starting_step:  # the others are there since an earlier round
+                session.log({key: _media(value) for key, value in row.items()}, step=step)
+        session.finish()
+        if mode == "offline":
+            return f"offline; to send it: wandb sync {Path(session.dir).parent}"
+        return f"online, {session.url}"
+    finally:
+        wandb.teardown()  # its service goes, and with it a session that failed: else the id would be in use
+
+
+def _config(run: Run) -> dict:
+    """The recipe; of a path of this machine its last part alone."""
+    config = run.recipe.model_dump(mode="json")
+    for section, key in (path.split(".") for path in PATHS):
+        if (path := Path(config[section][key])).is_absolute():
+            config[section][key] = path.name
+    return config
 
 
 def rows(run: Run) -> Iterator[dict]:
@@ -128,47 +129,34 @@ def rows(run: Run) -> Iterator[dict]:
 
     Values are numbers, a `Path` to a picture or a list of dicts (a table).
     """
-    from flywheel.report.summary import summary
-
-    data = summary(run)
     before: dict[int, float] = {}
-    for item in data["rounds"]:
+    for item in summary(run)["rounds"]:
         r = item["round"]
         for stage in CURVES:
-            for point in run.figures(stage, r).get("curve") or []:
-                losses = {
-                    f"{stage}/round_{r}/{key}": point[key]
-                    for key in ("loss", "eval_loss")
-                    if point.get(key) is not None
-                }
-                yield {f"step/{stage}": point["step"], **losses}
+            for point in run.figures(stage, r).get("curve", []):
+                losses = {key: point[key] for key in ("loss", "eval_loss") if point.get(key) is not None}
+                named = {f"{stage}/round_{r}/{key}": loss for key, loss in losses.items()}
+                yield {f"step/{stage}": point["step"], **named}
         row: dict = {"round": r}
-        for b in item.get("fixed_bins", []):
-            if (value := b.get("pass@1")) is not None:
-                row[f"bin/{b['bin']}/pass@1"] = value
-                if b["bin"] in before:
-                    row[f"bin/{b['bin']}/gain"] = value - before[b["bin"]]
-                before[b["bin"]] = value
-        for section in ("policy", "search", "prm", "reviser", "harvest"):
-            row |= {f"{section}/{key}": value for key, value in (item.get(section) or {}).items() if _is_number(value)}
-        row |= {f"gain/{key}": value[0] for key, value in (item.get("gain") or {}).items()}
+        for b in item["fixed_bins"]:
+            number = b["bin"]
+            if (rate := b.get("pass@1")) is not None:
+                row[f"bin/{number}/pass@1"] = rate
+                if number in before:
+                    row[f"bin/{number}/gain"] = rate - before[number]
+                before[number] = rate
+        for section in SECTIONS:
+            row |= {f"{section}/{key}": value for key, value in item.get(section, {}).items() if _is_number(value)}
+        row |= {f"gain/{key}": gain for key, (gain, _, _) in item.get("gain", {}).items()}
         if "gate" in item:
             row["gate/passed"] = int(item["gate"] == "passed")
-        row |= {f"ledger/{role}_tokens": n for role, n in _tokens(run, r).items()}
+        charged = [charge for charge in run.ledger_rows if charge["round"] == r]
+        row |= {f"ledger/{role}_tokens": spent.tokens for (role,), spent in total(charged, "role")}
         if (picture := run.root / "pictures" / f"plan_{r}.png").is_file():
             row["plan/heat_map"] = picture
         if samples := _samples(run, r):
             row["harvest/samples"] = samples
         yield row
-
-
-def _tokens(run: Run, round: int) -> dict[str, int]:
-    from flywheel.ledger import total
-
-    return {
-        role: spent.tokens
-        for (role,), spent in total((row for row in run.ledger_rows if row["round"] == round), "role")
-    }
 
 
 def _samples(run: Run, round: int) -> list[dict]:
@@ -177,20 +165,21 @@ def _samples(run: Run, round: int) -> list[dict]:
         return []
     import pyarrow.parquet as pq
 
-    columns = ["bin", "votes", "question", "solution", "answer"]
-    table = pq.ParquetFile(path).read(columns=columns).to_pylist()
+    table = pq.ParquetFile(path).read(columns=["bin", "votes", "question", "solution", "answer"]).to_pylist()
     by_bin: dict[int, list[dict]] = {}
-    for row in sorted(table, key=lambda row: (-row["votes"], row["question"])):
+    for row in sorted(table, key=lambda row: (row["bin"], -row["votes"], row["question"])):
         by_bin.setdefault(row["bin"], []).append(row)
     share = -(-SAMPLES // max(1, len(by_bin)))
-    return [row for b in sorted(by_bin) for row in by_bin[b][:share]][:SAMPLES]
+    return [row for group in by_bin.values() for row in group[:share]][:SAMPLES]
 
 
-def _is_number(value) -> bool:
+def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _media(wandb, value):
+def _media(value):
+    import wandb
+
     match value:
         case Path():
             return wandb.Image(str(value))
@@ -204,9 +193,7 @@ def run_id(run: Run) -> str:
     """The W&B id of this run directory, made at the first call and kept in `wandb_id`."""
     path = run.root / "wandb_id"
     if not path.is_file():
-        fresh = path.with_suffix(".new")
-        fresh.write_text(secrets.token_hex(4), encoding="ascii")
-        fresh.replace(path)
+        write_file(path, secrets.token_hex(4).encode())
     return path.read_text(encoding="ascii").strip()
 
 
@@ -214,23 +201,14 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m flywheel.report.wandb", description="Write a run's history to W&B."
     )
-    parser.add_argument("run", type=Path)
-    parser.add_argument("--mode", choices=("auto", "online", "offline"), default="auto")
-    args = parser.parse_args(argv)
+    parser.add_argument("run", type=Path, help="a run directory, e.g. runs/chain")
     try:
-        run = Run(args.run)
+        print(update(Run(parser.parse_args(argv).run)) or "W&B: disabled by track.mode of the run's recipe")
     except UserError as error:
         print(error, file=sys.stderr)
-        return 1
-    import wandb
-
-    try:
-        print(write(run, args.mode))
-    except (wandb.Error, OSError, ValueError) as error:
-        print(" ".join(str(error).split()) or type(error).__name__, file=sys.stderr)
         return 1
     return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

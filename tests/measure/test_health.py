@@ -1,4 +1,4 @@
-"""Adapters gone wrong, one of each planted: named with its figure, and kept out."""
+"""One broken adapter of each kind: its fault is named with its figure, and it is not used."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import pytest
 
 from flywheel.measure.health import copies, faults, health
 from flywheel.records import Finish, Grade, Role, Solution, Step, Verdict
-from flywheel.runs.run import Context
+from flywheel.runs.run import Run
 from flywheel.stages import choose_reviser, gate
 
 
-def solution(id: str, text: str, question: str = "q", attempt: int = 1, finish: Finish = Finish.STOP) -> Solution:
+def solution(id: str, text: str, question: str = "q", *, finish: Finish = Finish.STOP, **more) -> Solution:
     steps = tuple(Step(line, tuple(map(ord, line))) for line in text.split("\n"))
-    return Solution(id, question, steps, finish, text[-1], "", attempt=attempt)
+    return Solution(id, question, steps, finish, text[-1], **{"purpose": "", "model": "policy_0", "draw": id} | more)
 
 
 def drawn(text, questions: int = 10, n: int = 4, **more) -> list[Solution]:
@@ -42,7 +42,7 @@ def test_the_figures_of_samples_by_hand():
 @pytest.mark.parametrize(
     "planted, named",
     [
-        (drawn(lambda q, i: "7 +1\nso 8"), "collapsed: entropy of its samples 0.00 of log(questions), "),
+        (drawn(lambda q, i: "7 +1\nso 8"), "collapsed: entropy of its samples 0.00 x log(questions), "),
         (drawn(lambda q, i: f"{q} +{i}\n{q} +{i}"), "repeated: 100% of samples, 0% before"),
         (drawn(lambda q, i: f"{q} +{i}\nso {q}", finish=Finish.LENGTH), "truncated: 100% of samples, 0% before"),
         (drawn(lambda q, i: f"{q}{i}"), "mean length 2 tokens, 8 before"),
@@ -94,14 +94,15 @@ def test_a_reviser_that_copies_is_not_chosen(tmp_path, copying, chosen):
         for question in range(4):
             for attempt in (1, 2):
                 text = "3 +4\nso 8" if attempt == 1 or step in copying else "3 +4\nso 7"
-                attempts.append(solution(f"q{question}/r1/step{step}/{attempt}", text, f"q{question}", attempt))
+                id, model = f"q{question}/r1/step{step}/{attempt}", f"reviser_1@{step}"
+                attempts.append(solution(id, text, f"q{question}", attempt=attempt, model=model))
                 right = attempt == 2 and question < step // 4
                 grades.append(Grade(attempts[-1].id, f"q{question}", Verdict.CORRECT if right else Verdict.INCORRECT))
     ctx = SimpleNamespace(
         round=1,
         dir=tmp_path / "choose_reviser",
         path=lambda stage: tmp_path / stage,
-        recipe=SimpleNamespace(reviser=SimpleNamespace(probe_attempts=2)),
+        recipe=SimpleNamespace(reviser=SimpleNamespace(probe_attempts=2), model=SimpleNamespace(base="base")),
         read=lambda kind, stage: iter(grades if kind is Grade else attempts),
         figures=lambda stage: {"checkpoints": [{"step": s, "path": f"step-{s}"} for s in (4, 8)]},
     )
@@ -115,11 +116,11 @@ def test_a_reviser_that_copies_is_not_chosen(tmp_path, copying, chosen):
 def test_a_prm_that_was_refused_leaves_the_base_to_judge(tmp_path):
     folder = tmp_path / "round_1" / "train_prm"
     folder.mkdir(parents=True)
-    ctx = Context(SimpleNamespace(model=SimpleNamespace(base="base")), tmp_path, 1, SimpleNamespace(name="calibrate"))
+    run = Run(tmp_path, SimpleNamespace(model=SimpleNamespace(base="base")))
     for figures, name, adapter in (
         ({"auc_within_question": 0.8}, "prm_1", str(folder / "adapter")),
         ({"refused": "worse than chance"}, "policy_0", None),
     ):
         (folder / "manifest.json").write_text(json.dumps({"round": 1, "stage": "train_prm", "figures": figures}))
-        ref = ctx.model(Role.PRM)
+        ref = run.model(Role.PRM, 1)
         assert (ref.name, ref.adapter) == (name, adapter)

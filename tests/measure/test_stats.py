@@ -62,20 +62,15 @@ def test_runs_that_differ_widen_the_interval_and_runs_that_agree_share_their_que
     rng = np.random.default_rng(0)
     questions = rng.random(400)
     mean, low, high = bootstrap_mean(questions)
-    same = bootstrap_runs([questions] * 3)
-    assert same[0] == pytest.approx(mean) and same[1:] == pytest.approx(
-        (low, high), abs=0.01
-    )  # three times the same run: no more is known
+    same = bootstrap_runs([questions] * 3)  # three times the same run: no more is known
+    assert same[0] == pytest.approx(mean) and same[1:] == pytest.approx((low, high), abs=0.01)
     apart = bootstrap_runs([questions - 0.3, questions, questions + 0.3])
     assert apart[0] == pytest.approx(mean) and apart[2] - apart[1] > 3 * (high - low)
     half = np.where(np.arange(400) < 200, questions, np.nan)
     assert bootstrap_runs([questions, half])[0] == pytest.approx((mean + questions[:200].mean()) / 2)
     lonely = np.full((2, 2), np.nan)
     lonely[0] = lonely[1, 0] = 1.0
-    assert bootstrap_runs(lonely) == (
-        1.0,
-        1.0,
-        1.0,
-    )  # a draw without the second run's only question counts the first alone
+    # a draw without the second run's only question counts the first alone
+    assert bootstrap_runs(lonely) == (1.0, 1.0, 1.0)
     with pytest.raises(ValueError, match="each run with a number"):
         bootstrap_runs([[1.0], [float("nan")]])

@@ -5,7 +5,8 @@ from synthetic_run import make_run
 
 from flywheel.errors import UserError
 from flywheel.export import export, main
-from flywheel.report.tables import summary
+from flywheel.report import summary
+from flywheel.runs.run import Run
 
 PROMPT = [3, 4, 5, 6, 7]
 
@@ -74,7 +75,7 @@ def out(run, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_TOKEN", "hf_PLANTED")
         patch.setenv("WANDB_API_KEY", "PLANTED" + "0" * 33)
-        return export(run, tmp_path_factory.mktemp("exports") / "lab")
+        return export(Run(run), tmp_path_factory.mktemp("exports") / "lab")
 
 
 def logits(model):
@@ -139,7 +140,7 @@ def test_the_card_says_how_it_was_made_with_the_figures_of_the_run(run, out):
         and "| 2 | policy_1 | 0.420 | 0.390 to 0.450 | refused |" in card
     )
     assert "compute_optimal@16_probe" in card and "policy=adapters/policy" in card
-    assert f"{summary(run)['ledger']['tokens']['prm']:,} tokens" in card
+    assert f"{summary(Run(run))['ledger']['tokens']['prm']:,} tokens" in card
     assert "name: made_up" in card and "40 verified solutions" in card
 
 
@@ -154,7 +155,7 @@ def test_without_a_passed_gate_the_policy_is_the_base_and_the_card_says_so(base,
 
     run = make_run(tmp_path / "lab", rounds=1, refused=(1,), recipe={"model": {"base": str(base)}})
     add_adapter(base, run / "round_1" / "distill" / "adapter", 1)
-    out = export(run, tmp_path / "out")
+    out = export(Run(run), tmp_path / "out")
     torch.testing.assert_close(
         logits(AutoModelForCausalLM.from_pretrained(out / "policy")), logits(AutoModelForCausalLM.from_pretrained(base))
     )
@@ -163,7 +164,7 @@ def test_without_a_passed_gate_the_policy_is_the_base_and_the_card_says_so(base,
 
 
 def test_an_earlier_round_can_be_exported(run, tmp_path):
-    out = export(run, tmp_path / "out", round=1)
+    out = export(Run(run), tmp_path / "out", round=1)
     import pyarrow.parquet as pq
 
     assert pq.read_table(out / "harvest" / "train.parquet").num_rows == 20
@@ -185,7 +186,7 @@ def test_a_base_that_cannot_be_loaded_leaves_nothing_behind(tmp_path):
         tmp_path / "runs" / "lab", rounds=1, refused=(1,), recipe={"model": {"base": str(tmp_path / "gone")}}
     )
     with pytest.raises(UserError, match=r"model\.base .*gone.* cannot be loaded"):
-        export(run, tmp_path / "exports" / "out")
+        export(Run(run), tmp_path / "exports" / "out")
     assert list((tmp_path / "exports").iterdir()) == []
 
 
@@ -196,7 +197,7 @@ def test_a_base_that_cannot_be_loaded_leaves_nothing_behind(tmp_path):
 def test_a_round_that_is_not_there_is_refused(tmp_path, rounds, wanted, words):
     run = make_run(tmp_path / "lab", rounds=rounds)
     with pytest.raises(UserError, match=words):
-        export(run, tmp_path / "out", wanted)
+        export(Run(run), tmp_path / "out", wanted)
 
 
 def test_a_path_that_is_no_run_gives_one_line(tmp_path, capsys):
@@ -207,4 +208,4 @@ def test_a_path_that_is_no_run_gives_one_line(tmp_path, capsys):
 def test_an_adapter_that_is_missing_is_named(base, tmp_path):
     run = make_run(tmp_path / "lab", rounds=1, recipe={"model": {"base": str(base)}})
     with pytest.raises(UserError, match="the policy's adapter is missing"):
-        export(run, tmp_path / "out")
+        export(Run(run), tmp_path / "out")

@@ -1,25 +1,28 @@
 import json
 import socket
 import struct
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 from synthetic_run import add_round, make_run
 
-from flywheel.report import pictures
-from flywheel.report import tables as report
+from flywheel.report import after_round, pictures
 from flywheel.report import wandb as tracking
-from flywheel.runs.history import History
+from flywheel.runs.run import Run
 
 KEY = "a" * 40
 
 
 @pytest.fixture(autouse=True)
 def no_account(monkeypatch, tmp_path):
-    """Nobody's W&B key may be found, and nothing may be sent anywhere."""
+    """Nobody's W&B key may be found, and nothing may be sent anywhere. What `write` sets is undone."""
     for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "WANDB_DIR"):
         monkeypatch.delenv(name, raising=False)
+    for name in ("WANDB_SILENT", "WANDB_ERROR_REPORTING", "WANDB_DATA_DIR"):
+        monkeypatch.setenv(name, "")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "wandb_config"))
     monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path / "wandb_cache"))
@@ -40,16 +43,18 @@ def records(path: Path) -> Iterator[bytes]:
             parts = b""
 
 
-def logged(path: Path) -> tuple[dict, list[dict]]:
-    """(the run's record, history rows) of a `.wandb` file, as W&B itself will read it."""
+def logged(folder: Path) -> tuple[dict, list[dict]]:
+    """(the run's record, history rows) of the one session in `folder`, as W&B itself will read it."""
     from wandb.proto import wandb_internal_pb2
 
+    (path,) = folder.glob("offline-run-*/*.wandb")
     run, rows = {}, []
     for data in records(path):
         record = wandb_internal_pb2.Record()
         record.ParseFromString(data)
         if record.WhichOneof("record_type") == "run":
-            run = {"id": record.run.run_id, "project": record.run.project}
+            config = {item.key: json.loads(item.value_json) for item in record.run.config.update}
+            run = {"id": record.run.run_id, "project": record.run.project, "host": record.run.host, "config": config}
         elif record.WhichOneof("record_type") == "history":
             rows.append(
                 {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
@@ -59,7 +64,7 @@ def logged(path: Path) -> tuple[dict, list[dict]]:
 
 def test_after_a_round_tables_pictures_and_one_offline_history_are_there(tmp_path, capsys):
     run = make_run(tmp_path / "lab", rounds=1)
-    report.after_round(run, 1)
+    after_round(Run(run), 1)
     text = capsys.readouterr().out
     assert "policy_0 before, policy_1 after" in text and "W&B: offline; to send it: wandb sync" in text
     assert {p.name for p in (run / "pictures").iterdir()} == {
@@ -72,66 +77,116 @@ def test_after_a_round_tables_pictures_and_one_offline_history_are_there(tmp_pat
     }
 
     add_round(run, 2)
-    report.after_round(run, 2)
-    folders = list((run / "wandb").glob("offline-run-*"))
-    assert len(folders) == 1, "an offline run cannot be resumed: the former directory must go"
-    record, rows = logged(next(folders[0].glob("*.wandb")))
+    after_round(Run(run), 2)
+    record, rows = logged(run / "wandb")  # one: an offline run cannot be resumed, so the former session must go
     assert record["id"] == (run / "wandb_id").read_text() and record["project"] == "flywheel"
     ends = [row for row in rows if "bin/1/pass@1" in row]
     assert [row["round"] for row in ends] == [0, 1, 2]
     assert "bin/5/gain" not in ends[0]
     assert ends[1]["bin/5/gain"] == pytest.approx(ends[1]["bin/5/pass@1"] - ends[0]["bin/5/pass@1"])
     assert ends[2]["plan/heat_map/_type"] == "image-file" and ends[2]["harvest/samples/nrows"] == 10
-    assert next(row["train_prm/round_2/loss"] for row in rows if "train_prm/round_2/loss" in row) == pytest.approx(
-        2 / 3
-    )
+    losses = [row["train_prm/round_2/loss"] for row in rows if "train_prm/round_2/loss" in row]
+    assert losses[0] == pytest.approx(2 / 3)
     assert [row["_step"] for row in rows] == list(range(len(rows)))
 
 
 def test_the_rows_of_finished_rounds_never_change_so_an_online_run_can_be_continued(tmp_path):
     run = make_run(tmp_path / "lab", rounds=1)
-    before = list(tracking.rows(History.of(run)))
+    before = list(tracking.rows(Run(run)))
     add_round(run, 2)
-    assert list(tracking.rows(History.of(run)))[: len(before)] == before
+    assert list(tracking.rows(Run(run)))[: len(before)] == before
 
 
-def test_an_unreachable_server_costs_one_line_and_leaves_the_history_offline(tmp_path, monkeypatch):
-    with socket.socket() as listener:  # accepts and never answers
-        listener.bind(("127.0.0.1", 0))
-        listener.listen()
-        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{listener.getsockname()[1]}")
-        monkeypatch.setenv("WANDB_API_KEY", KEY)
-        run = make_run(tmp_path / "lab", rounds=0, recipe={"track": {"mode": "auto"}})
-        line = tracking.update(run, deadline=4)
-    assert "no answer within 4 s" in line and "wandb sync" in line and "\n" not in line
-    (folder,) = (run / "wandb").glob("offline-run-*")
-    assert [row["round"] for row in logged(next(folder.glob("*.wandb")))[1]] == [0]
-    written = b"".join(p.read_bytes() for p in run.rglob("*") if p.is_file())
+class TakesNoRows(BaseHTTPRequestHandler):
+    """A W&B server that knows the account and the run, and never answers when rows come."""
+
+    def do_POST(self):
+        if not self.path.startswith("/graphql"):
+            threading.Event().wait()
+        query = self.rfile.read(int(self.headers["Content-Length"]))
+        project = {"id": "p", "name": "flywheel", "entity": {"id": "e", "name": "me"}}
+        if b"upsertBucket" in query:
+            names = {"id": "b", "name": "lab", "displayName": "lab", "sweepName": None, "project": project}
+            bucket = names | {"config": "{}", "historyLineCount": 0}
+            answer = {"data": {"upsertBucket": {"bucket": bucket, "inserted": True}}}
+        elif b"RunResumeStatus" in query:
+            answer = {"data": {"model": project | {"bucket": None}}}
+        else:
+            answer = {"errors": [{"message": "unknown"}]}
+        answer = json.dumps(answer).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    def log_message(self, *args):
+        """Nothing on the terminal."""
+
+
+@pytest.fixture(params=["silent", "takes no rows"])
+def bad_server(request):
+    """The address of a server that is no use."""
+    if request.param == "silent":
+        with socket.socket() as listener:  # connects and never answers
+            listener.bind(("127.0.0.1", 0))
+            listener.listen()
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    else:
+        server = ThreadingHTTPServer(("127.0.0.1", 0), TakesNoRows)
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        server.socket.close()
+
+
+def test_a_server_that_does_not_answer_costs_one_line_and_leaves_the_history_offline(bad_server, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_BASE_URL", bad_server)
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    run = make_run(tmp_path / "lab", rounds=0, recipe={"track": {"mode": "auto"}})
+    line = tracking.update(Run(run), patience=3)
+    assert ("Failed to get" in line or "Timed out finishing" in line) and "wandb sync" in line and "\n" not in line
+    assert [row["round"] for row in logged(run / "wandb")[1]] == [0]
+    written = b"".join(p.read_bytes() for p in tmp_path.rglob("*") if p.is_file())
     assert KEY.encode() not in written
 
 
 def test_a_key_that_is_no_key_does_not_stop_the_run(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "not a key")
     run = make_run(tmp_path / "lab", rounds=0, recipe={"track": {"mode": "online"}})
-    line = tracking.update(run)
-    assert line.startswith("W&B: ") and "offline" in line and "\n" not in line
+    line = tracking.update(Run(run))
+    assert line.startswith("W&B: ") and "; offline; " in line and "\n" not in line
+
+
+def test_a_wandb_that_never_returns_is_left_behind(tmp_path, monkeypatch):
+    monkeypatch.setattr(tracking, "write", lambda run, mode, patience: threading.Event().wait())
+    line = tracking.update(Run(make_run(tmp_path / "lab", rounds=0)), patience=0.01)
+    assert line == f"W&B: no end; to try again: python -m flywheel.report.wandb {tmp_path / 'lab'}"
+
+
+def test_nothing_about_the_machine_is_in_the_history(tmp_path, capsys):
+    recipe = {"problems": {"path": "/home/me/questions"}, "model": {"base": "/home/me/base"}}
+    run = make_run(tmp_path / "lab", rounds=0, recipe=recipe)
+    assert tracking.main([str(run)]) == 0 and "offline" in capsys.readouterr().out
+    record, _ = logged(run / "wandb")
+    assert record["host"] == "flywheel"
+    assert record["config"]["problems"]["path"] == "questions" and record["config"]["model"]["base"] == "base"
 
 
 def test_no_secret_of_the_environment_reaches_tables_pictures_or_the_history(tmp_path, monkeypatch, capfd):
     for name in ("HF_TOKEN", "OPENAI_API_KEY", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, f"{name}-PLANTED")
     run = make_run(tmp_path / "lab", rounds=1)
-    report.after_round(run, 1)
+    after_round(Run(run), 1)
     assert list((run / "wandb").rglob("*.wandb"))
     out, err = capfd.readouterr()
-    assert "PLANTED" not in out + err and not [
-        p for p in run.rglob("*") if p.is_file() and b"PLANTED" in p.read_bytes()
-    ]
+    assert "PLANTED" not in out + err
+    assert not [p for p in run.rglob("*") if p.is_file() and b"PLANTED" in p.read_bytes()]
 
 
 def test_disabled_tracking_writes_nothing(tmp_path):
     run = make_run(tmp_path / "lab", rounds=0, recipe={"track": {"mode": "disabled"}})
-    assert tracking.update(run) is None
+    assert tracking.update(Run(run)) is None
     assert not (run / "wandb").exists() and not (run / "wandb_id").exists()
 
 
@@ -145,17 +200,6 @@ def test_pictures_are_drawn_from_what_there_is(tmp_path):
     path.write_text(json.dumps(manifest))
     path = run / "round_1" / "calibrate" / "manifest.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "figures": {}}))
-    names = {p.name for p in pictures.draw(History.of(run))}
+    names = {p.name for p in pictures.draw(Run(run))}
     assert names == {"pass_by_bin.png", "policy.png", "tokens.png", "training_1.png"}
     assert all((run / "pictures" / name).stat().st_size > 5000 for name in names)
-
-
-def test_a_cell_of_the_plan_says_its_strategy():
-    label = pictures.strategy_label
-    assert label({"kind": "best_of_n", "n": 16, "select": "weighted"}) == "best of 16\nweighted"
-    assert label({"kind": "beam", "n": 16, "width": 4, "max_rounds": 40}) == "beam of 16\nwidth 4"
-    assert label({"kind": "revise", "length": 4, "chains": 2, "select": "majority"}) == "revise 4 x 2\nmajority"
-
-
-def test_the_share_that_left_the_hardest_bin_is_read_from_the_last_row():
-    assert report.left_hardest([[4, 1], [3, 7]]) == (3, 10)

@@ -5,8 +5,10 @@ import sys
 import pytest
 from synthetic_run import BIN_SIZES, make_run
 
-from flywheel.report.tables import made_by, summary
-from flywheel.runs.history import History, NotARun
+from flywheel.errors import UserError
+from flywheel.report import summary
+from flywheel.report.tables import made_by
+from flywheel.runs.run import Run
 from flywheel.summary import main
 
 
@@ -43,7 +45,7 @@ def test_the_json_has_the_shape_that_was_agreed(run, capsys):
 
 
 def test_every_figure_of_the_search_names_the_models_of_its_round(run):
-    rounds = summary(run)["rounds"]
+    rounds = summary(Run(run))["rounds"]
     # round 2 was refused, so round 3 searches with policy_1
     assert rounds[3]["search"]["models"] == {
         "policy": "policy_1",
@@ -60,22 +62,23 @@ def test_every_figure_of_the_search_names_the_models_of_its_round(run):
 
 
 def test_the_ledger_is_the_sum_of_all_shards_and_trainings(run):
-    ledger = summary(run)["ledger"]
-    rows = History.of(run).ledger
+    ledger = summary(Run(run))["ledger"]
+    rows = Run(run).ledger_rows
     assert sum(ledger["tokens"].values()) == sum(
         r["prompt"] + r["generated"] + r["scored"] + r["trained"] for r in rows
     )
-    # round 0 evaluates (2 shards of 21,000), rounds 1-3 run stages 0..10 with 2 x (1,000 + 20,000 (i + 1)); 1, 2 and 3 of them train
+    # round 0 evaluates (2 shards of 21,000); rounds 1-3 run stages 0..10 with 2 x (1,000 + 20,000 (i + 1)),
+    # three of which train
     search = 3 * 2 * (1000 + 20_000 * 11)
     assert ledger["tokens_by_stage"]["search"] == search
     assert ledger["tokens"]["prm"] == search + 3 * 50_000
     assert ledger["seconds"]["evaluate"] == 40.0 and ledger["seconds"]["sample"] == 30.0
-    assert summary(run)["wall_seconds"] == (1 + 3 * 11) * 10.0
+    assert summary(Run(run))["wall_seconds"] == (1 + 3 * 11) * 10.0
     assert ledger["flops"] == pytest.approx(sum(ledger["flops_by_role"].values()))
 
 
 def test_a_figure_that_could_not_be_computed_is_null_not_nan(run):
-    prm = summary(run)["rounds"][1]["prm"]
+    prm = summary(Run(run))["rounds"][1]["prm"]
     assert prm["auc_within_question_min"] is None
 
 
@@ -87,7 +90,7 @@ def test_what_a_manifest_lacks_is_left_out(tmp_path):
     path.write_text(json.dumps(manifest))
     path = run / "round_1" / "train_prm" / "manifest.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "figures": {}}))
-    now = summary(run)["rounds"][1]
+    now = summary(Run(run))["rounds"][1]
     assert now["policy"] == {"name": "policy_1", "n": 200, "pass@1": 0.5}
     assert not {"migration", "fixed_bins", "gain", "prm"} & set(now)
 
@@ -95,7 +98,7 @@ def test_what_a_manifest_lacks_is_left_out(tmp_path):
 def test_a_round_under_way_is_named_but_not_among_the_finished(tmp_path, capsys):
     run = make_run(tmp_path / "lab", rounds=2)
     (run / "round_2" / "search" / "manifest.json").unlink()
-    data = summary(run)
+    data = summary(Run(run))
     assert data["finished_rounds"] == 1 and len(data["rounds"]) == 2
     assert data["unfinished"][0]["round"] == 2 and "harvest" in data["unfinished"][0]["finished_stages"]
     assert main([str(run)]) == 0
@@ -108,7 +111,7 @@ def test_nothing_distilled_is_said_so(tmp_path):
     manifest = json.loads(path.read_text())
     manifest["figures"] = {"trained": False, "examples": 0}
     path.write_text(json.dumps(manifest))
-    assert summary(run)["rounds"][1]["gate"] == "nothing to distill"
+    assert summary(Run(run))["rounds"][1]["gate"] == "nothing to distill"
 
 
 def test_the_text_fits_100_columns_and_holds_intervals_and_models(run, capsys):
@@ -138,11 +141,12 @@ def test_a_broken_manifest_is_named(tmp_path):
     run = make_run(tmp_path / "lab", rounds=0)
     path = run / "round_0" / "evaluate" / "manifest.json"
     path.write_text("{")
-    with pytest.raises(NotARun, match=r"manifest\.json: not a manifest"):
-        summary(run)
+    with pytest.raises(UserError, match=r"manifest\.json"):
+        summary(Run(run))
 
 
 def test_the_summary_needs_no_heavy_library(run):
-    code = f"import sys; from flywheel.summary import main; main([{str(run)!r}]); print([m for m in ('torch', 'vllm', 'wandb', 'matplotlib') if m in sys.modules])"
+    heavy = {"torch", "vllm", "wandb", "matplotlib"}
+    code = f"import sys; from flywheel.summary import main; main([{str(run)!r}]); print({heavy} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "[]"
+    assert done.stdout.splitlines()[-1] == "set()"
