@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable
 
 from flywheel.errors import UserError
-from flywheel.problems.sources import grading
+from flywheel.problems import grading
 
 MEMORY = 2 << 30  # bytes of address space above what the imported checker needs
 
