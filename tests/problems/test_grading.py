@@ -1,7 +1,10 @@
 """Claims about comparing answers, and about checkers that hang, die or do not exist."""
 
 import json
+import os
 import re
+import signal
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -23,6 +26,7 @@ OWN_CHECKER = """
 import os, time
 
 def check(gold, answer):
+    print(answer[:20], flush=True)  # no verdict; the tests read it in stderr
     match answer:
         case "hang":
             time.sleep(60)
@@ -36,9 +40,6 @@ def check(gold, answer):
             raise ValueError("what is this?")
         case "none":
             return None
-        case "print":
-            print('{"same": true}')
-            return False
     return sorted(answer) == sorted(gold)
 """
 
@@ -122,7 +123,7 @@ def test_plain_numbers_are_decided_both_ways_without_a_worker():
         assert verdict(grader, "1,080", "1081") is Verdict.INCORRECT
         assert verdict(grader, "10", None) is Verdict.UNPARSABLE
         assert verdict(grader, "10", None, Finish.LENGTH) is Verdict.TRUNCATED
-        assert not grader._workers
+        assert grader.pool.workers[0].process is None
         assert grader.counts == Counter(plain=3, checked=0, undecided=0)
 
 
@@ -140,7 +141,7 @@ def test_grades_come_in_the_order_of_the_pairs_and_a_pair_is_checked_once():
         assert [grade.solution_id for grade in grades] == [solution.id for _, solution in pairs]
         assert grader.verdicts(pairs) == grades
         assert grader.counts == Counter(plain=0, checked=3, undecided=0)
-    assert not grader._workers
+    assert all(worker.process is None for worker in grader.pool.workers)
 
 
 def test_a_solution_of_another_question_is_refused():
@@ -157,13 +158,59 @@ def test_a_lost_worker_costs_its_own_answer_only(own_checker):
             assert verdict(grader, "ab", answer) is Verdict.UNDECIDED, answer
             assert time.monotonic() - begun < 20
             assert verdict(grader, f"ab{answer}", f"ba{answer}") is Verdict.CORRECT
-        assert verdict(grader, "ab", "print") is Verdict.INCORRECT  # what a checker prints is no verdict
+        assert verdict(grader, "ab", "(True, '')") is Verdict.INCORRECT  # what a checker prints is no verdict
         assert grader.counts == Counter(plain=0, checked=len(bad) + 1, undecided=len(bad))
-        process = grader._workers[0].process
+        process = grader.pool.workers[0].process
         [fork] = [child.pid for child in psutil.Process(process.pid).children()]
         assert not gone(fork)
     assert process.poll() is not None
     wait_for(lambda: gone(fork))
+
+
+def test_a_worker_killed_from_outside_costs_one_answer(own_checker):
+    with Grader(spec(checker=own_checker, check_seconds=30)) as grader:
+        assert verdict(grader, "ab", "ba") is Verdict.CORRECT
+        worker = psutil.Process(grader.pool.workers[0].process.pid)
+        for number, victim in enumerate([*worker.children(), worker]):
+            victim.kill()
+            wait_for(lambda: gone(victim.pid))
+            assert verdict(grader, "ab", "c" * (number + 1)) is Verdict.UNDECIDED
+            assert verdict(grader, f"ab{number}", f"{number}ba") is Verdict.CORRECT
+
+
+GRADES_UNTIL_KILLED = """
+import sys, time
+import psutil
+from test_grading import Grader, spec, verdict
+if __name__ == "__main__":
+    checker, answer = sys.argv[1:]
+    with Grader(spec(checker=checker, check_seconds=1)) as grader:
+        verdict(grader, "a", "a")
+        worker = psutil.Process(grader.pool.workers[0].process.pid)
+        print(worker.pid, worker.children()[0].pid, flush=True)
+        verdict(grader, "ab", answer)
+        time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(
+    ("answer", "worker_too"), [("spin", False), ("spin", True), ("hang", False), ("ba", False), ("ba", True)]
+)
+def test_nothing_outlives_a_grader_that_was_killed(own_checker, tmp_path, answer, worker_too):
+    """Whether the fork computes in C code, sleeps or waits, and even if its worker is killed with the grader."""
+    script = tmp_path / "grades.py"
+    script.write_text(GRADES_UNTIL_KILLED)
+    path = os.pathsep.join(map(str, [tmp_path, *Path(__file__).parents[:2], *sys.path]))
+    command = [sys.executable, script, own_checker, answer]
+    env = {**os.environ, "PYTHONPATH": path}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env) as grader:
+        worker, fork = map(int, grader.stdout.readline().split())
+        assert f"{answer}\n" in iter(grader.stderr.readline, "")  # the checker has begun
+        assert not gone(worker) and not gone(fork)
+        grader.kill()
+        if worker_too:
+            os.kill(worker, signal.SIGKILL)
+    wait_for(lambda: gone(worker) and gone(fork))
 
 
 def test_a_checker_of_ones_own_sees_even_an_answer_equal_to_gold(own_checker):
