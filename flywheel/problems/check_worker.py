@@ -1,8 +1,8 @@
 """The process behind a worker of `pool.py`: `python -m flywheel.problems.check_worker FD`, FD a socket to its parent.
 
-It imports the checker once and forks. The fork checks answers; when one takes too long or kills it, the next
-fork takes its place. If the parent is killed, nothing stays: this process and an idle fork end when their
-pipe closes, a fork that computes is ended by the limit on its processor time.
+It imports the checker once and forks. The fork checks answers; when it takes too long on one, or dies, a new fork
+takes its place. If the parent is killed, nothing stays: this process and a fork that waits end when their pipe
+closes, and a fork that computes is ended by the limit on its processor time.
 """
 
 from __future__ import annotations
