@@ -1,11 +1,11 @@
 """Our grader beside math-verify and the publishers' verdicts: python -m eval.agreement DATA [--show]
 
 DATA holds `triples/math_verify_tests.jsonl`, `triples/math_cot_100.jsonl` and
-`gsm8k/example_model_solutions.jsonl`. Prints a line a set: pairs, and how often our grader and
-plain math-verify agree with the publisher; then every disagreement by its class:
+`gsm8k/example_model_solutions.jsonl`. Prints a row for each set: its pairs, how often our grader and plain
+math-verify agree with the publisher, and our disagreements by class:
 
-- both: math-verify says what we say; the publisher's verdict is its own policy, or a slip;
-- better, worse: math-verify is wrong where we are right, or the other way about;
+- both: math-verify says what we say; the publisher has a rule of its own, or made a slip;
+- better, worse: math-verify is wrong where we are right, or the other way round;
 - undecided: no verdict within the limits.
 """
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import re
 import sys
 from collections import Counter
@@ -57,14 +58,23 @@ def ours(pairs: list[Pair], seconds: float) -> list[Verdict]:
         return [grade.verdict for grade in grader.verdicts(asked)]
 
 
-def plain(pairs: list[Pair]) -> list[bool]:
+def plain(gold: str, answer: str | None) -> bool:
+    """The verdict of math-verify alone."""
     from math_verify import parse, verify
 
-    say = lambda gold, answer: (
-        answer is not None
-        and bool(verify(parse(gold, parsing_timeout=None), parse(answer, parsing_timeout=None), timeout_seconds=None))
-    )
-    return [say(gold, answer) for gold, answer, _ in pairs]
+    if answer is None:
+        return False
+    return bool(verify(*(parse(text, parsing_timeout=None) for text in (gold, answer)), timeout_seconds=None))
+
+
+def disagreement(ours: Verdict, other: bool, truth: bool) -> str:
+    """The class of a pair by our verdict, math-verify's (`other`) and the publisher's (`truth`)."""
+    if ours is Verdict.UNDECIDED:
+        return "undecided"
+    right = ours is Verdict.CORRECT
+    if right == truth:
+        return "agrees" if other == truth else "better"
+    return "both" if other == right else "worse"
 
 
 def main() -> int:
@@ -78,29 +88,23 @@ def main() -> int:
     except FileNotFoundError as error:
         print(f"{error.filename}: no such file", file=sys.stderr)
         return 1
-    print(
-        "| set | pairs | ours agrees | math-verify agrees | both differ | better | worse | undecided |\n|---|---|---|---|---|---|---|---|"
-    )
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own time limit is off
+    columns = ["set", "pairs", "ours agrees", "math-verify agrees", "both differ", "better", "worse", "undecided"]
+    print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     shown = []
     for name, pairs in found.items():
-        mine, theirs = ours(pairs, args.seconds), plain(pairs)
         classes: Counter[str] = Counter()
-        for (gold, answer, truth), verdict, other in zip(pairs, mine, theirs):
-            right = verdict is Verdict.CORRECT
-            if verdict is Verdict.UNDECIDED:
-                kind = "undecided"
-            elif right == truth:
-                kind = "agrees" if other == truth else "better"
-            else:
-                kind = "both" if other == right else "worse"
+        agrees = 0
+        for (gold, answer, truth), verdict in zip(pairs, ours(pairs, args.seconds)):
+            other = plain(gold, answer)
+            agrees += other == truth
+            kind = disagreement(verdict, other, truth)
             classes[kind] += 1
             if kind != "agrees":
                 shown.append(f"{name} {kind}: gold {gold!r:.80} answer {answer!r:.80} publisher {truth}")
-        agree = classes["agrees"] + classes["better"]
-        other = sum(t == truth for t, (_, _, truth) in zip(theirs, pairs))
-        print(
-            f"| {name} | {len(pairs):,} | {agree:,} | {other:,} | {classes['both']} | {classes['better']} | {classes['worse']} | {classes['undecided']} |"
-        )
+        figures = [len(pairs), classes["agrees"] + classes["better"], agrees]
+        figures += [classes[kind] for kind in ("both", "better", "worse", "undecided")]
+        print(f"| {name} | {' | '.join(f'{figure:,}' for figure in figures)} |")
     if args.show:
         print("\n".join(["", *shown]))
     return 0

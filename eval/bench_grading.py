@@ -1,18 +1,18 @@
-"""Verdicts a second: the gate of flywheel.problems.grading beside math-verify called directly.
+"""Verdicts a second: `Grader` beside math-verify called directly.
 
     python -m eval.bench_grading SOLUTIONS.jsonl
 
-reads rows with `gold` and `answer` (see --fields), or makes a mixture of its own without a file,
-and prints both rates, their ratio and on how many answers the two disagree.
+reads rows with `gold` and `answer` (see --fields), or makes pairs of its own without a file. Prints both rates,
+their ratio and on how many pairs the two disagree.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import logging
 import random
 import time
-from dataclasses import replace
 from pathlib import Path
 
 from flywheel.problems.grading import Grader
@@ -23,7 +23,7 @@ SHAPES = ("{n}", "{n}", "{n}", "1,0{n}", "{n}.0", "\\frac{{{n}}}{{7}}", "\\sqrt{
 
 
 def mixture(count: int, seed: int) -> list[tuple[str, str]]:
-    """(gold, answer) as a small model gives them: mostly numbers, half of them wrong, answers repeated."""
+    """(gold, answer) pairs as a small model makes them: mostly numbers, half of them wrong, many repeated."""
     rng = random.Random(seed)
     pairs = []
     for _ in range(count // 16):
@@ -43,30 +43,28 @@ def read(path: Path, gold: str, answer: str) -> list[tuple[str, str]]:
     ]
 
 
-def ungated(pairs: list[tuple[str, str]]) -> list[bool]:
+def directly(pairs: list[tuple[str, str]]) -> list[bool]:
     from math_verify import parse, verify
 
-    return [
-        verify(
-            parse(f"${gold}$", parsing_timeout=None), parse(f"${answer}$", parsing_timeout=None), timeout_seconds=None
-        )
-        for gold, answer in pairs
-    ]
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own time limit is off
+    parsed = ([parse(f"${text}$", parsing_timeout=None) for text in pair] for pair in pairs)
+    return [verify(*pair, timeout_seconds=None) for pair in parsed]
 
 
-def gated(pairs: list[tuple[str, str]], workers: int) -> tuple[list[bool], float, dict[str, int]]:
-    items = [
-        (Problem(Question("q", "?"), gold, Split.TRAIN), Solution(str(i), "q", (), Finish.STOP, answer, "bench"))
-        for i, (gold, answer) in enumerate(pairs)
-    ]
+def graded(pairs: list[tuple[str, str]], workers: int) -> tuple[list[bool], float, dict[str, int]]:
+    """The verdicts of `Grader`, the seconds that they took, and its counts."""
+
+    def asked(name: str, gold: str, answer: str) -> tuple[Problem, Solution]:
+        return Problem(Question("q", "?"), gold, Split.TRAIN), Solution(name, "q", (), Finish.STOP, answer, "bench")
+
     with Grader(ProblemSpec(path="bench", check_workers=workers)) as grader:
-        started = [
-            (item[0], replace(item[1], answer=f"\\frac{{1}}{{{n}}}")) for n, item in enumerate(items[: 4 * workers], 2)
-        ]
-        grader.verdicts(started)  # the workers' start, a second once, is not on the clock
+        # The start of the workers, once a second, is not measured.
+        grader.verdicts([asked("warm", "7", f"\\frac{{1}}{{{n}}}") for n in range(2, 2 + 4 * workers)])
         grader.counts.clear()
+        items = [asked(str(i), *pair) for i, pair in enumerate(pairs)]
         begun = time.perf_counter()
-        return [grade.correct for grade in grader.verdicts(items)], time.perf_counter() - begun, dict(grader.counts)
+        verdicts = [grade.correct for grade in grader.verdicts(items)]
+        return verdicts, time.perf_counter() - begun, dict(grader.counts)
 
 
 def main() -> None:
@@ -77,16 +75,14 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1)
     args = parser.parse_args()
     pairs = read(args.file, *args.fields) if args.file else mixture(args.count, seed=0)
-    ungated(pairs[:8])  # imports and parser tables are not on the clock
+    directly(pairs[:8])  # imports and parser tables are not measured
     begun = time.perf_counter()
-    plain = ungated(pairs)
-    alone = time.perf_counter() - begun
-    ours, seconds, counts = gated(pairs, args.workers)
-    rates = len(pairs) / alone, len(pairs) / seconds
-    print(f"{len(pairs)} answers, distinct ones decided: {counts}")
-    print(
-        f"math-verify alone {rates[0]:,.0f}/s; gated {rates[1]:,.0f}/s; ratio {rates[1] / rates[0]:.1f}; disagreements {sum(map(bool.__ne__, plain, ours))}"
-    )
+    plain = directly(pairs)
+    alone = len(pairs) / (time.perf_counter() - begun)
+    ours, seconds, counts = graded(pairs, args.workers)
+    rate, different = len(pairs) / seconds, sum(map(bool.__ne__, plain, ours))
+    print(f"{len(pairs)} answers; distinct pairs decided: {counts}")
+    print(f"math-verify alone {alone:,.0f}/s; Grader {rate:,.0f}/s; ratio {rate / alone:.1f}; disagree on {different}")
 
 
 if __name__ == "__main__":

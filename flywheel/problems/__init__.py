@@ -1,1 +1,1 @@
-"""Questions with their answers: readers, near duplicates, grading."""
+"""Questions and their answers: reading problem sets, drawing splits, grading."""

@@ -1,135 +1,105 @@
-"""The process behind grading.Grader: `python -m flywheel.problems.check_worker module:function SECONDS`.
+"""The process behind a worker of `pool.py`: `python -m flywheel.problems.check_worker FD`, FD a socket to its parent.
 
-Reads `[gold, answer]` as JSON lines on stdin and answers `{"same": bool}` or `{"error": text}`.
-The checker runs in a fork of this process, which is killed when it hangs and forked again, in
-milliseconds: importing a checker takes a second, and a model that writes what makes sympy hang
-writes it often. The fork holds itself to limits on memory and processor time, so that one that
-computes dies even if everybody else was killed; one that waits ends with the pipe it reads from.
+It imports the checker once and forks. The fork checks answers; when it takes too long on one, or dies, a new fork
+takes its place. If the parent is killed, nothing stays: this process and a fork that waits end when their pipe
+closes, and a fork that computes is ended by the limit on its processor time.
 """
 
 from __future__ import annotations
 
-import json
+import multiprocessing
 import os
 import resource
-import select
 import signal
-import socket
 import sys
-import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
 
 from flywheel.errors import UserError
-from flywheel.problems.sources import grading
+from flywheel.problems.grading import DEFAULT_CHECKER, load_function
+from flywheel.problems.pool import Checked, Lost, ask
 
 MEMORY = 2 << 30  # bytes of address space above what the imported checker needs
+# Pairs after which math-verify and sympy have imported and cached what an answer needs: 20 ms less for each fork.
+WARM_UP = (("x^2+1", "1+x^2+y"), ("2", "\\frac{6}{2}"), ("(1,2)", "\\{1,\\sqrt{3}\\}"))
+
+Checker = Callable[[str, str], bool]
 
 
-def main(checker: str, seconds: float) -> None:
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # were it ignored, a fork could not be waited for
-    out = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a checker prints must not look like a verdict
-
-    def reply(line: bytes) -> None:
-        out.write(line)
-        out.flush()
-
+def main(parent: Connection) -> None:
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # if it were ignored, a fork could not be waited for
+    checker, seconds = parent.recv()
     try:
-        same = grading.load_function(checker)
+        same = load_function(checker)
     except UserError as error:
-        return reply(_line(error=str(error)))
-    if checker == grading.DEFAULT_CHECKER:
-        same("x^2+1", "1+x^2+y")  # imports and sets up all that it needs here, once, and on no answer's clock
-    reply(_line(ready=True))
-    fork = None
-    for line in sys.stdin.buffer:
-        fork = fork or _Fork(same, seconds, out.fileno())
-        answer = fork.ask(line)
-        if not fork.alive:
-            fork = None
-        reply(answer)
+        return parent.send(str(error))
+    for pair in WARM_UP if checker == DEFAULT_CHECKER else ():
+        same(*pair)
+    parent.send("")  # ready
+    fork = _Fork(parent, same, seconds)
+    try:
+        while True:
+            parent.send(fork.check(parent.recv()))
+            if not fork.alive:
+                fork = _Fork(parent, same, seconds)
+    except (EOFError, ConnectionError):  # the parent closed the socket or is gone
+        return
+    finally:
+        fork.kill()
 
 
 class _Fork:
-    """A copy of this process, the checker imported, that checks answers until one is too much for it."""
+    """A copy of this process that calls the checker, until an answer is too much for it."""
 
-    def __init__(self, same: Callable[[str, str], bool], seconds: float, out: int):
+    def __init__(self, parent: Connection, same: Checker, seconds: float):
         self.seconds, self.alive = seconds, True
-        self.pipe, theirs = socket.socketpair()
-        self.pid = os.fork()
-        if not self.pid:
-            self.pipe.close()
-            os.close(out)  # neither our questions nor our verdicts are the checker's to touch
-            os.close(0)
-            _limit_memory()
-            _serve(theirs, same, seconds)
-            os._exit(0)
+        self.pipe, theirs = multiprocessing.Pipe()
+        context = multiprocessing.get_context("fork")
+        self.process = context.Process(target=_serve, args=(theirs, [self.pipe, parent], same, seconds))
+        self.process.start()
         theirs.close()
 
-    def ask(self, question: bytes) -> bytes:
-        """The reply line; afterwards the fork may be gone (`alive`)."""
+    def check(self, pair: tuple[str, str]) -> Checked:
         try:
-            answer = self.heard(question)
-        except TimeoutError:
-            return self.end(f"no verdict within {self.seconds:g} s")
-        except OSError:
-            return self.end("the checker died")
-        if json.loads(answer).get("leave"):
-            self.end("")
-        return answer
+            return ask(self.pipe, pair, self.seconds)
+        except Lost as lost:
+            self.kill()
+            return None, f"the checker: {lost} (exit code {self.process.exitcode})"
 
-    def heard(self, question: bytes) -> bytes:
-        """Raises TimeoutError, and OSError where the fork is gone."""
-        deadline, answer = time.monotonic() + self.seconds, b""
-        self.pipe.sendall(question)
-        while not answer.endswith(b"\n"):
-            if not select.select([self.pipe], [], [], max(0.0, deadline - time.monotonic()))[0]:
-                raise TimeoutError
-            if not (piece := self.pipe.recv(65536)):
-                raise BrokenPipeError
-            answer += piece
-        return answer
-
-    def end(self, why: str) -> bytes:
-        os.kill(self.pid, signal.SIGKILL)
-        os.waitpid(self.pid, 0)
-        self.pipe.close()
+    def kill(self) -> None:
         self.alive = False
-        return _line(error=why)
+        self.process.kill()
+        self.process.join()
+        self.pipe.close()
 
 
-def _serve(pipe: socket.socket, same: Callable[[str, str], bool], seconds: float) -> None:
-    for line in pipe.makefile("rb"):
-        gold, answer = json.loads(line)
-        signal.setitimer(signal.ITIMER_PROF, 2 * seconds + 1)  # SIGPROF's default action ends the process
+def _serve(pipe: Connection, others: list[Connection], same: Checker, seconds: float) -> None:
+    """Check answers until the pipe closes. Runs in the fork."""
+    for other in others:  # this process's own ends: a fork that holds them cannot see it end
+        other.close()
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    limit = used + MEMORY if hard == resource.RLIM_INFINITY else min(used + MEMORY, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+    while True:
         try:
-            verdict = same(gold, answer)
+            pair = pipe.recv()
+        except EOFError:
+            return
+        signal.setitimer(signal.ITIMER_PROF, 2 * seconds + 1)  # SIGPROF ends the process, even in C code
+        try:
+            verdict = same(*pair)
             if verdict not in (True, False):
                 raise TypeError(f"returned {type(verdict).__name__}, not a bool")
+            reply = bool(verdict), ""
         except MemoryError:
-            return pipe.sendall(_line(error="out of memory", leave=True))
+            os._exit(1)  # caches may hold what was allocated: the next answer gets a new fork
         except Exception as error:  # a checker may raise anything on what a model wrote
-            reply = _line(error=f"the checker raised {type(error).__name__}: {error}"[:300])
-        else:
-            reply = _line(same=bool(verdict))
+            reply = None, f"the checker raised {type(error).__name__}: {error}"[:300]
         signal.setitimer(signal.ITIMER_PROF, 0)
-        pipe.sendall(reply)
-
-
-def _line(**fields: object) -> bytes:
-    return json.dumps(fields).encode() + b"\n"
-
-
-def _limit_memory() -> None:
-    try:
-        with open("/proc/self/statm") as file:
-            now = int(file.read().split()[0]) * resource.getpagesize()
-    except FileNotFoundError:  # no /proc: this system does not enforce RLIMIT_AS either
-        return
-    _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    limit = now + MEMORY if hard == resource.RLIM_INFINITY else min(now + MEMORY, hard)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+        pipe.send(reply)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], float(sys.argv[2]))
+    main(Connection(int(sys.argv[1])))

@@ -1,41 +1,35 @@
-"""Is this answer the gold answer? Exact match first, then a checker in killable processes.
+"""Whether an answer equals the gold answer: plain comparison first, then a checker in killable processes.
 
-Checkers run model output through sympy, which can hang, eat all memory or crash: so what
-plain comparison cannot decide runs in worker processes with limits, and an answer on which
-a worker is lost is UNDECIDED, never silently wrong.
+Checkers run model output through sympy, which can hang, take all memory or crash: `pool.py` calls them, with
+limits, and an answer on which a process is lost is UNDECIDED, never wrong.
+
+How to write a checker: a module-level function `check(gold: str, answer: str) -> bool`, named by a recipe as
+`problems.checker: module:check`. It gets the final answers as they were extracted and returns True or False;
+anything else that it returns or raises makes the answer UNDECIDED. It is called in a fork of a process that has
+imported its module, so load what it needs at import, and keep no state from one answer to the next: a fork is
+replaced when an answer passes `problems.check_seconds` or 2 GiB. What it prints goes to stderr.
 """
 
 from __future__ import annotations
 
 import importlib
-import json
 import logging
-import os
-import queue
 import re
-import select
-import signal
-import subprocess
-import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from fractions import Fraction
 
 from flywheel.errors import UserError
+from flywheel.problems.pool import CheckerPool
 from flywheel.recipe import ProblemSpec
 from flywheel.records import Finish, Grade, Problem, Solution, Verdict
 
 log = logging.getLogger(__name__)
 
 DEFAULT_CHECKER = "flywheel.problems.grading:same_answer"
-MAX_CHARS = 20_000  # a longer answer that is not the gold text is wrong: nothing true is that long
-MAX_DIGITS = 1000  # a longer number is not compared as one (Python refuses beyond 4300)
-DECIMALS = 6  # as math-verify rounds decimals
-SLACK = 5.0  # seconds beyond the limit for a worker to say that the limit was passed
-START_SECONDS = 120.0  # for a worker to import the checker on a cold, busy machine
+MAX_CHARS = 20_000  # a longer answer is wrong unless it is the gold text: no right answer is that long
+MAX_DIGITS = 1000  # a longer number is compared as text (Python converts at most 4300 digits)
+DECIMALS = 6  # math-verify rounds to as many
 
 _NUMBER = re.compile(r"[+-]?(?=\.?[0-9])(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+|[0-9]*)(?:\.[0-9]*)?")
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
@@ -44,21 +38,21 @@ _MATH_MARKS = ("$", "\\boxed", "\\(", "\\[")
 
 
 def same_answer(gold: str, answer: str) -> bool:
-    """Whether `answer` equals `gold`: exact after normalisation, then math-verify.
+    """Whether `answer` equals `gold`: as text or number after normalisation, else by math-verify.
 
-    Both are final answers as extracted (LaTeX or plain, with or without `$`). Two plain numbers
-    are compared as numbers, to 6 decimals. Without a time limit of its own: math-verify's uses
-    signals, which do not work in threads and do not reach sympy's C loops; `Grader` sets the limit.
+    Both are final answers as extracted (LaTeX or plain, with or without `$`). Two plain numbers are compared
+    to 6 decimals. Has no time limit, `Grader` sets one: math-verify's own works by signals, which threads
+    cannot receive and sympy's C loops do not notice.
     """
     decided = _decide(gold, answer)
     return _math_verify(gold, answer) if decided is None else decided
 
 
 def answer_key(answer: str) -> str:
-    """A cheap normal form: answers with one key are counted as one answer in selection.
+    """A normal form of `answer`: selection counts answers with the same key as one answer.
 
-    Ignores whitespace around signs, `$`, `\\boxed{}`, case, a trailing dot, digit-group commas,
-    a leading + and trailing zeros. No gold, no algebra: 1/2 and 0.5 stay two answers.
+    Ignores whitespace around signs, `$`, `\\boxed{}`, case, a trailing dot, digit-group commas, a leading +
+    and trailing zeros of decimals. Uses no gold answer and no algebra: 1/2 and 0.5 stay two answers.
     """
     return _clean(answer).casefold()
 
@@ -77,31 +71,27 @@ def last_boxed(text: str) -> str | None:
 
 
 def load_function(name: str, key: str = "problems.checker") -> Callable:
-    """Import `module:function`. Raises UserError, one line that names the recipe's `key`."""
+    """The function that `name` (module:function) names, imported. Raises UserError, which names the recipe's `key`."""
     module, _, function = name.partition(":")
     if not module or not function:
         raise UserError(f"{key}: {name!r}: write module:function")
     try:
         found = getattr(importlib.import_module(module), function)
     except Exception as error:  # a user's module may raise anything while it is imported
-        raise UserError(
-            f"{key}: {name} cannot be imported: {' '.join(f'{type(error).__name__}: {error}'.split())}"
-        ) from error
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"{key}: {name} cannot be imported: {reason}") from error
     if not callable(found):
         raise UserError(f"{key}: {name} is not a function")
     return found
 
 
 def _clean(text: str) -> str:
+    """One line without dollars, an enclosing \\boxed{}, a final dot and spaces around signs; numbers in one form."""
     text = " ".join(text.split())
-    inner = last_boxed(text)
-    if (
-        inner is not None
-        and text.startswith("\\boxed{")
-        and len(text) <= len(inner) + 10
-        and text.count("\\boxed") == 1
-    ):
-        text = inner
+    if text.startswith("\\boxed{") and text.count("\\boxed") == 1:
+        inner = last_boxed(text)
+        if inner is not None and len(text) <= len(inner) + 10:  # at most a space and a dot follow the brace
+            text = inner
     text = text.replace("\\$", "").replace("$", "").replace("\\!", "").removeprefix("\\(").removesuffix("\\)").strip()
     text = text.removesuffix(".").strip()
     text = re.sub(r"\s*([^\w\s])\s*", r"\1", text)
@@ -122,16 +112,14 @@ def _canonical(number: str) -> str:
 
 
 def _decide(gold: str, answer: str) -> bool | None:
-    """What needs no algebra: equal texts, two plain numbers, or absurd length; None otherwise."""
+    """The verdict where no algebra is needed (equal texts, two plain numbers, absurd length), else None."""
     if len(answer) > max(MAX_CHARS, 10 * len(gold)):
-        return False  # not even read: a million characters take a second to clean
+        return False  # before it is cleaned: that takes a second for a million characters
     a, b = _clean(gold), _clean(answer)
     if a == b:
         return bool(a)
-    if _CONTROL.search(answer):
-        return False  # no text, and math-verify would find a number between any two of them
-    if len(answer) > MAX_CHARS:
-        return False
+    if len(answer) > MAX_CHARS or _CONTROL.search(answer):
+        return False  # math-verify drops control characters: it would read 4, NUL, 2 as 42
     if _is_number(a) and _is_number(b):
         return ("." in a or "." in b) and round(Fraction(a), DECIMALS) == round(Fraction(b), DECIMALS)
     return None
@@ -140,169 +128,69 @@ def _decide(gold: str, answer: str) -> bool | None:
 def _math_verify(gold: str, answer: str) -> bool:
     from math_verify import parse, verify
 
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own timeout is off
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own time limit is off
     parsed = [parse(_as_math(text), parsing_timeout=None) for text in (gold, answer)]
     return verify(*parsed, timeout_seconds=None)
 
 
 def _as_math(text: str) -> str:
-    """Bare LaTeX is read only between dollars; bare numbers (1 000; 1,22) only without them."""
+    """math-verify reads bare LaTeX only between dollars, and numbers such as `1 000` or `1,22` only without."""
     if any(mark in text for mark in _MATH_MARKS) or _NUMERIC_TEXT.fullmatch(text):
         return text
     return f"${text}$"
 
 
-class _Lost(Exception):
-    """The checker hung, died or raised on this answer."""
-
-
-class _Worker:
-    """One persistent process of check_worker.py. JSON lines in and out. It keeps the time; should it fail to, it is killed.
-
-    A plain subprocess rather than multiprocessing: it re-imports no main module, inherits no
-    device and may be started from a daemonic process.
-    """
-
-    def __init__(self, checker: str, seconds: float):
-        self.checker, self.seconds = checker, seconds
-        self.process: subprocess.Popen | None = None
-
-    def ask(self, gold: str, answer: str) -> bool:
-        """The checker's verdict. Raises _Lost on a hang, a death or an exception in the checker."""
-        if self.process is None:
-            self._start()
-        try:
-            self.process.stdin.write(json.dumps([gold, answer]).encode() + b"\n")
-            self.process.stdin.flush()
-        except OSError:
-            self.kill()
-            raise _Lost("the worker died") from None
-        reply = self._read(self.seconds + SLACK)
-        if "error" in reply:
-            raise _Lost(reply["error"])
-        return reply["same"]
-
-    def _start(self) -> None:
-        env = {**os.environ, "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path), "OMP_NUM_THREADS": "1"}
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "flywheel.problems.check_worker", self.checker, str(self.seconds)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=env,
-            start_new_session=True,  # Ctrl-C is the parent's to handle
-        )
-        try:
-            reply = self._read(START_SECONDS)
-        except _Lost as error:
-            raise UserError(f"problems.checker: a worker for {self.checker} did not start: {error}") from None
-        if "error" in reply:
-            self.kill()
-            raise UserError(reply["error"])
-
-    def _read(self, seconds: float) -> dict:
-        """One reply line, or _Lost (and the process gone)."""
-        out, line, deadline = self.process.stdout.fileno(), b"", time.monotonic() + seconds
-        while not line.endswith(b"\n"):
-            ready, _, _ = select.select([out], [], [], max(0.0, deadline - time.monotonic()))
-            piece = os.read(out, 65536) if ready else b""
-            if not piece:
-                self.kill()
-                raise _Lost("the worker died" if ready else f"no verdict within {seconds:g} s")
-            line += piece
-        return json.loads(line)
-
-    def kill(self) -> None:
-        process, self.process = self.process, None
-        if process is not None:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # itself and the fork that checks
-            process.wait()
-            for pipe in (process.stdin, process.stdout):
-                try:
-                    pipe.close()
-                except BrokenPipeError:  # an unsent request is left in the buffer
-                    continue
-
-
 class Grader:
-    """Grades solutions of one problem set. A context manager: leaving it ends the workers.
+    """Grades solutions. A context manager: leaving it ends the processes, which start when one is first needed.
 
-    Workers start with the first answer that plain comparison leaves open. The shortcuts belong
-    to the default checker; a checker of the recipe's own sees every answer. `counts` says how
-    the distinct (gold, answer) pairs were decided: `plain`, `checked` or left `undecided`.
-    Raises UserError if `problems.checker` cannot be imported.
+    With the default checker, pairs that plain comparison decides never reach a process; a recipe's own checker
+    sees every pair. `counts`: how many distinct (gold, answer) pairs were decided by plain comparison
+    (`plain`) or by a checker (`checked`), or stayed `undecided`. Raises UserError if `problems.checker`
+    cannot be imported.
     """
 
     def __init__(self, spec: ProblemSpec):
         load_function(spec.checker)  # a wrong name fails before the first sample, not after the last
-        self.spec = spec
+        self.shortcuts = spec.checker == DEFAULT_CHECKER
+        self.pool = CheckerPool(spec.checker, spec.check_seconds, spec.check_workers)
         self.counts: Counter[str] = Counter(plain=0, checked=0, undecided=0)
-        self._cache: dict[tuple[str, str], bool | None] = {}
-        self._workers: list[_Worker] = []
-        self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
-        self._pool: ThreadPoolExecutor | None = None
+        self._same: dict[tuple[str, str], bool | None] = {}  # (gold, answer) -> verdict; None: undecided
 
     def __enter__(self) -> Grader:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
-            self._pool = None
-        for worker in self._workers:
-            worker.kill()
-        self._workers.clear()
+        self.pool.close()
 
     def verdicts(self, pairs: Sequence[tuple[Problem, Solution]]) -> list[Grade]:
-        """One Grade a pair, in order."""
+        """One Grade for each pair, in order. Raises ValueError for a solution of another question."""
         for problem, solution in pairs:
             if problem.id != solution.question_id:
                 raise ValueError(f"solution {solution.id} answers {solution.question_id}, not {problem.id}")
         wanted = dict.fromkeys((p.answer, s.answer) for p, s in pairs if s.answer is not None)
-        self._settle([pair for pair in wanted if pair not in self._cache])
+        self._settle([pair for pair in wanted if pair not in self._same])
         return [Grade(s.id, s.question_id, self._verdict(p, s), s.purpose) for p, s in pairs]
 
     def _verdict(self, problem: Problem, solution: Solution) -> Verdict:
         if solution.answer is None:
             return Verdict.TRUNCATED if solution.finish is Finish.LENGTH else Verdict.UNPARSABLE
-        match self._cache[problem.answer, solution.answer]:
-            case None:
-                return Verdict.UNDECIDED
-            case same:
-                return Verdict.CORRECT if same else Verdict.INCORRECT
+        same = self._same[problem.answer, solution.answer]
+        if same is None:
+            return Verdict.UNDECIDED
+        return Verdict.CORRECT if same else Verdict.INCORRECT
 
     def _settle(self, pairs: list[tuple[str, str]]) -> None:
-        """Decide every pair into the cache."""
+        """Decide every pair, into `_same`."""
         hard = []
         for pair in pairs:
-            decided = _decide(*pair) if self.spec.checker == DEFAULT_CHECKER else None
+            decided = _decide(*pair) if self.shortcuts else None
             if decided is None:
                 hard.append(pair)
             else:
-                self._cache[pair] = decided
+                self._same[pair] = decided
                 self.counts["plain"] += 1
-        if not hard:
-            return
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(self.spec.check_workers, "check")
-            self._workers = [
-                _Worker(self.spec.checker, self.spec.check_seconds) for _ in range(self.spec.check_workers)
-            ]
-            self._idle = queue.SimpleQueue()
-            for worker in self._workers:
-                self._idle.put(worker)
-        for pair, (same, why) in zip(hard, self._pool.map(self._check, hard)):
-            self._cache[pair] = same
-            self.counts["checked" if same is not None else "undecided"] += 1
-            if why:
-                gold, answer = pair
+        for (gold, answer), (same, why) in zip(hard, self.pool.check(hard)):
+            self._same[gold, answer] = same
+            self.counts["undecided" if same is None else "checked"] += 1
+            if same is None:
                 log.info("undecided: %s; gold %.80r, answer %.80r", why, gold, answer)
-
-    def _check(self, pair: tuple[str, str]) -> tuple[bool | None, str]:
-        worker = self._idle.get()  # never empty: one thread a worker
-        try:
-            return worker.ask(*pair), ""
-        except _Lost as error:
-            return None, str(error)
-        finally:
-            self._idle.put(worker)

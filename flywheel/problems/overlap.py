@@ -1,4 +1,4 @@
-"""Test questions that are nearly in the other splits: reported, never dropped (templates are legitimate)."""
+"""Finds test questions that nearly repeat a question of another split. Sets made from templates hold many."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from dataclasses import dataclass
 
 from flywheel.records import Problem, Split
 
-WORDS = 8  # in a row: shorter phrases recur by themselves
-SHARE = 0.5
+WORDS = 8  # length of the runs of words that are compared; shorter phrases recur by chance
+NEAR = 0.5  # the fraction of its runs that a near duplicate shares
 
 
 @dataclass(frozen=True, slots=True)
 class Near:
-    """`share` of the test question's runs of WORDS words stand in the `other` question too."""
+    """Of the runs of WORDS words in test question `question_id`, the fraction `share` is also in question `other`."""
 
     question_id: str
     other: str
@@ -24,27 +24,26 @@ class Near:
 
 
 def near(problems: Mapping[Split, Sequence[Problem]]) -> list[Near]:
-    """Test questions that share at least SHARE of their runs of words with one question of another split, nearest first.
+    """Test questions that share at least the fraction NEAR of their runs of words with one question of another split.
 
-    Compared without case and punctuation. A question of fewer than WORDS words has no run and cannot be near.
+    The largest share first. Case and punctuation are ignored; a question of fewer than WORDS words has no run
+    and is never listed.
     """
-    holders: dict[tuple[str, ...], list[str]] = {}
+    holders: dict[tuple[str, ...], list[str]] = {}  # run -> ids of the questions that hold it
     for split in (s for s in Split if s is not Split.TEST):
         for problem in problems.get(split, ()):
-            for run in runs(problem.question.text):
+            for run in _runs(problem.question.text):
                 holders.setdefault(run, []).append(problem.question.id)
     found = []
     for problem in problems.get(Split.TEST, ()):
-        mine = runs(problem.question.text)
+        mine = _runs(problem.question.text)
         shared = Counter(id for run in mine for id in holders.get(run, ()))
-        if shared:
-            other, count = shared.most_common(1)[0]
-            if count >= SHARE * len(mine):
+        for other, count in shared.most_common(1):
+            if count >= NEAR * len(mine):
                 found.append(Near(problem.question.id, other, count / len(mine)))
     return sorted(found, key=lambda n: (-n.share, n.question_id))
 
 
-def runs(text: str) -> set[tuple[str, ...]]:
-    """Every run of WORDS words, case and punctuation apart."""
+def _runs(text: str) -> set[tuple[str, ...]]:
     words = re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold())
     return {tuple(words[i : i + WORDS]) for i in range(len(words) - WORDS + 1)}

@@ -1,56 +1,37 @@
-"""Problem sets: JSON lines of one's own, GSM8K and MATH as they are published.
+"""Reads problem sets: JSON lines of one's own, GSM8K and MATH as they are published.
 
-Every fault of a file is one line: the file, the line in it, and the mend.
+Every fault of a file raises UserError with one line: the file, the line in it, what is wrong, and the mend.
 """
 
 from __future__ import annotations
 
 import difflib
-import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from flywheel.errors import UserError
 from flywheel.problems.grading import last_boxed
-from flywheel.problems.overlap import SHARE, WORDS, near
+from flywheel.problems.overlap import NEAR, WORDS, near
+from flywheel.problems.splits import Row, check_ids, distinct, draw_splits
 from flywheel.recipe import ProblemSpec
 from flywheel.records import Problem, Question, Split
 
-SHARES = {Split.TRAIN: 0.70, Split.CALIBRATE: 0.15, Split.VALIDATION: 0.05, Split.TEST: 0.10}
 FIELDS = ("question", "answer", "id", "split", "level")
 REQUIRED = ("question", "answer")
 MATH_FOLDERS = {"train": Split.TRAIN, "val": Split.VALIDATION, "validation": Split.VALIDATION, "test": Split.TEST}
-# Of a question that a published set holds in two splits, the copy that measures stays.
-KEEPS = [Split.TEST, Split.VALIDATION, Split.CALIBRATE, Split.TRAIN, None]
-
-
-@dataclass(slots=True)
-class _Row:
-    question: str
-    answer: str
-    split: Split | None  # None: to be drawn by hash
-    id: str | None  # None: made from the text
-    level: str
-    where: str  # file:line, for messages
-
-    @property
-    def key(self) -> str:
-        return " ".join(self.question.split())
 
 
 def load(spec: ProblemSpec, notes: list[str] | None = None) -> dict[Split, list[Problem]]:
     """All four splits, each in file order and cut to `spec.limits`; no question is in two.
 
-    A split that the files do not hold is drawn from the training questions by a hash of the
-    text, so it stays the same when rows are added. What was dropped or drawn is appended to
-    `notes`, one line each, and so are near duplicates across splits. Raises UserError (one line) for anything wrong with the files.
+    A split that the files do not hold is drawn from the training questions by a hash of each question, so
+    that added rows move no question. To `notes`, where a list is given, are appended, one line each: what was
+    dropped, drawn or cut, and how many test questions nearly repeat one of another split. Raises UserError for
+    anything wrong with the files.
     """
-    wanted = notes is not None
-    notes = notes if wanted else []
-    own = spec.format == "jsonl"
+    look_for_near, notes = notes is not None, [] if notes is None else notes
     match spec.format:
         case "jsonl":
             rows = list(_jsonl(spec))
@@ -60,23 +41,23 @@ def load(spec: ProblemSpec, notes: list[str] | None = None) -> dict[Split, list[
             rows = list(_math(spec, notes))
     if not rows:
         raise UserError(f"{spec.path}: no questions in it")
-    kept = _distinct(rows, own, notes)
-    _check_ids(rows)
-    rows = kept
-    _draw_splits(rows, spec.path, notes)
+    kept = distinct(rows, spec.format == "jsonl", notes)
+    check_ids(rows)
+    drawn = draw_splits(kept, spec.path, notes)
     problems: dict[Split, list[Problem]] = {split: [] for split in Split}
-    for row in rows:
-        problems[row.split].append(
-            Problem(Question(row.id or _hash(row)[:12], row.question), row.answer, row.split, row.level)
-        )
-    for split, limit in spec.limits.items():
-        if limit and limit < len(problems[Split(split)]):
-            notes.append(f"{split}: the first {limit} of {len(problems[Split(split)])} (problems.limits)")
-            problems[Split(split)] = problems[Split(split)][:limit]
-    if wanted and (found := near(problems)):
+    for row in kept:
+        split = drawn.get(row.key, row.split)
+        problems[split].append(Problem(Question(row.id or row.hash[:12], row.question), row.answer, split, row.level))
+    for name, limit in spec.limits.items():
+        found = problems[Split(name)]
+        if limit and limit < len(found):
+            notes.append(f"{name}: the first {limit} of {len(found)} (problems.limits)")
+            del found[limit:]
+    if look_for_near and (pairs := near(problems)):
         notes.append(
-            f"{len(found)} of {len(problems[Split.TEST])} test questions are near duplicates of others' ({SHARE:.0%} of their runs of {WORDS} words),"
-            f" the nearest {found[0].question_id} of {found[0].other} ({found[0].share:.0%}); kept"
+            f"{len(pairs)} of {len(problems[Split.TEST])} test questions share at least {NEAR:.0%} of their runs of "
+            f"{WORDS} words with a question of another split, {pairs[0].question_id} the most: {pairs[0].share:.0%} "
+            f"with {pairs[0].other}; all are kept"
         )
     return problems
 
@@ -88,9 +69,8 @@ def files(spec: ProblemSpec) -> list[Path]:
         raise UserError(f"{root}: no such file or folder (problems.path)")
     match spec.format:
         case "jsonl":
-            found = (
-                [root] if root.is_file() else [path for split in Split if (path := root / f"{split}.jsonl").is_file()]
-            )
+            found = [root] if root.is_file() else [root / f"{split}.jsonl" for split in Split]
+            found = [path for path in found if path.is_file()]
             wanted = "train.jsonl, calibrate.jsonl, validation.jsonl or test.jsonl"
         case "gsm8k":
             found = [root / "train.jsonl", root / "test.jsonl"]
@@ -104,38 +84,36 @@ def files(spec: ProblemSpec) -> list[Path]:
     return found
 
 
-def _jsonl(spec: ProblemSpec) -> Iterator[_Row]:
-    unknown = [name for name in spec.fields if name not in FIELDS]
-    if unknown:
-        raise UserError(
-            f"problems.fields.{unknown[0]}: unknown field{_nearest(unknown[0], FIELDS)}; known: {', '.join(FIELDS)}"
-        )
+def _jsonl(spec: ProblemSpec) -> Iterator[Row]:
+    for name in spec.fields:
+        if name not in FIELDS:
+            known = f"{_did_you_mean(name, FIELDS)}; known: {', '.join(FIELDS)}"
+            raise UserError(f"problems.fields.{name}: unknown field{known}")
     folder = Path(spec.path).is_dir()
     for path in files(spec):
         for where, row in _lines(path):
             values = {name: _value(row, name, spec, where) for name in FIELDS}
             split = _split(values["split"], where) if values["split"] else None
+            if folder and split not in (None, Split(path.stem)):
+                mend = "move the row or drop its split"
+                raise UserError(f"{where}: split {split} in the file of split {path.stem}; {mend}")
             if folder:
-                if split not in (None, Split(path.stem)):
-                    raise UserError(
-                        f"{where}: split {split} in the file of split {path.stem}; move the row or drop its split"
-                    )
                 split = Split(path.stem)
-            yield _Row(values["question"], values["answer"], split, values["id"] or None, values["level"], where)
+            yield Row(values["question"], values["answer"], split, values["id"] or None, values["level"], where)
 
 
-def _gsm8k(spec: ProblemSpec) -> Iterator[_Row]:
+def _gsm8k(spec: ProblemSpec) -> Iterator[Row]:
     for path in files(spec):
         for number, (where, row) in enumerate(_lines(path)):
             question, solution = (_value(row, name, spec, where) for name in REQUIRED)
             _, marker, gold = solution.rpartition("####")
             if not marker or not gold.strip():
                 raise UserError(f"{where}: no gold answer after ####; is this GSM8K as published?")
-            yield _Row(question, gold.strip().replace(",", ""), Split(path.stem), f"{path.stem}-{number}", "", where)
+            yield Row(question, gold.strip().replace(",", ""), Split(path.stem), f"{path.stem}-{number}", "", where)
 
 
-def _math(spec: ProblemSpec, notes: list[str]) -> Iterator[_Row]:
-    unknown, empty = [], []  # faults of the published files, known or met
+def _math(spec: ProblemSpec, notes: list[str]) -> Iterator[Row]:
+    unknown, empty = [], []  # rows to drop: the published files hold a few of each kind
     for path in files(spec):
         name = path.relative_to(spec.path).with_suffix("")
         data = _parse(_text(path), str(path))
@@ -151,19 +129,19 @@ def _math(spec: ProblemSpec, notes: list[str]) -> Iterator[_Row]:
                 empty.append(where)
                 continue
             id = "-".join([*name.parts, str(number)] if many else name.parts)
-            yield _Row(problem, gold, MATH_FOLDERS[name.parts[0]], id, level, where)
+            yield Row(problem, gold, MATH_FOLDERS[name.parts[0]], id, level, where)
     for what, places in (("of unknown level", unknown), ("with no answer in \\boxed{}", empty)):
         if places:
             notes.append(f"{len(places)} questions {what} dropped, the first at {places[0]}")
 
 
 def _short_boxed(solution: str) -> str | None:
-    """`\\boxed 9`, TeX's form for a single sign."""
+    """The answer in `\\boxed 9`, which TeX allows for a single sign."""
     found = re.findall(r"\\boxed\s+([^\s{}$.]+)", solution)
     return found[-1] if found else None
 
 
-# ---- one file -------------------------------------------------------------------------
+# ---- one file ----
 
 
 def _text(path: Path) -> str:
@@ -177,11 +155,11 @@ def _text(path: Path) -> str:
 
 
 def _lines(path: Path) -> Iterator[tuple[str, dict]]:
-    """(file:line, object) of each line that is not blank."""
+    """(file:line, JSON object) of each line that is not blank."""
     text = _text(path)
     if not text.strip():
         raise UserError(f"{path}: empty; one JSON object a line wanted")
-    for number, line in enumerate(text.split("\n"), 1):  # splitlines would also cut at U+2028 inside a string
+    for number, line in enumerate(text.split("\n"), 1):  # splitlines would also split at U+2028 inside a string
         if line.strip():
             where = f"{path}:{number}"
             row = _parse(line, where)
@@ -217,26 +195,24 @@ def _value(row: dict, name: str, spec: ProblemSpec, where: str) -> str:
     column = spec.fields.get(name, name)
     value = row.get(column)
     if column not in row and (name in REQUIRED or name in spec.fields):
-        near = difflib.get_close_matches(column.lower(), [str(key) for key in row], 1, 0.5)
-        mend = (
-            f"; did you mean {near[0]!r}? Then set problems.fields.{name}={near[0]}"
-            if near
-            else f"; it has {', '.join(row) or 'nothing'}"
-        )
-        raise UserError(f"{where}: no field {column!r}{mend}")
+        close = _closest(column, map(str, row))
+        mend = f"it has {', '.join(row) or 'nothing'}"
+        if close is not None:
+            mend = f"did you mean {close!r}? Then set problems.fields.{name}={close}"
+        raise UserError(f"{where}: no field {column!r}; {mend}")
     if isinstance(value, bool) or not isinstance(value, str | int | float | None):
         raise UserError(f"{where}: {column}: text or a number wanted, got {json.dumps(value)[:40]}")
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     text = "" if value is None else str(value).strip()
-    if not text.isprintable() and any("\ud800" <= sign <= "\udfff" for sign in text):
-        raise UserError(
-            f"{where}: {column}: half a character (a lone surrogate, \\ud800 to \\udfff); write the whole one"
-        )
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        fault = "half a character (a lone surrogate, \\ud800 to \\udfff); write the whole one"
+        raise UserError(f"{where}: {column}: {fault}") from None
     if not text and name in REQUIRED:
-        raise UserError(
-            f"{where}: a question with no answer" if name == "answer" else f"{where}: the question is empty"
-        )
+        fault = "a question with no answer" if name == "answer" else "the question is empty"
+        raise UserError(f"{where}: {fault}")
     return text
 
 
@@ -244,78 +220,14 @@ def _split(name: str, where: str) -> Split:
     try:
         return Split(name)
     except ValueError:
-        raise UserError(
-            f"{where}: unknown split {name!r}{_nearest(name, list(Split))}; known: {', '.join(Split)}"
-        ) from None
+        known = f"{_did_you_mean(name, list(Split))}; known: {', '.join(Split)}"
+        raise UserError(f"{where}: unknown split {name!r}{known}") from None
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name.lower(), list(known), 1, 0.5)
-    return f" (did you mean {near[0]}?)" if near else ""
+def _closest(name: str, known: Iterable[str]) -> str | None:
+    return next(iter(difflib.get_close_matches(name.lower(), list(known), 1, 0.5)), None)
 
 
-# ---- the set as a whole ------------------------------------------------------------------
-
-
-def _hash(row: _Row) -> str:
-    return hashlib.sha256(row.key.encode()).hexdigest()
-
-
-def _check_ids(rows: list[_Row]) -> None:
-    first: dict[str, _Row] = {}
-    for row in rows:
-        if row.id is not None and (other := first.setdefault(row.id, row)) is not row:
-            raise UserError(f"{row.where}: id {row.id!r} is already used at {other.where}; ids must be unique")
-
-
-def _distinct(rows: list[_Row], own: bool, notes: list[str]) -> list[_Row]:
-    """Each question once. In files of one's own a contradiction is an error; published sets are known to hold some."""
-    kept: dict[str, _Row] = {}
-    for row in rows:
-        other = kept.setdefault(row.key, row)
-        if other is row:
-            continue
-        if own and row.split != other.split:
-            raise UserError(
-                f"{row.where}: this question is in split {row.split or 'unset'} and, at {other.where}, in {other.split or 'unset'}; keep one of the two"
-            )
-        if own and row.answer != other.answer:
-            raise UserError(
-                f"{row.where}: this question has answer {row.answer[:40]!r} and, at {other.where}, {other.answer[:40]!r}; keep one of the two"
-            )
-        if KEEPS.index(row.split) < KEEPS.index(other.split):
-            kept[row.key] = row
-    chosen = {id(row) for row in kept.values()}
-    dropped = [row for row in rows if id(row) not in chosen]
-    if dropped:
-        notes.append(f"{len(dropped)} duplicate questions dropped, the first at {dropped[0].where}")
-    return [row for row in rows if id(row) in chosen]
-
-
-def _draw_splits(rows: list[_Row], source: str, notes: list[str]) -> None:
-    """Fill the splits that no row names from the training (or unnamed) rows, at least one question each."""
-    given = {row.split for row in rows} - {None, Split.TRAIN}
-    missing = [split for split in Split if split not in given]  # TRAIN among them: it gets the rest
-    pool = [row for row in rows if row.split in (None, Split.TRAIN)]
-    if len(pool) < len(missing):
-        raise UserError(
-            f"{source}: {len(pool)} questions cannot be cut into {', '.join(missing)}; add questions or a `split` field"
-        )
-    place = {row.key: int(_hash(row)[:16], 16) / 2**64 for row in pool}
-    total = sum(SHARES[split] for split in missing)
-    for row in pool:
-        at, row.split = place[row.key] * total, missing[-1]
-        for split in missing:
-            at -= SHARES[split]
-            if at < 0:
-                row.split = split
-                break
-    for split in missing:  # a small file: take from the largest, in the order of the hash
-        if not any(row.split is split for row in pool):
-            sizes = {name: sum(row.split is name for row in pool) for name in missing}
-            largest = max(missing, key=sizes.__getitem__)
-            min((row for row in pool if row.split is largest), key=lambda row: place[row.key]).split = split
-    drawn = [split for split in missing if split is not Split.TRAIN]
-    if drawn:
-        sizes = ", ".join(f"{sum(row.split is split for row in pool)} {split}" for split in drawn)
-        notes.append(f"{source}: no {', '.join(drawn)} questions in it: {sizes} drawn by hash from {len(pool)}")
+def _did_you_mean(name: str, known: Iterable[str]) -> str:
+    close = _closest(name, known)
+    return f" (did you mean {close}?)" if close else ""

@@ -230,19 +230,18 @@ def test_near_duplicates_across_splits_are_reported_and_kept(tmp_path):
     problems, notes = read(write(tmp_path / "own.jsonl", rows))
     assert len(problems[Split.TEST]) == 4
     [note] = notes
-    assert note.startswith(
-        "1 of 4 test questions are near duplicates of others' (50% of their runs of 8 words), the nearest "
-    ) and note.endswith("(100%); kept")
+    assert note == (
+        "1 of 4 test questions share at least 50% of their runs of 8 words with a question of another split, "
+        f"{problems[Split.TEST][0].id} the most: 100% with {problems[Split.TRAIN][0].id}; all are kept"
+    )
 
 
 @needs_data
 def test_all_of_gsm8k_and_math_are_read():
     gsm8k, notes = read(DATA / "gsm8k", format="gsm8k")
     assert len(gsm8k[Split.TEST]) == 1319 and sum(map(len, gsm8k.values())) == 7473 + 1319 and len(notes) == 2
-    assert (
-        notes[1].startswith("1 of 1319 test questions are near duplicates of others'")
-        and "the nearest test-602 of train-1314 (67%)" in notes[1]
-    )
+    assert notes[1].startswith("1 of 1319 test questions share ")
+    assert "test-602 the most: 67% with train-1314" in notes[1]
     assert all(p.answer.lstrip("-").isdigit() for found in gsm8k.values() for p in found)
     math, notes = read(DATA / "math", format="math")
     assert sum(map(len, math.values())) == 6753 + 747 - 2 - 2 - 1 and len(math[Split.VALIDATION]) == 747

@@ -1,0 +1,103 @@
+"""Makes four disjoint splits of the rows that a reader found: duplicates, ids, and the splits that are not there."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from flywheel.errors import UserError
+from flywheel.records import Split
+
+FRACTIONS = {Split.TRAIN: 0.70, Split.CALIBRATE: 0.15, Split.VALIDATION: 0.05, Split.TEST: 0.10}
+# A question that a published set holds in two splits stays in the first of these.
+KEEPS = [Split.TEST, Split.VALIDATION, Split.CALIBRATE, Split.TRAIN, None]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One question as a reader found it."""
+
+    question: str
+    answer: str
+    split: Split | None  # None: not named by the file
+    id: str | None  # None: to be made from the question
+    level: str
+    where: str  # file:line, for messages
+
+    @property
+    def key(self) -> str:
+        """The question as duplicates are compared: whitespace does not count."""
+        return " ".join(self.question.split())
+
+    @property
+    def hash(self) -> str:
+        return hashlib.sha256(self.key.encode()).hexdigest()
+
+
+def check_ids(rows: Sequence[Row]) -> None:
+    """Raises UserError where two rows have the same id."""
+    first: dict[str, Row] = {}
+    for row in rows:
+        if row.id is not None and (other := first.setdefault(row.id, row)) is not row:
+            raise UserError(f"{row.where}: id {row.id!r} is already used at {other.where}; ids must be unique")
+
+
+def distinct(rows: Sequence[Row], own: bool, notes: list[str]) -> list[Row]:
+    """Each question once. A contradiction raises UserError in files of one's own (`own`); published sets hold some."""
+    kept: dict[str, Row] = {}
+    for row in rows:
+        other = kept.setdefault(row.key, row)
+        if other is row:
+            continue
+        if own and row.split != other.split:
+            here, there = f"is in split {row.split or 'unset'}", f"in {other.split or 'unset'}"
+            raise _contradiction(row, here, other, there)
+        if own and row.answer != other.answer:
+            raise _contradiction(row, f"has answer {row.answer[:40]!r}", other, f"{other.answer[:40]!r}")
+        if KEEPS.index(row.split) < KEEPS.index(other.split):
+            kept[row.key] = row
+    dropped = [row for row in rows if kept[row.key] is not row]
+    if dropped:
+        notes.append(f"{len(dropped)} duplicate questions dropped, the first at {dropped[0].where}")
+    return [row for row in rows if kept[row.key] is row]
+
+
+def _contradiction(row: Row, here: str, other: Row, there: str) -> UserError:
+    return UserError(f"{row.where}: this question {here} and, at {other.where}, {there}; keep one of the two")
+
+
+def draw_splits(rows: Sequence[Row], source: str, notes: list[str]) -> dict[str, Split]:
+    """The split of each row, by its key, that names none or names TRAIN; rows of other splits are left out.
+
+    Splits that no row names take their FRACTIONS of these rows, at least one row each; TRAIN gets the rest.
+    """
+    given = {row.split for row in rows} - {None, Split.TRAIN}
+    missing = [split for split in Split if split not in given]
+    pool = [row for row in rows if row.split in (None, Split.TRAIN)]
+    if len(pool) < len(missing):
+        mend = "add questions or a `split` field"
+        raise UserError(f"{source}: {len(pool)} questions cannot be cut into {', '.join(missing)}; {mend}")
+    place = {row.key: int(row.hash[:16], 16) / 2**64 for row in pool}  # in [0, 1)
+    drawn = {key: _split_at(at, missing) for key, at in place.items()}
+    for split in missing:  # a small file: an empty split takes a question from the largest
+        sizes = Counter(drawn.values())
+        if not sizes[split]:
+            largest = max(missing, key=lambda name: sizes[name])
+            drawn[min((key for key in drawn if drawn[key] is largest), key=place.__getitem__)] = split
+    if named := [split for split in missing if split is not Split.TRAIN]:
+        sizes = Counter(drawn.values())
+        counts = ", ".join(f"{sizes[split]} {split}" for split in named)
+        notes.append(f"{source}: no {', '.join(named)} questions in it: {counts} drawn by hash from {len(pool)}")
+    return drawn
+
+
+def _split_at(place: float, splits: Sequence[Split]) -> Split:
+    """Which of `splits` holds `place` when [0, 1) is cut among them by FRACTIONS."""
+    at = place * sum(FRACTIONS[split] for split in splits)
+    for split in splits:
+        at -= FRACTIONS[split]
+        if at < 0:
+            return split
+    return splits[-1]
