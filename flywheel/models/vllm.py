@@ -74,7 +74,8 @@ def open_backend(spec: EngineSpec, models: Mapping[str, ModelRef], ledger: Ledge
         )  # one count in vLLM's sampler would be compiled: 0.7 s and a C++ compiler
     for base in {ref.base for ref in models.values()}:
         check_length(base, spec.max_model_len)
-    one_of = lambda ref: (ref.base, ref.adapter, ref.labels) if on_cpu else ref.base
+    merged = on_cpu if spec.adapters == "auto" else spec.adapters == "merged"
+    one_of = lambda ref: (ref.base, ref.adapter, ref.labels) if merged else ref.base
     groups: dict[Any, list[ModelRef]] = {}
     for ref in models.values():
         groups.setdefault(one_of(ref), []).append(ref)
@@ -82,7 +83,9 @@ def open_backend(spec: EngineSpec, models: Mapping[str, ModelRef], ledger: Ledge
     try:
         for key, refs in groups.items():
             devices[key] = (
-                _start_merged(spec, refs[0], seed, scratch) if on_cpu else _start_lora(spec, refs, seed, len(groups))
+                _start_merged(spec, refs[0], seed, scratch, len(groups))
+                if merged
+                else _start_lora(spec, refs, seed, len(groups))
             )
     except BaseException:
         for device in devices.values():
@@ -105,14 +108,20 @@ def cpu_dtype(spec: EngineSpec) -> str:
     return "bfloat16" if "avx512_bf16" in flags or "amx_bf16" in flags else "float32"
 
 
-def _start_merged(spec: EngineSpec, ref: ModelRef, seed: int, scratch: Path) -> VllmDevice:
-    dtype = cpu_dtype(spec)
-    options = {
-        "dtype": dtype,
+def _options(spec: EngineSpec, shares: int) -> dict:
+    if not current_platform.is_cpu():
+        return {"dtype": spec.dtype, "gpu_memory_utilization": spec.gpu_memory / shares}
+    return {
+        "dtype": cpu_dtype(spec),
         "block_size": CPU_BLOCK,
         "kv_cache_memory_bytes": spec.kv_cache_mb << 20,
         "ir_op_priority": cpu_norms(),
     }
+
+
+def _start_merged(spec: EngineSpec, ref: ModelRef, seed: int, scratch: Path, shares: int) -> VllmDevice:
+    options = _options(spec, shares)
+    dtype = "bfloat16" if options["dtype"] == "auto" else options["dtype"]
     if ref.labels is not None:
         options["runner"] = "pooling"
     elif ref.adapter is None:
@@ -178,13 +187,15 @@ def cpu_norms() -> dict[str, list[str]]:
 
 def _start_lora(spec: EngineSpec, refs: list[ModelRef], seed: int, shares: int) -> VllmDevice:
     adapters = list(dict.fromkeys(ref.adapter for ref in refs if ref.adapter is not None))
-    options = {"dtype": spec.dtype, "gpu_memory_utilization": spec.gpu_memory / shares}
+    options = _options(spec, shares)
     if adapters:
         rank = max(adapter_config(adapter)["r"] for adapter in adapters)
         fitting = next((allowed for allowed in LORA_RANKS if allowed >= rank), None)
         if fitting is None:
             raise ValueError(f"model.lora_rank: {rank} is more than vLLM serves ({LORA_RANKS[-1]})")
-        options |= {"enable_lora": True, "max_loras": len(adapters), "max_lora_rank": fitting}
+        # On a CPU vLLM gives requests without an adapter the last slot's (index -1): one slot more, all zeros, is theirs.
+        slots = len(adapters) + current_platform.is_cpu()
+        options |= {"enable_lora": True, "max_loras": slots, "max_lora_rank": fitting}
     # A name, an id and a path are never used twice in a process: vLLM would serve the old weights.
     loras = {path: LoRARequest(f"{i}:{path}", i, path) for i, path in enumerate(adapters, start=1)}
     return _start(spec, refs[0].base, refs[0].name, seed, options, loras)
