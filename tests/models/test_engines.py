@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from copy import copy
 from dataclasses import replace
 
 import pytest
@@ -12,8 +11,8 @@ import torch
 
 from flywheel.errors import EngineDied, TooLong
 from flywheel.ledger import Ledger, total
-from flywheel.models.driver import Driver
 from flywheel.models.engine import Sampling
+from flywheel.models.vllm_cpu import RunSeed
 from flywheel.models.weights import open_backend
 from flywheel.recipe import EngineSpec
 from flywheel.records import Finish, ModelRef, Role
@@ -119,8 +118,8 @@ def reads_of(prompt):
 
 
 def scores(backend, role):
-    work = lambda prompt: backend.engine(role).score(prompt, reads_of(prompt), LABELS, purpose="check")
-    return backend.run(PROMPTS, work)
+    engine = backend.engine(role)
+    return backend.run(PROMPTS, lambda prompt: engine.score(prompt, reads_of(prompt), LABELS, purpose="check"))
 
 
 @pytest.mark.parametrize("role", ["judge", *Role])  # only the judge's reference has labels
@@ -143,7 +142,7 @@ def test_runtime_adapters_score_as_merged_ones_do(merged, runtime):
 
 
 def test_adapters_are_never_mixed_up(served, models):
-    """Requests of the base and of two adapters, on the same prompts, share every batch; the second time from the cache."""
+    """Requests of the base and of two adapters, for the same prompts, share every batch and the prefix cache."""
     backend, ledger = served
     prompts = [[*prompt, *prompt, *prompt][:40] for prompt in PROMPTS[3:]]  # longer than a block of the prefix cache
     roles = list(Role) * 2
@@ -316,20 +315,21 @@ def test_scoring_is_charged_once_for_a_pass_and_once_for_each_read(served):
         assert backend.engine(key).score_tokens(reads) == row["scored"] + row["generated"]
 
 
-def test_a_chunk_draws_the_same_in_any_process_and_anew_when_asked_again(served):
+def test_a_chunk_draws_the_same_in_any_process_and_anew_when_asked_again(served, monkeypatch):
     backend, _ = served
 
-    def process():
-        return Driver({Role.POLICY: copy(backend.engine(Role.POLICY))}, backend._devices, 7)
+    def draw(process, items):
+        monkeypatch.setattr(backend, "_on_run", process.start_run)
+        for device in backend._devices:
+            monkeypatch.setattr(device, "run_seed", process)
+        engine = backend.engine(Role.POLICY)
+        return results(backend, items, lambda i: engine.generate(PROMPTS[i], Sampling(10), purpose="sample", n=4))
 
-    def draw(driver, items):
-        engine = driver.engine(Role.POLICY)
-        return results(driver, items, lambda i: engine.generate(PROMPTS[i], Sampling(10), purpose="sample", n=4))
-
-    first, other = process(), process()
-    draw(other, [5, 4])  # another history
+    first, other = RunSeed(7, 1), RunSeed(7, 1)  # of two processes
+    draw(other, [5, 4])  # which have another history
     one, two, again = draw(first, range(4)), draw(other, range(4)), draw(other, range(4))
     assert one == two != again
+    assert draw(RunSeed(8, 1), range(4)) != one
 
 
 def test_an_exception_in_work_propagates_and_leaves_the_engine_usable(served):
