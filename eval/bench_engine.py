@@ -39,43 +39,16 @@ def questions(base: str, count: int, seed: int) -> list[list[int]]:
     return [[*head, *chance.choices(words, k=chance.randint(1, 12)), *tail] for _ in range(count)]
 
 
-def plain(base: str, spec: EngineSpec, seed: int):
-    """`vllm.LLM` with the settings that the scheduler's engine has."""
-    from vllm import LLM
-
-    from flywheel.models import vllm as adapter  # sets vLLM's environment before its import
-
-    on_cpu = adapter.current_platform.is_cpu()
-    dtype = adapter.cpu_dtype(spec) if on_cpu else spec.dtype
-    options = (
-        {
-            "block_size": adapter.CPU_BLOCK,
-            "kv_cache_memory_bytes": spec.kv_cache_mb << 20,
-            "ir_op_priority": adapter.cpu_norms(),
-        }
-        if on_cpu
-        else {"gpu_memory_utilization": 0.4}
-    )
-    return LLM(
-        model=base,
-        dtype=dtype,
-        seed=seed,
-        max_model_len=spec.max_model_len,
-        max_num_seqs=spec.max_running,
-        enable_prefix_caching=True,
-        enforce_eager=on_cpu,
-        **options,
-    )
-
-
 def measure(base: str, requests: int, samples: int, max_tokens: int, repeats: int, spec: EngineSpec) -> dict:
     """The figures that `main` prints. `samples` are drawn for each of `requests` prompts."""
+    from flywheel.models.vllm import engine_arguments  # sets vLLM's environment before its import
+
     backend = open_backend(
         spec, {Role.POLICY: ModelRef("policy_0", base)}, Ledger("bench", 0), 0, Path(tempfile.gettempdir())
     )
-    from vllm import SamplingParams
+    from vllm import LLM, SamplingParams
 
-    llm, engine = plain(base, spec, 0), backend.engine(Role.POLICY)
+    llm, engine = LLM(**engine_arguments(spec, base)), backend.engine(Role.POLICY)
 
     def scheduler(prompts: list[list[int]]) -> int:
         async def work(prompt: list[int]) -> int:
@@ -120,7 +93,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
     parser.add_argument("--max-running", type=int, default=EngineSpec().max_running)
     args = parser.parse_args()
-    spec = EngineSpec(max_model_len=512, dtype=args.dtype, max_running=args.max_running)
+    spec = EngineSpec(max_model_len=512, dtype=args.dtype, max_running=args.max_running, gpu_memory=0.4)
     print(json.dumps(measure(args.model, args.requests, args.samples, args.max_tokens, args.repeats, spec), indent=1))
 
 

@@ -1,10 +1,13 @@
-"""Does beam search keep the engine as full as best-of-N does? python -m eval.bench_search RUN [--round 1] [--n 16] [--questions 500]
+"""Does beam search keep the engine as full as best-of-N does?
+
+    python -m eval.bench_search RUN [--round 1] [--n 16] [--questions 500]
 
 The policy and PRM that search in that round of a finished run, on its training questions (no
 test question is touched): best-of-N weighted, then a beam of N and width 4, the same questions,
 one after the other in one process, each all at once. Prints JSON, for each:
 
-- processed tokens (prefilled + decoded + scored, without what the prefix cache served) a second, and where the seconds go;
+- processed tokens (prefilled + decoded + scored, without what the prefix cache served) a second, and where the
+  seconds go;
 - by model, the mean number of sequences that wait for the device at a step, which runs at most `engine.max_running`;
 - the prefix cache's hit rate, and the bound that its block size allows: whole blocks of a prompt that some
   earlier sequence has filled.
@@ -43,8 +46,8 @@ class Watch:
     def put_on(self, device) -> None:
         submit, step = device.submit, device.step
 
-        def watched_submit(prompt, ask, adapter):
-            future = submit(prompt, ask, adapter)
+        def watched_submit(prompt, request, adapter):
+            future = submit(prompt, request, adapter)
             ends = range(self.block, len(prompt), self.block)  # the last token is always computed
             known = [end for end in ends if tuple(prompt[:end]) in self.full]
             self.prompt += len(prompt)
@@ -73,13 +76,13 @@ def measure(run: Path, round: int, n: int, questions: int) -> dict:
     out["questions"] = len(asked)
     models = {role: ref for role, ref in searchers(ctx).items() if role != Role.REVISER}
     with kit(ctx, models, Split.TRAIN) as open_kit:
-        from flywheel.models.vllm import CPU_BLOCK, current_platform
+        from flywheel.models.vllm import current_platform
+        from flywheel.models.vllm_cpu import BLOCK_SIZE
 
         tools = search_tools(open_kit, reviser=False)
         for strategy in (BestOfN(n), Beam(n, min(4, n))):
-            out[type(strategy).__name__] = one(
-                ctx, open_kit, tools, asked, strategy, CPU_BLOCK if current_platform.is_cpu() else 16
-            )
+            block = BLOCK_SIZE if current_platform.is_cpu() else 16
+            out[type(strategy).__name__] = one(ctx, open_kit, tools, asked, strategy, block)
     out["beam_over_best_of_n"] = (
         out["Beam"]["processed_tokens_per_second"] / out["BestOfN"]["processed_tokens_per_second"]
     )

@@ -66,18 +66,19 @@ class ModelSpec(Spec):
 
 
 class EngineSpec(Spec):
-    kind: Annotated[str, Field(pattern=r"^(vllm|[\w.]+:\w+)$")] = (
-        "vllm"  # or module:function of an engine of one's own (see `models/weights.py`, `open_backend`)
-    )
+    # `vllm`, or module:function of another engine (see `flywheel.models.weights.open_backend`)
+    kind: Annotated[str, Field(pattern=r"^(vllm|[\w.]+:\w+)$")] = "vllm"
+    # How LoRA adapters are served. merged: each is merged into the base, one engine a model; runtime: one engine
+    # serves the base with all its adapters; auto: merged on a CPU, runtime on a GPU.
+    adapters: Literal["auto", "merged", "runtime"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     max_model_len: Positive = 1024
-    kv_cache_mb: Positive = 256  # per engine, CPU only
-    gpu_memory: Share = 0.9
+    kv_cache_mb: Positive = 256  # KV cache of each engine; on a CPU only
+    gpu_memory: Share = 0.9  # fraction of the GPU's memory for all engines together
     max_running: Positive = 256  # sequences decoded at once
-    chunk: Positive = 50  # questions to a shard: what a kill can cost
-    workers: Annotated[int, Field(ge=0)] = (
-        0  # sampling processes of a rank; 0: on a CPU and for a small model one a core, else one
-    )
+    chunk: Positive = 50  # questions to a shard: the most work that a kill can cost
+    # sampling processes of a rank; 0: one for each core on a CPU with a small model, else one
+    workers: Annotated[int, Field(ge=0)] = 0
 
 
 class PromptSpec(Spec):

@@ -30,8 +30,8 @@ from pathlib import Path
 
 from flywheel.errors import EngineDied
 from flywheel.ledger import Ledger
-from flywheel.models.driver import Drawn, Driver, Reading, Served
-from flywheel.models.engine import Backend, Sampling
+from flywheel.models.driver import Backend, Output, Scoring, ServedModel
+from flywheel.models.engine import Sampling
 from flywheel.models.weights import NotAModel, load_tokenizer
 from flywheel.recipe import EngineSpec
 from flywheel.records import Finish, ModelRef
@@ -43,10 +43,10 @@ def open_backend(spec: EngineSpec, models: Mapping[str, ModelRef], ledger: Ledge
     """See `flywheel.models.weights.open_backend`. Adapters are not read; the model's name enters the draws."""
     devices = [ScriptedDevice(ref.base, (seed, str(role), ref.name), spec.max_running) for role, ref in models.items()]
     engines = {
-        role: Served(role, ref.name, device.parameters, spec.max_model_len, device, ledger)
+        role: ServedModel(role, ref.name, device.parameters, spec.max_model_len, device, ledger)
         for device, (role, ref) in zip(devices, models.items())
     }
-    return Driver(engines, devices, seed)
+    return Backend(engines, devices)
 
 
 class ScriptedDevice:
@@ -73,22 +73,22 @@ class ScriptedDevice:
         self._seconds, self._dies_after = script.get("seconds", 0.0), script.get("dies_after")
         self._identity, self._batch = identity, batch
         self._asked: Counter[tuple] = Counter()
-        self._waiting: list[tuple[asyncio.Future[Drawn], Drawn]] = []
+        self._waiting: list[tuple[asyncio.Future[Output], Output]] = []
 
     def _encode(self, text: str) -> tuple[int, ...]:
         return tuple(self._tokenizer.encode(text, add_special_tokens=False))
 
-    def submit(self, prompt: Sequence[int], ask: Sampling | Reading, adapter: None) -> asyncio.Future[Drawn]:
+    def submit(self, prompt: Sequence[int], request: Sampling | Scoring, adapter: None) -> asyncio.Future[Output]:
         if self._dies_after is not None and self._asked.total() >= self._dies_after:
             raise EngineDied(f"the script of {self._identity[2]} says that it dies after {self._dies_after} sequences")
-        prompt, kind = tuple(prompt), "sample" if isinstance(ask, Sampling) else "score"
-        if isinstance(ask, Sampling):
-            drawn = self._play(prompt, ask, self._chance(kind, prompt, self._asked[kind, prompt]))
+        prompt, kind = tuple(prompt), "sample" if isinstance(request, Sampling) else "score"
+        if isinstance(request, Sampling):
+            drawn = self._play(prompt, request, self._chance(kind, prompt, self._asked[kind, prompt]))
         else:
             values = tuple(
-                self._judge(part, self._chance(kind, part, 0)) for part in (prompt[:read] for read in ask.reads)
+                self._judge(part, self._chance(kind, part, 0)) for part in (prompt[:read] for read in request.reads)
             )
-            drawn = Drawn((), Finish.LENGTH, False, 0, values)
+            drawn = Output((), Finish.LENGTH, False, 0, values)
         self._asked[kind, prompt] += 1
         future = asyncio.get_running_loop().create_future()
         self._waiting.append((future, drawn))
@@ -97,9 +97,6 @@ class ScriptedDevice:
     def _chance(self, kind: str, prompt: tuple[int, ...], asked: int) -> random.Random:
         draw = (*self._identity, kind, prompt, asked)
         return random.Random(int.from_bytes(sha256(repr(draw).encode()).digest()))
-
-    def seed(self, seed: int) -> None:
-        """Nothing to do: draws are seeded by what is asked."""
 
     @property
     def busy(self) -> bool:
@@ -117,7 +114,7 @@ class ScriptedDevice:
         self._waiting = []
 
     def _known(self, prompt: tuple[int, ...]) -> tuple[int, list[Line]]:
-        """How many of the prompt's last tokens begin a solution of its question, and the solutions with that beginning."""
+        """How many of the prompt's last tokens begin a solution of its question, and the solutions that begin so."""
         text = " ".join(self._tokenizer.decode(list(prompt)).split())
         keys = [key for key in self._lines if key in text]
         if not keys:
@@ -129,17 +126,17 @@ class ScriptedDevice:
         ]
         return max(begun), [line for line, k in zip(lines, begun) if k == max(begun)]
 
-    def _play(self, prompt: tuple[int, ...], ask: Sampling, chance: random.Random) -> Drawn:
+    def _play(self, prompt: tuple[int, ...], request: Sampling, chance: random.Random) -> Output:
         begun, lines = self._known(prompt)
         weights = [weight for _, weight, _ in lines]
         solution = (
-            lines[weights.index(max(weights))][0] if ask.temperature == 0 else chance.choices(lines, weights)[0][0]
+            lines[weights.index(max(weights))][0] if request.temperature == 0 else chance.choices(lines, weights)[0][0]
         )
         tokens = [*solution[begun:], self._tokenizer.eos_token_id]
-        for i, token in enumerate(tokens[: ask.max_tokens]):
-            if token in ask.stop or i == len(tokens) - 1:
-                return Drawn(tuple(tokens[: i + 1]), Finish.STOP, i == len(tokens) - 1)
-        return Drawn(tuple(tokens[: ask.max_tokens]), Finish.LENGTH, False)
+        for i, token in enumerate(tokens[: request.max_tokens]):
+            if token in request.stop or i == len(tokens) - 1:
+                return Output(tuple(tokens[: i + 1]), Finish.STOP, i == len(tokens) - 1)
+        return Output(tuple(tokens[: request.max_tokens]), Finish.LENGTH, False)
 
     def _judge(self, prompt: tuple[int, ...], chance: random.Random) -> float:
         begun, lines = self._known(prompt)

@@ -1,1 +1,1 @@
-"""Adapters to the libraries that run a model. `base` is the contract."""
+"""How models are loaded, served, prompted and scored."""

@@ -1,41 +1,40 @@
-"""One loop for every kind of engine: coroutines ask, the loop steps the devices, the answers wake them.
+"""The event loop that runs many coroutines over batching devices, and the ledger between them.
 
-An adapter (vllm, transformers, scripted) supplies `Device`s; `Served` puts a role and a
-ledger before a device, so that no token can be asked for uncounted, and `Driver` runs the
-coroutines.
+A library adapter (vLLM, or the scripted engine of the tests) implements `Device` and hands a
+`Backend` to the stage. `ServedModel` is the one way to a device, so every token is charged.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import selectors
-from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from flywheel.errors import TooLong
 from flywheel.ledger import Ledger
-from flywheel.models.engine import Completion, R, Sampling, T
+from flywheel.models.engine import Completion, Sampling
 from flywheel.records import Finish
 
+T = TypeVar("T")
+R = TypeVar("R")
 Labels = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
-    """The values of a text after each prefix of a length in `reads`; the last is the whole text."""
+class Scoring:
+    """Asks for the value after each prefix of a length in `reads`; the last is the whole prompt."""
 
     labels: Labels
     reads: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Drawn:
-    """One sequence from a device. `tokens` are all that the model made, EOS included.
+class Output:
+    """One finished sequence. `tokens` are all that the model generated, EOS included.
 
-    `cached` are the prompt tokens that the prefix cache served; `values` answer a `Reading`.
+    `cached`: how many prompt tokens the prefix cache served. `values` answer a `Scoring`.
     """
 
     tokens: tuple[int, ...]
@@ -46,82 +45,70 @@ class Drawn:
 
 
 class Device(Protocol):
-    """Whatever makes tokens in batches. One device may serve several roles.
+    """Runs sequences in batches. One device may serve several roles."""
 
-    one_pass: whether a `Reading` may have more than one read.
-    """
+    one_pass: bool  # whether it answers a `Scoring` of several reads; else it takes one read at a time
 
-    one_pass: bool
-
-    def submit(self, prompt: Sequence[int], ask: Sampling | Reading, adapter: Any) -> asyncio.Future[Drawn]:
-        """Queue one sequence; the future is resolved in a later `step`. A cancelled future is dropped."""
+    def submit(self, prompt: Sequence[int], request: Sampling | Scoring, adapter: Any) -> asyncio.Future[Output]:
+        """Queue one sequence; a later `step` resolves the future. If it is cancelled, the sequence is dropped."""
         ...
 
-    def seed(self, seed: int) -> None: ...
-
     @property
-    def busy(self) -> bool: ...
+    def busy(self) -> bool:
+        """Whether any sequence is queued."""
+        ...
 
     def step(self) -> None:
-        """Advance what is queued, as one batch. Raises EngineDied."""
+        """Advance the queued sequences by one batch. Raises EngineDied."""
         ...
 
     def close(self) -> None: ...
 
 
-class Served:
-    """One model in one role on a device; see `flywheel.models.engine.Engine`.
+@dataclass(frozen=True, eq=False)
+class ServedModel:
+    """One model in one role on a device; implements `flywheel.models.engine.Engine`.
 
-    Charged is what the device counted: the prompt once for each sample, the tokens of it
-    that the prefix cache served as `cached` beside, and EOS among the generated ones. A
-    `score` charges its text as scored: once, where the device reads it in one pass; else the
-    prefix of each read, and the one token that the device makes behind it.
+    Charged is what the device counted. Sampling: the prompt once for each completion, of it the
+    tokens that the prefix cache served as `cached`, and the generated tokens, EOS included.
+    Scoring: the text once if the device reads it in one pass; else each prefix, and the one token
+    that the device generates after it.
     """
 
-    def __init__(
-        self,
-        role: str,
-        name: str,
-        parameters: int,
-        max_model_len: int,
-        device: Device,
-        ledger: Ledger,
-        adapter: Any = None,
-    ):
-        self.role, self.name, self.parameters, self.max_model_len = role, name, parameters, max_model_len
-        self.device, self._ledger, self._adapter = device, ledger, adapter
-        self.asked: Callable[[Sequence[int]], None] = lambda prompt: None
+    role: str
+    name: str
+    parameters: int
+    max_model_len: int
+    device: Device
+    ledger: Ledger
+    adapter: Any = None
 
     async def generate(
         self, prompt: Sequence[int], sampling: Sampling, *, purpose: str, n: int = 1
     ) -> list[Completion]:
         if n > 1 and sampling.temperature == 0:
             raise ValueError(f"{self.name}: {n} samples at temperature 0 would be the same one; ask for one")
-        self._check(prompt, sampling.max_tokens)
-        drawn = await asyncio.gather(*(self._submit(prompt, sampling) for _ in range(n)))
-        generated = sum(len(d.tokens) for d in drawn)
-        self._charge(purpose, prompt=n * len(prompt), cached=sum(d.cached for d in drawn), generated=generated)
-        return [Completion(d.tokens[:-1] if d.eos else d.tokens, d.finish, d.eos) for d in drawn]
+        self._check_length(prompt, sampling.max_tokens)
+        outputs = await self._run([(prompt, sampling)] * n)
+        self._charge(purpose, outputs, prompt=n * len(prompt))
+        return [Completion(out.tokens[:-1] if out.eos else out.tokens, out.finish, out.eos) for out in outputs]
 
     async def score(self, prompt: Sequence[int], reads: Sequence[int], labels: Labels, *, purpose: str) -> list[float]:
         if not reads:
             return []
-        prompt = prompt[: reads[-1]]
-        self._check(prompt, 1)
-        asked = [tuple(reads)] if self.device.one_pass else [(read,) for read in reads]
-        drawn = await asyncio.gather(*(self._submit(prompt[: part[-1]], Reading(labels, part)) for part in asked))
-        scored, generated = sum(part[-1] for part in asked), sum(len(d.tokens) for d in drawn)
-        self._charge(purpose, scored=scored, cached=sum(d.cached for d in drawn), generated=generated)
-        return [value for d in drawn for value in d.values]
+        self._check_length(prompt[: reads[-1]], 1)
+        passes = [tuple(reads)] if self.device.one_pass else [(read,) for read in reads]
+        outputs = await self._run([(prompt[: part[-1]], Scoring(labels, part)) for part in passes])
+        self._charge(purpose, outputs, scored=sum(part[-1] for part in passes))
+        return [value for out in outputs for value in out.values]
 
     def score_tokens(self, reads: Sequence[int]) -> int:
         return max(reads, default=0) if self.device.one_pass else sum(read + 1 for read in reads)
 
-    def _submit(self, prompt: Sequence[int], ask: Sampling | Reading) -> asyncio.Future[Drawn]:
-        self.asked(prompt)
-        return self.device.submit(prompt, ask, self._adapter)
+    async def _run(self, requests: Sequence[tuple[Sequence[int], Sampling | Scoring]]) -> list[Output]:
+        return await asyncio.gather(*(self.device.submit(*request, self.adapter) for request in requests))
 
-    def _check(self, prompt: Sequence[int], new: int) -> None:
+    def _check_length(self, prompt: Sequence[int], new: int) -> None:
         if not prompt:
             raise ValueError(f"{self.name}: an empty prompt")
         if len(prompt) + new > self.max_model_len:
@@ -130,73 +117,44 @@ class Served:
                 f" do not fit engine.max_model_len {self.max_model_len}"
             )
 
-    def _charge(self, purpose: str, **counts: int) -> None:
-        # a key such as `prm:base` is another model in the role of the PRM
-        self._ledger.charge(self.role.partition(":")[0], purpose, parameters=self.parameters, **counts)
+    def _charge(self, purpose: str, outputs: Sequence[Output], **counts: int) -> None:
+        role = self.role.partition(":")[0]  # a key such as `prm:base` is another model in the role of the PRM
+        counts |= {"generated": sum(len(out.tokens) for out in outputs), "cached": sum(out.cached for out in outputs)}
+        self.ledger.charge(role, purpose, parameters=self.parameters, **counts)
 
 
-class Driver:
-    """The Backend of `devices` that serve `engines`, by role; see `flywheel.models.engine.Backend`."""
+class Backend:
+    """The engines that a stage opened, by role (or other key), and the loop that steps their devices.
 
-    def __init__(self, engines: Mapping[str, Served], devices: Sequence[Device], seed: int):
-        self._engines, self._devices, self._seed = dict(engines), list(devices), seed
-        self._opening: Any = None  # hash of what a run asked for before its first step
-        self._seen: Counter[bytes] = Counter()
-        for engine in self._engines.values():
-            engine.asked = self._note
+    `on_run` is called at the start of every run.
+    """
 
-    def engine(self, role: str) -> Served:
+    def __init__(
+        self, engines: Mapping[str, ServedModel], devices: Sequence[Device], on_run: Callable[[], None] | None = None
+    ):
+        self._engines, self._devices, self._on_run = dict(engines), list(devices), on_run
+
+    def engine(self, role: str) -> ServedModel:
         return self._engines[role]
 
     def run(self, items: Iterable[T], work: Callable[[T], Awaitable[R]]) -> list[R]:
-        """See Backend.run. An exception of `work` (or EngineDied) ends the run and cancels the rest."""
-        self._opening = hashlib.sha256(str(self._seed).encode())
+        """`work(item)` for all items at once; the results in the order of `items`.
+
+        An exception of `work`, or EngineDied, ends the run and cancels the rest.
+        """
+        if self._on_run is not None:
+            self._on_run()
         return drive(items, work, self._step)
 
     def close(self) -> None:
         for device in self._devices:
             device.close()
 
-    def _note(self, prompt: Sequence[int]) -> None:
-        if self._opening is not None:
-            self._opening.update(repr(tuple(prompt)).encode())
-
     def _step(self) -> bool:
         busy = [device for device in self._devices if device.busy]
-        if busy and self._opening is not None:
-            self._reseed()
         for device in busy:
             device.step()
         return bool(busy)
-
-    def _reseed(self) -> None:
-        """Seed by what the run asks, not by what this process did before.
-
-        So a chunk that is computed again after a kill, or by another rank, draws what it
-        would have drawn; the same run once more in one process draws anew.
-        """
-        digest, self._opening = self._opening.digest(), None
-        again = hashlib.sha256(digest + str(self._seen[digest]).encode()).digest()
-        self._seen[digest] += 1
-        for i, device in enumerate(self._devices):
-            device.seed((int.from_bytes(again[:4], "big") + i) % 2**31)
-
-
-class _SteppingSelector(selectors.DefaultSelector):
-    """A selector that steps the devices where the event loop would otherwise wait.
-
-    asyncio polls with timeout 0 while any coroutine can go on, and waits only when none
-    can: then, and only then, everything that could be asked has been asked.
-    """
-
-    def __init__(self, step: Callable[[], bool]):
-        super().__init__()
-        self._step = step
-
-    def select(self, timeout: float | None = None):
-        if timeout != 0 and self._step():
-            timeout = 0
-        return super().select(timeout)
 
 
 def drive(items: Iterable[T], work: Callable[[T], Awaitable[R]], step: Callable[[], bool]) -> list[R]:
@@ -209,10 +167,27 @@ def drive(items: Iterable[T], work: Callable[[T], Awaitable[R]], step: Callable[
         tasks = [asyncio.ensure_future(work(item)) for item in items]
         try:
             return await asyncio.gather(*tasks)
-        finally:  # where one failed, the others must not be left half done
+        finally:  # if one failed, the others must not be left half done
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
     with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(_SteppingSelector(step))) as runner:
         return runner.run(all_items())
+
+
+class _SteppingSelector(selectors.DefaultSelector):
+    """A selector that steps the devices where the event loop would otherwise wait.
+
+    asyncio polls with timeout 0 while any coroutine can go on, and waits only when none can:
+    by then every request that can be made has been made, and the batches are as full as they get.
+    """
+
+    def __init__(self, step: Callable[[], bool]):
+        super().__init__()
+        self._step = step
+
+    def select(self, timeout: float | None = None):
+        if timeout != 0 and self._step():
+            timeout = 0
+        return super().select(timeout)

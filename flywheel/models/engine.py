@@ -1,25 +1,17 @@
-"""The contract between a strategy and whatever runs the model.
-
-A strategy is a coroutine about one question. It awaits `Engine.generate` and
-`Engine.score`; `Backend.run` drives many coroutines at once and batches whatever is
-waiting (continuous batching in vLLM), so no strategy knows of batches.
-"""
+"""What a search strategy may ask of a model: sample completions of a prompt, and score prefixes of a text."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 from flywheel.records import Finish, Role
-
-T = TypeVar("T")
-R = TypeVar("R")
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How to sample. Temperature 0 is greedy. `stop` token ids end the completion and are kept."""
+    """How to sample. Temperature 0 is greedy. A token id of `stop` ends the completion and is kept."""
 
     max_tokens: int
     temperature: float = 1.0
@@ -29,9 +21,9 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """`tokens` holds the sampled ids including a final stop token, but never the EOS token.
+    """`tokens` are the sampled ids, with a final stop token but never with the EOS token.
 
-    `eos` says that the model ended its answer; `finish` is LENGTH when `max_tokens` cut it.
+    `eos`: the model ended its answer by EOS. `finish`: LENGTH if `max_tokens` cut it, else STOP.
     """
 
     tokens: tuple[int, ...]
@@ -40,20 +32,20 @@ class Completion:
 
 
 class Engine(Protocol):
-    """One model in one role."""
+    """One model in one role. Calls of many coroutines are batched by the backend; a strategy knows of no batches."""
 
     role: Role
-    name: str  # e.g. policy_2: the artifact that is served
+    name: str  # the model that is served, e.g. policy_2
     parameters: int  # all parameters of the model, adapter included
-    max_model_len: int
+    max_model_len: int  # tokens
 
     async def generate(
         self, prompt: Sequence[int], sampling: Sampling, *, purpose: str, n: int = 1
     ) -> list[Completion]:
         """Sample `n` completions of `prompt` (token ids). Charged to the ledger under `purpose`.
 
-        Raises TooLong, a ValueError, if the prompt and `max_tokens` do not fit `max_model_len`,
-        and ValueError for `n` > 1 at temperature 0.
+        Raises TooLong if the prompt and `max_tokens` do not fit `max_model_len`, and ValueError
+        for an empty prompt, or for `n` > 1 at temperature 0.
         """
         ...
 
@@ -62,22 +54,11 @@ class Engine(Protocol):
     ) -> list[float]:
         """P(labels[0]) / (P(labels[0]) + P(labels[1])) as the next token after each prefix of `prompt`.
 
-        `reads` are the prefixes' lengths, ascending; what lies behind the last is not read.
+        `reads` are the prefixes' lengths, ascending; tokens behind the last prefix are ignored.
+        Raises TooLong if the last prefix and one token do not fit `max_model_len`.
         """
         ...
 
     def score_tokens(self, reads: Sequence[int]) -> int:
-        """The most that `score` charges for these reads."""
+        """The number of tokens that `score` charges for these reads, cached ones included."""
         ...
-
-
-class Backend(Protocol):
-    """Owns the device: the engines of the roles that a stage asked for, and the loop that steps them."""
-
-    def engine(self, role: Role) -> Engine: ...
-
-    def run(self, items: Iterable[T], work: Callable[[T], Awaitable[R]]) -> list[R]:
-        """Run `work(item)` for all items at once; the results in the order of `items`."""
-        ...
-
-    def close(self) -> None: ...

@@ -1,8 +1,8 @@
-"""The process reward model: encode steps, read the value of a prefix, sum values up.
+"""The process reward model (PRM): the values of a solution's steps, and one score from them.
 
-A PRM is a causal model that puts its mass on two label tokens after a step (Snell et al.
-2024, section 5.1 and appendix D; the label form of Math-Shepherd). Its value of a prefix is
-P(good) / (P(good) + P(bad)) as the next token, so any engine serves it.
+A PRM is a causal language model that predicts one of two label tokens after a step (Snell et al. 2024,
+section 5.1 and appendix D; the labels are those of Math-Shepherd). The value of a prefix is
+P(good) / (P(good) + P(bad)) as the next token, so any engine can serve it.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ T = TypeVar("T")
 class Prm:
     """Values of the steps of a solution, through an engine.
 
-    labels: the good and the bad word (recipe `prm.labels`); aggregate: how values become
-    one score (recipe `prm.aggregate`). Raises ValueError naming `prm.labels` if a word is
-    not a single token or both are the same.
+    labels: the good and the bad word (recipe `prm.labels`). aggregate: how step values become one
+    score (recipe `prm.aggregate`). Raises ValueError naming `prm.labels` if a word is not a single
+    token or both are the same token.
     """
 
     def __init__(self, engine: Engine, prompts: Prompts, labels: tuple[str, str], aggregate: str):
@@ -36,10 +36,9 @@ class Prm:
     async def values(self, question: Question, steps: Sequence[Step], *, purpose: str = "verify") -> tuple[float, ...]:
         """The value in [0, 1] after each of `steps`.
 
-        Raises TooLong, naming the question, where the text does not fit the model.
+        Raises TooLong, naming the question, if the text does not fit the model.
         """
-        tokens, reads = encode(self.prompts, question, steps)
-        return await self._read(question, tokens, reads, purpose)
+        return await self._read(question, *encode(self.prompts, question, steps), purpose)
 
     async def value(self, question: Question, steps: Sequence[Step], *, purpose: str = "verify") -> float:
         """The value in [0, 1] after the last of `steps`; 0.0 if there are none."""
@@ -60,7 +59,7 @@ class Prm:
 
 
 async def together(work: Iterable[Awaitable[T]]) -> list[T]:
-    """The results of `work`, all done at once. If some of it fails, the rest is waited for: none is left behind."""
+    """The results of `work`, all awaited at once. If one fails, its error is raised after all others have ended."""
     results = await asyncio.gather(*work, return_exceptions=True)
     for result in results:
         if isinstance(result, BaseException):
@@ -69,7 +68,10 @@ async def together(work: Iterable[Awaitable[T]]) -> list[T]:
 
 
 def label_ids(tokenizer, labels: tuple[str, str]) -> tuple[int, int]:
-    """Token ids of the good and the bad label; ValueError naming `prm.labels` if they cannot serve."""
+    """Token ids of the good and the bad label.
+
+    Raises ValueError naming `prm.labels` if one is not a single token or both are the same token.
+    """
     good, bad = (one_token(tokenizer, word, "prm.labels") for word in labels)
     if good == bad:
         raise ValueError(f"prm.labels: {labels[0]!r} and {labels[1]!r} are the same token")
@@ -77,18 +79,15 @@ def label_ids(tokenizer, labels: tuple[str, str]) -> tuple[int, int]:
 
 
 def encode(prompts: Prompts, question: Question, steps: Sequence[Step]) -> tuple[list[int], list[int]]:
-    """(tokens, reads): the PRM's text, and for each step the length of the prefix after which its value is read.
-
-    Training and scoring share this one encoder.
-    """
+    """See `Prompts.check`. Training and scoring encode by this one function."""
     return prompts.check(question, steps)
 
 
 def aggregate(values: Sequence[float], how: str) -> float:
-    """One score in [0, 1] of a solution's step values; 0.0 for a solution without steps.
+    """One score in [0, 1] from a solution's step values; 0.0 for a solution without steps.
 
-    `last` is what Snell et al. found best with soft Monte Carlo labels (appendix E); `min`
-    and `product` are Lightman et al.'s. Raises ValueError on a value that is not a number.
+    `last` is what Snell et al. found best with soft Monte Carlo labels (appendix E); `min` and `product`
+    are those of Lightman et al. (2023, arXiv 2305.20050). Raises ValueError if a value is NaN.
     """
     if any(math.isnan(value) for value in values):
         raise ValueError(f"a step value is not a number: {tuple(values)}")

@@ -1,4 +1,4 @@
-"""Every prompt, as token ids. Solutions are appended as the ids that were sampled."""
+"""The prompts of policy, reviser and PRM as token ids; solutions enter them as the ids that were sampled."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from flywheel.records import Question, Solution, Step
 
 
 class Prompts:
-    """The three roles' prompts for one tokenizer.
+    """The prompts of the three roles for one tokenizer.
 
-    With `chat`, templates become the user's turn of the tokenizer's chat template and a
-    solution the assistant's; without, they are plain text.
+    With `prompts.chat`, a filled template is the user's turn of the tokenizer's chat template and a
+    solution is the assistant's; without, both are plain text.
     """
 
     def __init__(self, spec: PromptSpec, tokenizer):
@@ -29,24 +29,24 @@ class Prompts:
         turns = [{"role": "user", "content": text}]
         if self.spec.system:
             turns.insert(0, {"role": "system", "content": self.spec.system})
-        text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        return self._encode(text)
+        return self._encode(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
 
     def solve(self, question: Question) -> list[int]:
+        """The prompt for a first attempt."""
         return self._head(self.spec.solve, question)
 
     def revise(self, question: Question, attempts: Sequence[Solution]) -> list[int]:
-        """The question and earlier attempts, oldest first; an empty list gives `solve`."""
+        """The prompt for the next attempt after `attempts`, oldest first; the same as `solve` if there are none."""
         ids = self.solve(question)
         for attempt in attempts:
             ids += [*attempt.tokens, *self._again]
         return ids
 
     def check(self, question: Question, steps: Sequence[Step]) -> tuple[list[int], list[int]]:
-        """The PRM's text, and for each step the length of the prefix after which its value is read.
+        """(tokens, reads): the PRM's text, and for each step the length of the prefix after which its value is read.
 
-        The value stands as the next token after the step, before the separator that ends
-        it: where the separator is a token of its own it is not part of that prefix.
+        The value of a step is predicted as the token after it, in place of the separator that ends
+        it: if the separator is a token of its own, it is not part of that prefix.
         """
         ids, reads = self._head(self.spec.check, question), []
         for step in steps:

@@ -1,9 +1,8 @@
-"""Text <-> steps, on token ids: the one definition of a step in the project.
+"""The one definition of a step: how sampled tokens are cut into steps, and where a solution's answer is found.
 
-A step ends with a token whose text contains the separator (a newline, say), so that a
-step boundary is always a token boundary, in word-level and in BPE vocabularies alike
-(where the separator may be the tail of a longer token). Token ids are carried along and
-never re-made from text.
+A step ends with a token whose text contains the separator (a newline, say), so a step boundary is
+always a token boundary, also in BPE vocabularies, where the separator may be the tail of a longer
+token. Token ids are carried along and never made again from text.
 """
 
 from __future__ import annotations
@@ -19,10 +18,11 @@ from flywheel.records import Finish, Solution, Step
 class Reader:
     """Cuts sampled tokens into steps and solutions.
 
-    tokenizer: a Hugging Face tokenizer; separator: the text that ends a step; stop:
-    tokens (by name) that end a solution beside EOS; answer: a regular expression whose
-    first group is the final answer, or `boxed` for the last \\boxed{...}.
-    Raises ValueError if no token holds the separator or a stop name is not one token.
+    tokenizer: a Hugging Face tokenizer. separator: the text that ends a step. answer: a regular
+    expression whose one group is the final answer, or `boxed` for the last \\boxed{...}. stop: words,
+    each a single token, that end a solution as EOS does.
+    Raises ValueError if no token contains the separator, a stop word is not a single token, or
+    `answer` does not have exactly one group.
     """
 
     def __init__(self, tokenizer, separator: str, answer: str, stop: Sequence[str] = ()):
@@ -51,7 +51,7 @@ class Reader:
         return tuple(Step(self.text(piece), piece) for piece in pieces)
 
     def trim(self, tokens: Sequence[int]) -> tuple[int, ...]:
-        """Drop a closing stop token and the blank tokens before it."""
+        """`tokens` without a final stop token and without the blank tokens at the end."""
         end = len(tokens)
         if end and tokens[end - 1] in self.stop:
             end -= 1
@@ -60,14 +60,14 @@ class Reader:
         return tuple(tokens[:end])
 
     def answer(self, text: str) -> str | None:
-        """The final answer in `text`: the last match, stripped; None where there is none."""
+        """The final answer in `text`: the last match, stripped; None if there is none or it is empty."""
         if self.pattern is None:
             return last_boxed(text)
         found = self.pattern.findall(text)
         return found[-1].strip() or None if found else None
 
     def ended(self, completion: Completion) -> bool:
-        """Whether the solution ends here: EOS, a stop token, or a step that holds an answer."""
+        """Whether the solution ends here: by EOS, by a stop token, or by a finished step that contains an answer."""
         if completion.eos or (completion.tokens and completion.tokens[-1] in self.stop):
             return True
         last = self.steps(completion.tokens)[-1:]
@@ -86,18 +86,18 @@ class Reader:
         parent: str | None = None,
         attempt: int = 1,
     ) -> Solution:
-        """The solution that `tokens` are; `draw`: see `Solution`, its own id if None."""
+        """The solution that `tokens` are. It has no answer unless `finish` is STOP. `draw`: its own id if None."""
         steps = self.steps(self.trim(tokens))
         answer = self.answer("".join(step.text for step in steps)) if finish is Finish.STOP else None
         return Solution(id, question_id, steps, finish, answer, purpose, model, draw or id, parent, attempt)
 
 
 def one_token(tokenizer, word: str, key: str) -> int:
-    """The id of `word` if it is a single token, alone or after a space; ValueError naming `key` otherwise."""
+    """The id of `word`, a single token alone or after a space; else raises ValueError naming the recipe's `key`."""
     for text in (word, " " + word):
         try:
             ids = tokenizer.encode(text, add_special_tokens=False)
-        except Exception:  # a word-level vocabulary without an unknown token raises just that
+        except Exception:  # a word-level vocabulary without an unknown token raises a bare Exception
             continue
         if len(ids) == 1 and ids[0] != tokenizer.unk_token_id:
             return ids[0]

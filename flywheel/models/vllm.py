@@ -1,9 +1,10 @@
-"""vLLM in this process: no worker process, no server; the driver calls `LLMEngine.step()`.
+"""vLLM in this process: no worker process and no server; the backend's loop calls `LLMEngine.step()`.
 
-On a CPU every model (base with its adapter merged in) has an engine of its own: runtime
-LoRA is eight times slower there; and a model that only judges is served as a classifier of
-every token, so that one pass reads all steps of a solution (less than half the time of a
-request a step). On a GPU one engine serves a base with all its adapters.
+Adapters are served in one of two ways (`engine.adapters`). merged, the default on a CPU: every model
+(base with its adapter merged in) has an engine of its own, because runtime LoRA is three to eight times
+slower there; a model that only judges is served as a classifier, so that one pass reads all steps of a
+solution (less than half the time of a request a step). runtime, the default on a GPU: one engine serves
+a base with all its adapters.
 """
 
 from __future__ import annotations
@@ -13,14 +14,21 @@ import functools
 import logging
 import math
 import os
-import sys
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Hashable, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
-from unittest import mock
+
+from flywheel.errors import EngineDied, UserError
+from flywheel.ledger import Ledger
+from flywheel.models import vllm_cpu
+from flywheel.models.driver import Backend, Labels, Output, Scoring, ServedModel
+from flywheel.models.engine import Sampling
+from flywheel.models.weights import adapter_config, check_length, load_judge, load_merged, load_tokenizer, parameters
+from flywheel.recipe import EngineSpec
+from flywheel.records import Finish, ModelRef
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # read at import and at every engine's start
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # its warnings on a CPU are a page for each engine
@@ -31,310 +39,223 @@ os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)
 
 logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])  # it logs before it has set itself up
 
-import torch
-
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", FutureWarning)
-    from vllm import EngineArgs, LLMEngine, PoolingParams, SamplingParams, ir
+    from vllm import EngineArgs, LLMEngine, PoolingParams, SamplingParams
     from vllm.inputs.engine import tokens_input
     from vllm.lora.request import LoRARequest
     from vllm.platforms import current_platform
     from vllm.sampling_params import RequestOutputKind
     from vllm.usage.usage_lib import UsageContext
-    from vllm.utils.torch_utils import set_random_seed
 
-from flywheel.errors import EngineDied
-from flywheel.ledger import Ledger
-from flywheel.models.driver import Drawn, Driver, Reading, Served
-from flywheel.models.engine import Backend, Sampling
-from flywheel.models.weights import (
-    adapter_config,
-    check_length,
-    load_judge,
-    load_merged,
-    load_tokenizer,
-    parameters,
-    usable_threads,
-)
-from flywheel.recipe import EngineSpec
-from flywheel.records import Finish, ModelRef
-
-CPU_BLOCK = 32  # tokens to a KV block: short prompts hit the prefix cache, and 18% faster than vLLM's 128
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM takes as max_lora_rank
 
 
 def open_backend(spec: EngineSpec, models: Mapping[str, ModelRef], ledger: Ledger, seed: int, scratch: Path) -> Backend:
     """See `flywheel.models.weights.open_backend`."""
     on_cpu = current_platform.is_cpu()
-    if on_cpu and torch.get_num_threads() != usable_threads():
-        torch.set_num_threads(usable_threads())  # vLLM forbids it once an engine has started
     if on_cpu:
-        torch.compiler.set_stance(
-            "force_eager"
-        )  # one count in vLLM's sampler would be compiled: 0.7 s and a C++ compiler
+        vllm_cpu.prepare_process()
     for base in {ref.base for ref in models.values()}:
         check_length(base, spec.max_model_len)
-    one_of = lambda ref: (ref.base, ref.adapter, ref.labels) if on_cpu else ref.base
-    groups: dict[Any, list[ModelRef]] = {}
+    merged = on_cpu if spec.adapters == "auto" else spec.adapters == "merged"
+
+    def engine_of(ref: ModelRef) -> Hashable:
+        return (ref.base, ref.adapter, ref.labels) if merged else ref.base
+
+    groups: dict[Hashable, list[ModelRef]] = {}
     for ref in models.values():
-        groups.setdefault(one_of(ref), []).append(ref)
-    devices = {}
-    try:
+        groups.setdefault(engine_of(ref), []).append(ref)
+    run_seed = vllm_cpu.RunSeed(seed, len(groups))
+    devices: dict[Hashable, VllmDevice] = {}
+    with ExitStack() as opened:
         for key, refs in groups.items():
-            devices[key] = (
-                _start_merged(spec, refs[0], seed, scratch) if on_cpu else _start_lora(spec, refs, seed, len(groups))
-            )
-    except BaseException:
-        for device in devices.values():
-            device.close()
-        raise
-    engines = {}
-    for role, ref in models.items():
-        device = devices[one_of(ref)]
-        engines[role] = Served(
-            role, ref.name, parameters(ref), spec.max_model_len, device, ledger, adapter=device.loras.get(ref.adapter)
-        )
-    return Driver(engines, list(devices.values()), seed)
+            arguments = engine_arguments(spec, refs[0].base, seed, len(groups))
+            if merged:
+                devices[key] = _open_merged(arguments, refs[0], run_seed, scratch)
+            else:
+                devices[key] = _open_runtime(arguments, refs, run_seed)
+            opened.callback(devices[key].close)
+        served = {}
+        for role, ref in models.items():
+            device = devices[engine_of(ref)]
+            adapter = device.adapters.get(ref.adapter)
+            served[role] = ServedModel(role, ref.name, parameters(ref), spec.max_model_len, device, ledger, adapter)
+        opened.pop_all()
+    return Backend(served, list(devices.values()), run_seed.start_run)
 
 
-def cpu_dtype(spec: EngineSpec) -> str:
-    """bfloat16 on a CPU that computes in it (there 1.4 times as fast at 0.8M parameters), else float32 (3 times)."""
-    if spec.dtype != "auto":
-        return spec.dtype
-    flags = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
-    return "bfloat16" if "avx512_bf16" in flags or "amx_bf16" in flags else "float32"
-
-
-def _start_merged(spec: EngineSpec, ref: ModelRef, seed: int, scratch: Path) -> VllmDevice:
-    dtype = cpu_dtype(spec)
-    options = {
-        "dtype": dtype,
-        "block_size": CPU_BLOCK,
-        "kv_cache_memory_bytes": spec.kv_cache_mb << 20,
-        "ir_op_priority": cpu_norms(),
+def engine_arguments(spec: EngineSpec, model: str, seed: int = 0, engines: int = 1) -> dict[str, Any]:
+    """vLLM's `EngineArgs` for one of `engines` that share the device."""
+    if current_platform.is_cpu():
+        platform = vllm_cpu.engine_arguments(spec)
+    else:
+        platform = {"dtype": spec.dtype, "gpu_memory_utilization": spec.gpu_memory / engines}
+    return {
+        "model": model,
+        "seed": seed % 2**31,
+        "max_model_len": spec.max_model_len,
+        "max_num_seqs": spec.max_running,
+        "load_format": "safetensors",
+        "enable_prefix_caching": True,
+        "use_tqdm_on_load": False,
+        "disable_log_stats": True,
+        **platform,
     }
-    if ref.labels is not None:
-        options["runner"] = "pooling"
-    elif ref.adapter is None:
-        return _start(spec, ref.base, ref.name, seed, options, {})
+
+
+def _open_merged(arguments: dict[str, Any], ref: ModelRef, run_seed: vllm_cpu.RunSeed, scratch: Path) -> VllmDevice:
+    if ref.adapter is None and ref.labels is None:
+        return VllmDevice(_start(arguments, ref.name), ref.name, run_seed)
+    dtype = "bfloat16" if arguments["dtype"] == "auto" else arguments["dtype"]  # auto is left on a GPU only
     Path(scratch).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="merged-", dir=scratch) as folder:  # read once, at the start
-        (load_merged(ref, dtype) if ref.labels is None else load_judge(ref, dtype)).save_pretrained(folder)
         load_tokenizer(ref.base).save_pretrained(folder)
-        device = _start(spec, folder, ref.name, seed, options, {})
-    return device if ref.labels is None else VllmJudge(device.llm, ref.name, ref.labels)
+        if ref.labels is None:
+            load_merged(ref, dtype).save_pretrained(folder)
+            return VllmDevice(_start(arguments | {"model": folder}, ref.name), ref.name, run_seed)
+        load_judge(ref, dtype).save_pretrained(folder)
+        engine = _start(arguments | {"model": folder, "runner": "pooling"}, ref.name)
+        return VllmJudge(engine, ref.name, run_seed, ref.labels)
 
 
-@functools.cache
-def cpu_norms() -> dict[str, list[str]]:
-    """vLLM's own CPU kernels for RMS norms, which it builds and does not use without a compiler; what it then prefers.
-
-    A fifth of a small model's time: 35 against 226 microseconds for 256 tokens of 128 dimensions.
-    """
-    current_platform.import_kernels()
-    if not hasattr(torch.ops._C, "fused_add_rms_norm"):
-        return {}
-
-    def fits(x, *rest, variance_size=None) -> bool:
-        tensors = [t for t in (x, *rest) if isinstance(t, torch.Tensor)]
-        return (
-            variance_size is None
-            and len(tensors) == len(rest)
-            and all(t.dtype == x.dtype and t.is_contiguous() for t in tensors)
-        )
-
-    @ir.ops.rms_norm.register_impl(
-        "cpu",
-        supports_args=lambda x, weight, epsilon, variance_size=None: fits(
-            x, weight, epsilon, variance_size=variance_size
-        ),
-    )
-    def rms_norm(
-        x: torch.Tensor, weight: torch.Tensor | None, epsilon: float, variance_size: int | None = None
-    ) -> torch.Tensor:
-        out = torch.empty_like(x)
-        torch.ops._C.rms_norm(out, x, weight, epsilon)
-        return out
-
-    @ir.ops.fused_add_rms_norm.register_impl(
-        "cpu",
-        supports_args=lambda x, x_residual, weight, epsilon, variance_size=None: fits(
-            x, x_residual, weight, epsilon, variance_size=variance_size
-        ),
-        inplace=True,
-    )
-    def fused_add_rms_norm(
-        x: torch.Tensor,
-        x_residual: torch.Tensor,
-        weight: torch.Tensor | None,
-        epsilon: float,
-        variance_size: int | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        torch.ops._C.fused_add_rms_norm(x, x_residual, weight, epsilon)
-        return x, x_residual
-
-    return {name: ["cpu", "native"] for name in ("rms_norm", "fused_add_rms_norm")}
+def _open_runtime(arguments: dict[str, Any], refs: Sequence[ModelRef], run_seed: vllm_cpu.RunSeed) -> VllmDevice:
+    paths = list(dict.fromkeys(ref.adapter for ref in refs if ref.adapter is not None))
+    if paths:
+        rank = max(adapter_config(path)["r"] for path in paths)
+        if rank > LORA_RANKS[-1]:
+            raise UserError(f"model.lora_rank: {rank} is more than vLLM serves ({LORA_RANKS[-1]})")
+        slots = vllm_cpu.lora_slots(len(paths)) if current_platform.is_cpu() else len(paths)
+        fitting = next(allowed for allowed in LORA_RANKS if allowed >= rank)
+        arguments = arguments | {"enable_lora": True, "max_loras": slots, "max_lora_rank": fitting}
+    # vLLM keeps an adapter by its id: an id must mean one path as long as the engine lives.
+    adapters = {path: LoRARequest(f"{i}:{path}", i, path) for i, path in enumerate(paths, start=1)}
+    return VllmDevice(_start(arguments, refs[0].name), refs[0].name, run_seed, adapters)
 
 
-def _start_lora(spec: EngineSpec, refs: list[ModelRef], seed: int, shares: int) -> VllmDevice:
-    adapters = list(dict.fromkeys(ref.adapter for ref in refs if ref.adapter is not None))
-    options = {"dtype": spec.dtype, "gpu_memory_utilization": spec.gpu_memory / shares}
-    if adapters:
-        rank = max(adapter_config(adapter)["r"] for adapter in adapters)
-        fitting = next((allowed for allowed in LORA_RANKS if allowed >= rank), None)
-        if fitting is None:
-            raise ValueError(f"model.lora_rank: {rank} is more than vLLM serves ({LORA_RANKS[-1]})")
-        options |= {"enable_lora": True, "max_loras": len(adapters), "max_lora_rank": fitting}
-    # A name, an id and a path are never used twice in a process: vLLM would serve the old weights.
-    loras = {path: LoRARequest(f"{i}:{path}", i, path) for i, path in enumerate(adapters, start=1)}
-    return _start(spec, refs[0].base, refs[0].name, seed, options, loras)
-
-
-def _start(
-    spec: EngineSpec, model: str, name: str, seed: int, options: dict, loras: dict[str, LoRARequest]
-) -> VllmDevice:
-    arguments = EngineArgs(
-        model=model,
-        seed=seed % 2**31,
-        max_model_len=spec.max_model_len,
-        max_num_seqs=spec.max_running,
-        load_format="safetensors",
-        enable_prefix_caching=True,
-        enforce_eager=current_platform.is_cpu(),  # compiling costs 30 s there and gains nothing
-        use_tqdm_on_load=False,
-        disable_log_stats=True,
-        **options,
-    )
+def _start(arguments: dict[str, Any], name: str) -> LLMEngine:
+    quiet = vllm_cpu.hold_back_stderr if current_platform.is_cpu() else nullcontext
     try:
-        with warnings.catch_warnings(), _held_back_stderr():
+        with warnings.catch_warnings(), quiet():
             warnings.simplefilter("ignore", FutureWarning)
-            engine = LLMEngine.from_engine_args(arguments, usage_context=UsageContext.LLM_CLASS)
+            return LLMEngine.from_engine_args(EngineArgs(**arguments), usage_context=UsageContext.LLM_CLASS)
     except Exception as error:
         raise EngineDied(f"vLLM did not start for {name}: {_reason(error)}") from error
-    return VllmDevice(engine, name, loras)
-
-
-@contextmanager
-def _held_back_stderr() -> Iterator[None]:
-    """Drop what native code notes on stderr while an engine starts (NUMA nodes), but show it if the start fails."""
-    sys.stderr.flush()
-    shown = os.dup(2)
-    with tempfile.TemporaryFile() as held:
-        os.dup2(held.fileno(), 2)
-        try:
-            yield
-        except BaseException:
-            sys.stderr.flush()
-            held.seek(0)
-            os.write(shown, held.read())
-            raise
-        finally:
-            sys.stderr.flush()
-            os.dup2(shown, 2)
-            os.close(shown)
 
 
 class VllmDevice:
-    """One LLMEngine; see `flywheel.models.driver.Device`."""
+    """One LLMEngine; implements `flywheel.models.driver.Device`.
+
+    `adapters`: those that it serves at run time, by their path.
+    """
 
     one_pass = False
 
-    def __init__(self, engine: LLMEngine, name: str, loras: dict[str, LoRARequest]):
-        self.llm, self.name, self.loras = engine, name, loras
-        self._waiting: dict[str, tuple[asyncio.Future[Drawn], Sampling | Reading]] = {}
+    def __init__(
+        self,
+        engine: LLMEngine,
+        name: str,
+        run_seed: vllm_cpu.RunSeed,
+        adapters: Mapping[str, LoRARequest] | None = None,
+    ):
+        self.llm, self.name, self.run_seed, self.adapters = engine, name, run_seed, adapters or {}
+        self._waiting: dict[str, tuple[asyncio.Future[Output], Sampling | Scoring]] = {}
         self._count = 0
 
     def submit(
-        self, prompt: Sequence[int], ask: Sampling | Reading, adapter: LoRARequest | None
-    ) -> asyncio.Future[Drawn]:
+        self, prompt: Sequence[int], request: Sampling | Scoring, adapter: LoRARequest | None
+    ) -> asyncio.Future[Output]:
+        self.run_seed.add(prompt)
         self._count += 1
         id, future = str(self._count), asyncio.get_running_loop().create_future()
-        self.llm.add_request(id, tokens_input(list(prompt)), self._params(ask), lora_request=adapter)
-        self._waiting[id] = (future, ask)
+        self.llm.add_request(id, tokens_input(list(prompt)), self._vllm_params(request), lora_request=adapter)
+        self._waiting[id] = (future, request)
         future.add_done_callback(functools.partial(self._drop, id))
         return future
 
-    def _drop(self, id: str, future: asyncio.Future[Drawn]) -> None:
+    def _drop(self, id: str, future: asyncio.Future[Output]) -> None:
         if future.cancelled() and self._waiting.pop(id, None) is not None:
             self.llm.abort_request([id])
-
-    def seed(self, seed: int) -> None:
-        set_random_seed(seed)
 
     @property
     def busy(self) -> bool:
         return bool(self._waiting)
 
     def step(self) -> None:
+        self.run_seed.apply()
         try:
-            outputs = self.llm.step()
+            finished = self.llm.step()
         except Exception as error:
             raise EngineDied(f"vLLM died while it served {self.name}: {_reason(error)}") from error
-        for output in outputs:
-            if output.request_id in self._waiting:
-                future, ask = self._waiting.pop(output.request_id)
+        for result in finished:
+            if result.request_id in self._waiting:
+                future, request = self._waiting.pop(result.request_id)
                 if not future.done():
-                    future.set_result(self._drawn(output, ask))
+                    future.set_result(self._output(result, request))
 
-    def _params(self, ask: Sampling | Reading) -> SamplingParams | PoolingParams:
-        return _sampling(ask)
+    def _vllm_params(self, request: Sampling | Scoring) -> SamplingParams | PoolingParams:
+        return _sampling_params(request)
 
-    def _drawn(self, output, ask: Sampling | Reading) -> Drawn:
-        done, cached = output.outputs[0], output.num_cached_tokens or 0
-        tokens = tuple(done.token_ids)
-        match done.finish_reason:
+    def _output(self, result, request: Sampling | Scoring) -> Output:
+        sequence, cached = result.outputs[0], result.num_cached_tokens or 0
+        tokens, values = tuple(sequence.token_ids), ()
+        if isinstance(request, Scoring):
+            good, bad = (sequence.logprobs[0][label].logprob for label in request.labels)
+            values = (1 / (1 + math.exp(min(bad - good, 700.0))),)  # exp overflows beyond 709
+        match sequence.finish_reason:
             case "stop":
-                # The reason is None for the tokenizer's EOS, else the id that stopped: one of
-                # ours, or another end token of the model's generation config.
-                ours = isinstance(ask, Sampling) and done.stop_reason in ask.stop
-                drawn = Drawn(tokens, Finish.STOP, not ours, cached)
+                # The stop reason is None for the tokenizer's EOS, else the id that stopped: one of
+                # the request's, or another end token of the model's generation config.
+                stopped = isinstance(request, Sampling) and sequence.stop_reason in request.stop
+                return Output(tokens, Finish.STOP, not stopped, cached, values)
             case "length":
-                drawn = Drawn(tokens, Finish.LENGTH, False, cached)
+                return Output(tokens, Finish.LENGTH, False, cached, values)
             case reason:
                 raise EngineDied(f"vLLM ended a sequence of {self.name} with {reason!r}")
-        if isinstance(ask, Sampling):
-            return drawn
-        good, bad = (done.logprobs[0][label].logprob for label in ask.labels)
-        return Drawn(drawn.tokens, drawn.finish, drawn.eos, cached, (1 / (1 + math.exp(min(bad - good, 700.0))),))
 
     def close(self) -> None:
-        # It collects all garbage, twice: a second of this heap, for nothing where the process ends with it.
-        with mock.patch("gc.collect", return_value=0):
+        with vllm_cpu.skip_garbage_collection() if current_platform.is_cpu() else nullcontext():
             self.llm.engine_core.shutdown()
 
 
 class VllmJudge(VllmDevice):
-    """An engine of `load_judge`'s model: it makes no token, and one pass answers all reads of a text.
+    """An engine of `load_judge`'s model: it generates no token, and one pass answers all reads of a text.
 
-    A lone read may use the prefix cache, as beam search's do; vLLM keeps it from a request that wants every token's.
+    A single read may use the prefix cache, as beam search's do; vLLM does not let a request that
+    wants every token's values use it.
     """
 
     one_pass = True
 
-    def __init__(self, engine: LLMEngine, name: str, labels: tuple[int, int]):
-        super().__init__(engine, name, {})
+    def __init__(self, engine: LLMEngine, name: str, run_seed: vllm_cpu.RunSeed, labels: Labels):
+        super().__init__(engine, name, run_seed)
         self._labels = labels
 
-    def _params(self, ask: Sampling | Reading) -> PoolingParams:
-        if isinstance(ask, Sampling) or ask.labels != self._labels:
-            raise ValueError(f"{self.name} was opened to judge by the labels {self._labels}, and is asked for {ask}")
-        return PoolingParams(task="classify" if len(ask.reads) == 1 else "token_classify")
+    def _vllm_params(self, request: Sampling | Scoring) -> PoolingParams:
+        if isinstance(request, Sampling) or request.labels != self._labels:
+            raise ValueError(
+                f"{self.name} was opened to judge by the labels {self._labels}, and is asked for {request}"
+            )
+        return PoolingParams(task="classify" if len(request.reads) == 1 else "token_classify")
 
-    def _drawn(self, output, ask: Reading) -> Drawn:
-        good = output.outputs.data.view(-1, 2)[:, 0].tolist()
-        values = good if len(ask.reads) == 1 else [good[read - 1] for read in ask.reads]
-        return Drawn((), Finish.LENGTH, False, output.num_cached_tokens or 0, tuple(values))
+    def _output(self, result, request: Scoring) -> Output:
+        good = result.outputs.data.view(-1, 2)[:, 0].tolist()  # a row for each token, or one for the last token
+        values = good if len(request.reads) == 1 else [good[read - 1] for read in request.reads]
+        return Output((), Finish.LENGTH, False, result.num_cached_tokens or 0, tuple(values))
 
 
 @functools.lru_cache(maxsize=1024)
-def _sampling(ask: Sampling | Reading) -> SamplingParams:
-    # skip_clone: else vLLM deep-copies them for every request, which costs as much as two tokens
-    if isinstance(ask, Sampling):
-        chosen = dict(
-            max_tokens=ask.max_tokens, temperature=ask.temperature, top_p=ask.top_p, stop_token_ids=sorted(ask.stop)
-        )
+def _sampling_params(request: Sampling | Scoring) -> SamplingParams:
+    if isinstance(request, Sampling):
+        chosen = {
+            "max_tokens": request.max_tokens,
+            "temperature": request.temperature,
+            "top_p": request.top_p,
+            "stop_token_ids": sorted(request.stop),
+        }
     else:
-        chosen = dict(max_tokens=1, temperature=0.0, logprob_token_ids=list(ask.labels))
+        chosen = {"max_tokens": 1, "temperature": 0.0, "logprob_token_ids": list(request.labels)}
+    # skip_clone: else vLLM copies them deeply for every request, which costs as much as two tokens
     return SamplingParams(**chosen, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY, skip_clone=True)
 
 

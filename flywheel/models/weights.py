@@ -1,76 +1,75 @@
-"""Open the engines of a stage: which adapter, which weights."""
+"""Load models, tokenizers and adapters, merge an adapter into its base, and open the engines that serve them."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
 
 from flywheel.errors import UserError
 from flywheel.ledger import Ledger
-from flywheel.models.engine import Backend
+from flywheel.models.driver import Backend
 from flywheel.problems.grading import load_function
 from flywheel.recipe import EngineSpec
 from flywheel.records import ModelRef
 
 
 class NotAModel(UserError, ValueError):
-    """A path or name that holds no model, no tokenizer or no adapter; one line."""
+    """A path or name that holds no model, no tokenizer or no adapter."""
 
 
 def open_backend(spec: EngineSpec, models: Mapping[str, ModelRef], ledger: Ledger, seed: int, scratch: Path) -> Backend:
-    """Open one engine for each role (or other key) of `models`; the ledger's rows carry the key.
+    """Open an engine for each role (or other key) of `models`; the ledger's rows carry the key.
 
-    Two keys with the same base and adapter share one engine, unless only one has labels (vLLM on a
-    CPU: a judge is another model there). `scratch` holds merged
-    weights while the engines start. The caller closes the backend. Raises NotAModel for a
-    path that is no model, ValueError where the recipe and the model do not fit, EngineDied
-    where the engine does not start.
+    Keys with the same base, adapter and labels share one engine; so do all keys of a base where its
+    adapters are served at run time (`engine.adapters`). `scratch`: a directory for merged weights,
+    needed only while the engines start. The caller closes the backend. Raises NotAModel for a path
+    that is no model, ValueError if the recipe and the model do not fit, EngineDied if an engine does
+    not start.
     """
     if spec.kind == "vllm":
-        from flywheel.models.vllm import open_backend as opened
+        from flywheel.models.vllm import open_backend as opener
     else:
-        opened = load_function(spec.kind, "engine.kind")
-    return opened(spec, models, ledger, seed, scratch)
+        opener = load_function(spec.kind, "engine.kind")
+    return opener(spec, models, ledger, seed, scratch)
 
 
 def load_tokenizer(base: str):
-    """The tokenizer of a model directory or hub name; code from the model is never run."""
+    """The tokenizer of a model directory or hub name; code that comes with a model is never run."""
     from transformers import AutoTokenizer
 
-    return _load(base, "tokenizer", lambda: AutoTokenizer.from_pretrained(base, trust_remote_code=False))
+    return _load(AutoTokenizer, base, "tokenizer")
 
 
 def load_config(base: str):
+    """The configuration of a model directory or hub name."""
     from transformers import AutoConfig
 
-    return _load(base, "model configuration", lambda: AutoConfig.from_pretrained(base, trust_remote_code=False))
+    return _load(AutoConfig, base, "model configuration")
 
 
-def _load(base: str, what: str, load):
-    if os.path.sep in base and not os.path.isdir(base) and (base.startswith((".", os.path.sep)) or base.count("/") > 1):
-        raise NotAModel(f"model.base: {base}: no such directory")  # else it would be asked of the hub
+def _load(kind, base: str, what: str, **options):
+    if not os.path.isdir(base) and (base.startswith((".", "/")) or base.count("/") > 1):
+        raise NotAModel(f"model.base: {base}: no such directory")  # else the hub would be asked for it
     try:
-        return load()
-    except (
-        Exception
-    ) as error:  # transformers raises OSError, ValueError, KeyError, JSON and tokenizers' own errors here
+        return kind.from_pretrained(base, trust_remote_code=False, **options)
+    except Exception as error:  # OSError, ValueError, KeyError, a JSON fault, the tokenizers' own errors
         reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
         raise NotAModel(f"model.base: {base}: no {what} could be loaded: {reason[0]:.200}") from error
 
 
 def check_length(base: str, wanted: int) -> None:
-    """ValueError if the model has fewer positions than `engine.max_model_len`."""
+    """Raises ValueError if the model has fewer positions than `wanted`, the recipe's `engine.max_model_len`."""
     positions = getattr(load_config(base), "max_position_embeddings", None)
     if positions is not None and wanted > positions:
         raise ValueError(f"engine.max_model_len: {wanted} is more than the {positions} positions of {base}")
 
 
 def parameters(ref: ModelRef) -> int:
-    """All parameters of base and adapter, tied ones once; nothing is loaded but shapes."""
-    import math
-
+    """The number of parameters of base and adapter, tied ones counted once. Reads shapes, no weights."""
     import torch
     from safetensors import safe_open
     from transformers import AutoModelForCausalLM
@@ -81,33 +80,28 @@ def parameters(ref: ModelRef) -> int:
     if ref.adapter is not None:
         adapter_config(ref.adapter)
         with safe_open(Path(ref.adapter) / "adapter_model.safetensors", "pt") as weights:
-            count += sum(math.prod(weights.get_slice(key).get_shape()) for key in weights.keys())
+            names = weights.keys()
+            count += sum(math.prod(weights.get_slice(name).get_shape()) for name in names)
     return count
 
 
 def adapter_config(adapter: str) -> dict:
-    """The configuration of a PEFT adapter directory; NotAModel if it is none."""
+    """The configuration of a PEFT adapter directory; raises NotAModel if it is none."""
     folder = Path(adapter)
-    missing = [name for name in ("adapter_config.json", "adapter_model.safetensors") if not (folder / name).is_file()]
-    if missing:
-        raise NotAModel(f"{adapter}: not a LoRA adapter: {missing[0]} is missing")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / name).is_file():
+            raise NotAModel(f"{adapter}: not a LoRA adapter: {name} is missing")
     return json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
 
 
 def load_merged(ref: ModelRef, dtype: str):
-    """The base with its adapter merged in, as a transformers model in eval mode on the CPU.
-
-    Merging is done in float32, then cast to `dtype`.
-    """
+    """The base with its adapter merged in (in float32, then cast to `dtype`): a transformers model in eval mode."""
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    logging.disable_progress_bar()  # one for each of a model's few files says nothing
-    load = lambda: AutoModelForCausalLM.from_pretrained(
-        ref.base, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
-    )
-    model = _load(ref.base, "model", load)
+    logging.disable_progress_bar()  # a model has few files
+    model = _load(AutoModelForCausalLM, ref.base, "model", dtype=torch.float32, use_safetensors=True)
     if ref.adapter is not None:
         from peft import PeftModel
 
@@ -117,12 +111,11 @@ def load_merged(ref: ModelRef, dtype: str):
 
 
 def load_judge(ref: ModelRef, dtype: str):
-    """The merged model as a classifier of its two labels: its output matrix is the labels' rows of the language model's.
+    """The merged model as a classifier of every token, with the two labels of `ref` as its classes.
 
-    The softmax over the two is then `Engine.score`'s value.
+    Its output matrix is the labels' two rows of the language model's, so that the softmax over the
+    classes is the value of `Engine.score`.
     """
-    from copy import deepcopy
-
     import torch
     from transformers import AutoModelForSequenceClassification
 
@@ -134,8 +127,3 @@ def load_judge(ref: ModelRef, dtype: str):
     with torch.no_grad():
         judge.score.weight.copy_(model.get_output_embeddings().weight[list(ref.labels)])
     return judge.to(getattr(torch, dtype)).eval()
-
-
-def usable_threads() -> int:
-    """This process's share of the cores it may run on: all of them over the ranks on this machine."""
-    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

@@ -11,7 +11,8 @@ from typing import TypeVar
 
 from flywheel.errors import UserError
 from flywheel.ledger import Ledger
-from flywheel.models.engine import Backend, Engine, Sampling
+from flywheel.models.driver import Backend
+from flywheel.models.engine import Engine, Sampling
 from flywheel.models.prm import Prm, label_ids
 from flywheel.models.prompts import Prompts
 from flywheel.models.steps import Reader

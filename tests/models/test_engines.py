@@ -1,12 +1,9 @@
-"""Engines: what is sampled, scored and charged. vLLM and transformers on a real micro model."""
+"""vLLM on a micro model: what is sampled, scored and charged, with adapters merged in and served at run time."""
 
 from __future__ import annotations
 
 import asyncio
-import json
-import shutil
 from collections import Counter
-from copy import copy
 from dataclasses import replace
 
 import pytest
@@ -14,50 +11,60 @@ import torch
 
 from flywheel.errors import EngineDied, TooLong
 from flywheel.ledger import Ledger, total
-from flywheel.models.driver import Driver, drive
 from flywheel.models.engine import Sampling
-from flywheel.models.weights import NotAModel, load_merged, load_tokenizer, open_backend, parameters
+from flywheel.models.vllm_cpu import RunSeed
+from flywheel.models.weights import open_backend
 from flywheel.recipe import EngineSpec
 from flywheel.records import Finish, ModelRef, Role
-from flywheel.training.scores import forward_values
 from tests import micro
 
 PROMPTS = [[3, 13 + i, 11, 20 + i, 4, 2, 5, *range(30, 30 + 3 * i)] for i in range(6)]
 LABELS = (9, 10)
-SCRIPTED = "tests.scripted:open_backend"
-SPEC = {"dtype": "float32", "max_model_len": 128, "kv_cache_mb": 16, "max_running": 64}
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
+    """A base, and two adapters of it."""
     folder = tmp_path_factory.mktemp("micro")
     base = micro.model(folder / "base")
-    return base, micro.adapter(base, folder / "adapter")
+    return base, micro.adapter(base, folder / "first"), micro.adapter(base, folder / "second", seed=2)
 
 
 @pytest.fixture(scope="module")
 def models(weights):
-    base, adapter = weights
-    prm = ModelRef("prm_1", base, adapter)
+    base, first, second = weights
+    prm = ModelRef("prm_1", base, first)
     return {
         Role.POLICY: ModelRef("policy_0", base),
         Role.PRM: prm,
-        "base": ModelRef("policy_0", base),
+        Role.REVISER: ModelRef("reviser_1", base, second),
         "judge": replace(prm, name="judge_1", labels=LABELS),
     }
 
 
-@pytest.fixture(scope="module")
-def opened(models, tmp_path_factory):
+def opened(adapters, models, scratch):
+    spec = EngineSpec(adapters=adapters, dtype="float32", max_model_len=128, kv_cache_mb=16, max_running=64)
     ledger = Ledger("test", 1)
-    backend = open_backend(EngineSpec(**SPEC), models, ledger, 7, tmp_path_factory.mktemp("scratch"))
+    backend = open_backend(spec, models, ledger, 7, scratch)
     yield backend, ledger
     backend.close()
 
 
-@pytest.fixture
-def vllm(opened):
-    backend, ledger = opened
+@pytest.fixture(scope="module")
+def merged(models, tmp_path_factory):
+    """Every model has an engine of its own."""
+    yield from opened("merged", models, tmp_path_factory.mktemp("scratch"))
+
+
+@pytest.fixture(scope="module")
+def runtime(models, tmp_path_factory):
+    """One engine serves the base and its adapters, as on a GPU."""
+    yield from opened("runtime", models, tmp_path_factory.mktemp("scratch"))
+
+
+@pytest.fixture(params=["merged", "runtime"])
+def served(request):
+    backend, ledger = request.getfixturevalue(request.param)
     ledger.take()
     return backend, ledger
 
@@ -67,14 +74,13 @@ def results(backend, items, work):
     return dict(zip(items, backend.run(items, work)))
 
 
-def reference(weights, adapted: bool):
+def reference(base, adapter=None):
     """The model loaded by transformers and PEFT themselves."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    base, adapter = weights
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    return (PeftModel.from_pretrained(model, adapter) if adapted else model).eval()
+    return (PeftModel.from_pretrained(model, adapter) if adapter else model).eval()
 
 
 @torch.no_grad()
@@ -92,56 +98,86 @@ def greedy(model, prompt, count):
 # ---- what the model says -------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["vllm"])
-@pytest.mark.parametrize("role", [Role.POLICY, Role.PRM])
-def test_greedy_is_the_model_s_own(kind, role, weights, request):
-    backend, _ = request.getfixturevalue(kind)
-    engine = backend.engine(role)
+@pytest.mark.parametrize("role", list(Role))
+def test_greedy_is_the_model_s_own(served, role, models):
+    backend, _ = served
+    engine, ref = backend.engine(role), models[role]
 
     async def work(i):
         return await engine.generate(PROMPTS[i], Sampling(12, temperature=0.0), purpose="greedy")
 
-    model = reference(weights, role == Role.PRM)
+    model = reference(ref.base, ref.adapter)
     for i, [done] in results(backend, range(6), work).items():
         expected = greedy(model, PROMPTS[i], 12)
         assert done.eos == (expected[-1] == micro.EOS)
         assert done.tokens == (expected[:-1] if done.eos else expected)
 
 
-@pytest.mark.parametrize("kind", ["vllm"])
-def test_scores_with_a_merged_adapter_equal_peft_s(kind, weights, request):
-    backend, _ = request.getfixturevalue(kind)
-
-    async def work(i):
-        reads = [*range(1, len(PROMPTS[i]), 3), len(PROMPTS[i])]
-        return [
-            await backend.engine(role).score(PROMPTS[i], reads, LABELS, purpose="check")
-            for role in ("judge", Role.PRM, "base")
-        ]
-
-    found = results(backend, range(6), work)
-    for k, adapted in enumerate(
-        (True, True, False)
-    ):  # by a classifier in one pass, and by a token generated for each read
-        model = reference(weights, adapted)
-        for i, prompt in enumerate(PROMPTS):
-            reads = [*range(1, len(prompt), 3), len(prompt)]
-            expected = [next_logits(model, prompt[:read])[list(LABELS)].softmax(-1)[0].item() for read in reads]
-            assert found[i][k] == pytest.approx(expected, abs=1e-4)
-    assert any(abs(adapted[-1] - bare[-1]) > 0.05 for _, adapted, bare in found.values())  # the adapter is not lost
+def reads_of(prompt):
+    return [*range(1, len(prompt), 3), len(prompt)]
 
 
-@pytest.mark.parametrize("kind", ["vllm"])
+def scores(backend, role):
+    engine = backend.engine(role)
+    return backend.run(PROMPTS, lambda prompt: engine.score(prompt, reads_of(prompt), LABELS, purpose="check"))
+
+
+@pytest.mark.parametrize("role", ["judge", *Role])  # only the judge's reference has labels
+def test_scores_equal_those_of_transformers_and_peft(served, role, models):
+    backend, ref = served[0], models[role]
+    model, bare = reference(ref.base, ref.adapter), reference(ref.base)
+    found = scores(backend, role)
+    for prompt, values in zip(PROMPTS, found):
+        logits = [next_logits(model, prompt[:read])[list(LABELS)] for read in reads_of(prompt)]
+        assert values == pytest.approx([pair.softmax(-1)[0].item() for pair in logits], abs=1e-4)
+    unadapted = [next_logits(bare, prompt)[list(LABELS)].softmax(-1)[0].item() for prompt in PROMPTS]
+    differ = any(abs(values[-1] - value) > 0.05 for values, value in zip(found, unadapted))
+    assert differ == (ref.adapter is not None)  # the adapter is not lost
+
+
+def test_runtime_adapters_score_as_merged_ones_do(merged, runtime):
+    for role in ("judge", *Role):
+        for one, other in zip(scores(merged[0], role), scores(runtime[0], role), strict=True):
+            assert one == pytest.approx(other, abs=1e-5)
+
+
+def test_adapters_are_never_mixed_up(served, models):
+    """Requests of the base and of two adapters, for the same prompts, share every batch and the prefix cache."""
+    backend, ledger = served
+    prompts = [[*prompt, *prompt, *prompt][:40] for prompt in PROMPTS[3:]]  # longer than a block of the prefix cache
+    roles = list(Role) * 2
+
+    async def ask(role, prompt):
+        engine = backend.engine(role)
+        [done] = await engine.generate(prompt, Sampling(6, temperature=0.0), purpose=role)
+        return done.tokens, *await engine.score(prompt, [len(prompt)], LABELS, purpose=role)
+
+    async def work(prompt):
+        return await asyncio.gather(*(ask(role, prompt) for role in roles))
+
+    turns = [backend.run(prompts, work) for _ in range(2)]
+    assert all(spent.cached for _, spent in total(ledger.rows(), "role"))
+    for role in Role:
+        model = reference(models[role].base, models[role].adapter)
+        for k, prompt in enumerate(prompts):
+            expected = greedy(model, prompt, 6)
+            text = expected[:-1] if expected[-1] == micro.EOS else expected
+            value = next_logits(model, prompt)[list(LABELS)].softmax(-1)[0].item()
+            answers = [turn[k][j] for turn in turns for j, other in enumerate(roles) if other == role]
+            assert len(answers) == 4 and {tokens for tokens, _ in answers} == {text}
+            assert [found for _, found in answers] == pytest.approx([value] * 4, abs=1e-4)
+
+
 @pytest.mark.parametrize("top_p", [1.0, 0.7])
-def test_samples_follow_the_model_s_distribution(kind, top_p, weights, request):
-    backend, _ = request.getfixturevalue(kind)
+def test_samples_follow_the_model_s_distribution(served, top_p, weights):
+    backend, _ = served
     n = 3000
 
     async def work(i):
         return await backend.engine(Role.POLICY).generate(PROMPTS[i], Sampling(1, 1.0, top_p), purpose="sample", n=n)
 
     counts = Counter(done.tokens[0] if done.tokens else micro.EOS for done in results(backend, [2], work)[2])
-    probability = next_logits(reference(weights, False), PROMPTS[2]).softmax(-1)
+    probability = next_logits(reference(weights[0]), PROMPTS[2]).softmax(-1)
     order = probability.argsort(descending=True)
     before = probability[order].cumsum(0) - probability[order]
     probability[order[before >= top_p]] = 0
@@ -151,9 +187,8 @@ def test_samples_follow_the_model_s_distribution(kind, top_p, weights, request):
     assert not share[probability == 0].any()
 
 
-@pytest.mark.parametrize("kind", ["vllm"])
-def test_a_completion_keeps_its_stop_token_and_never_shows_eos(kind, request):
-    backend, ledger = request.getfixturevalue(kind)
+def test_a_completion_keeps_its_stop_token_and_never_shows_eos(served):
+    backend, ledger = served
     stop = frozenset({20, 21, 22, 23})
 
     async def work(i):
@@ -173,9 +208,8 @@ def test_a_completion_keeps_its_stop_token_and_never_shows_eos(kind, request):
     assert row["generated"] == sum(len(one.tokens) + one.eos for one in done)
 
 
-@pytest.mark.parametrize("kind", ["vllm"])
-def test_what_does_not_fit_raises_and_is_not_cut(kind, request):
-    backend, ledger = request.getfixturevalue(kind)
+def test_what_does_not_fit_raises_and_is_not_cut(served):
+    backend, ledger = served
     engine = backend.engine(Role.POLICY)
     long = [13 + i % 40 for i in range(100)]
 
@@ -206,8 +240,8 @@ def test_what_does_not_fit_raises_and_is_not_cut(kind, request):
 # ---- the loop and the ledger ---------------------------------------------------------
 
 
-def test_dependent_calls_over_two_engines_interleave(vllm):
-    backend, ledger = vllm
+def test_dependent_calls_over_two_engines_interleave(served):
+    backend, ledger = served
     policy, prm = backend.engine(Role.POLICY), backend.engine(Role.PRM)
     log = []
 
@@ -235,8 +269,8 @@ def test_dependent_calls_over_two_engines_interleave(vllm):
     assert rows["prm", "judge"]["generated"] == 6 * 3 * 3
 
 
-def test_the_ledger_holds_what_the_engines_computed(vllm, monkeypatch):
-    backend, ledger = vllm
+def test_the_ledger_holds_what_the_engines_computed(served, monkeypatch):
+    backend, ledger = served
     scheduled = Counter()
     for device in backend._devices:
         executor = device.llm.engine_core.engine_core.model_executor
@@ -246,46 +280,60 @@ def test_the_ledger_holds_what_the_engines_computed(vllm, monkeypatch):
             return _run(output, *args, **kwargs)
 
         monkeypatch.setattr(executor, "execute_model", count)
-    sequences = Counter()
 
     async def work(i):
-        engine, judge = backend.engine(Role.POLICY), backend.engine(Role.PRM)
-        sequences.update(policy_0=5, prm_1=2)
         prompt = PROMPTS[i % 6] * 3
-        drawn = await engine.generate(prompt, Sampling(10 + i), purpose="sample", n=5)
-        await judge.score(prompt, [len(prompt) - 1, len(prompt)], LABELS, purpose="judge")
+        drawn = await backend.engine(Role.POLICY).generate(prompt, Sampling(10 + i), purpose="sample", n=5)
+        await backend.engine(Role.PRM).score(prompt, [len(prompt) - 1, len(prompt)], LABELS, purpose="judge")
         for reads in ([3, len(prompt)], [len(prompt)]):  # all in one pass, and the last alone
             await backend.engine("judge").score(prompt, reads, LABELS, purpose="judge")
         return drawn
 
     results(backend, range(12), work)
-    assert sum(scheduled.values()) > 0
+    one_pass = backend.engine("judge").device.one_pass
+    # the last token of a sequence is made but never fed back
+    never_fed = {Role.POLICY: 12 * 5, Role.PRM: 12 * 2, "judge": 0 if one_pass else 12 * 3}
+    computed = Counter()
     for (role,), spent in total(ledger.rows(), "role"):
-        name = backend.engine(role).name
-        # the last token of a sequence is made but never fed back
-        assert scheduled[name] == spent.tokens - spent.cached - sequences[name]
+        computed[backend.engine(role).device.name] += spent.tokens - spent.cached - never_fed[role]
         assert spent.cached > 0  # prompts repeat, and are longer than a block
         assert spent.flops == 2 * backend.engine(role).parameters * (spent.tokens - spent.cached)
+    assert computed == scheduled and sum(scheduled.values()) > 0
 
 
-def test_a_chunk_draws_the_same_in_any_process_and_anew_when_asked_again(opened):
-    backend, _ = opened
+def test_scoring_is_charged_once_for_a_pass_and_once_for_each_read(served):
+    """A judge reads its text in one pass; any other engine reads each prefix and makes one token behind it."""
+    backend, ledger = served
+    prompt, reads = PROMPTS[3], [4, 9, 12]
+    for key in (Role.PRM, "judge"):
+        ledger.take()
+        backend.run([prompt], lambda _, key=key: backend.engine(key).score(prompt, reads, LABELS, purpose="check"))
+        [row] = ledger.rows()
+        one_pass = key == "judge" and len(backend._devices) > 1
+        assert (row["scored"], row["generated"]) == ((12, 0) if one_pass else (4 + 9 + 12, 3))
+        assert row["prompt"] == 0 and row["role"] == key
+        assert backend.engine(key).score_tokens(reads) == row["scored"] + row["generated"]
 
-    def process():
-        return Driver({Role.POLICY: copy(backend.engine(Role.POLICY))}, backend._devices, 7)
 
-    def draw(driver, items):
-        engine = driver.engine(Role.POLICY)
-        return results(driver, items, lambda i: engine.generate(PROMPTS[i], Sampling(10), purpose="sample", n=4))
+def test_a_chunk_draws_the_same_in_any_process_and_anew_when_asked_again(served, monkeypatch):
+    backend, _ = served
 
-    first, other = process(), process()
-    draw(other, [5, 4])  # another history
+    def draw(process, items):
+        monkeypatch.setattr(backend, "_on_run", process.start_run)
+        for device in backend._devices:
+            monkeypatch.setattr(device, "run_seed", process)
+        engine = backend.engine(Role.POLICY)
+        return results(backend, items, lambda i: engine.generate(PROMPTS[i], Sampling(10), purpose="sample", n=4))
+
+    first, other = RunSeed(7, 1), RunSeed(7, 1)  # of two processes
+    draw(other, [5, 4])  # which have another history
     one, two, again = draw(first, range(4)), draw(other, range(4)), draw(other, range(4))
     assert one == two != again
+    assert draw(RunSeed(8, 1), range(4)) != one
 
 
-def test_an_exception_in_work_propagates_and_leaves_the_engine_usable(vllm):
-    backend, _ = vllm
+def test_an_exception_in_work_propagates_and_leaves_the_engine_usable(served):
+    backend, _ = served
     cancelled = []
 
     async def work(i):
@@ -306,8 +354,8 @@ def test_an_exception_in_work_propagates_and_leaves_the_engine_usable(vllm):
     )
 
 
-def test_an_engine_that_dies_says_why(vllm, monkeypatch):
-    backend, ledger = vllm
+def test_an_engine_that_dies_says_why(served, monkeypatch):
+    backend, ledger = served
 
     def step():
         raise MemoryError("no block is left")
@@ -316,174 +364,3 @@ def test_an_engine_that_dies_says_why(vllm, monkeypatch):
     with pytest.raises(EngineDied, match="policy_0: MemoryError: no block is left"):
         results(backend, [0], lambda i: backend.engine(Role.POLICY).generate(PROMPTS[i], Sampling(3), purpose="x"))
     assert ledger.tokens() == 0
-
-
-def test_all_that_can_be_asked_is_asked_before_a_step_and_results_keep_their_order():
-    waiting, widths = [], []
-
-    def step():
-        widths.append(len(waiting))
-        if waiting:
-            waiting.pop(0).set_result(None)
-        return bool(widths[-1])
-
-    async def work(item):
-        for _ in range(item):
-            future = asyncio.get_running_loop().create_future()
-            waiting.append(future)
-            await future
-        return item * 10
-
-    assert drive([3, 1, 2, 0, 1], work, step) == [30, 10, 20, 0, 10]
-    assert widths == [4, 4, 3, 3, 2, 2, 1]
-    assert drive([], work, step) == []
-
-
-def test_a_fault_cancels_what_is_left():
-    cancelled = []
-
-    async def work(item):
-        try:
-            await asyncio.sleep(0 if item == 0 else 3600)
-        except asyncio.CancelledError:
-            cancelled.append(item)
-            raise
-        raise KeyError(item)
-
-    with pytest.raises(KeyError, match="0"):
-        drive(range(3), work, lambda: False)
-    assert cancelled == [1, 2]
-
-
-# ---- the scripted engine -------------------------------------------------------------
-
-
-@pytest.fixture
-def scripted(tmp_path):
-    micro.tokenizer().save_pretrained(tmp_path)
-    lines = [
-        {"text": "1 + 2 = 3 \n Answer 3", "weight": 3, "right": True},
-        {"text": "1 + 2 = 4 \n Answer 4"},
-        {"text": "2 + 1 = 5 \n Answer 5"},
-    ]
-    script = {"questions": {"Q 1 + 2": lines, "Q 1": [{"text": "7"}]}, "noise": 0.1}
-    (tmp_path / "scripted.json").write_text(json.dumps(script))
-
-    def opened(seed=0, **changes):
-        (tmp_path / "scripted.json").write_text(json.dumps(script | changes))
-        models = {Role.POLICY: ModelRef("policy_0", str(tmp_path)), Role.PRM: ModelRef("prm_1", str(tmp_path))}
-        ledger = Ledger("test", 0)
-        return open_backend(EngineSpec(kind=SCRIPTED), models, ledger, seed, tmp_path), ledger
-
-    return opened, load_tokenizer(str(tmp_path))
-
-
-def test_the_script_is_played_alike_in_any_order(scripted):
-    opened, tokenizer = scripted
-    prompts = [tokenizer.encode(f"{i} Q 1 + 2 ? \n Try") for i in range(20)]
-
-    def play(order, seed=0):
-        backend, _ = opened(seed)
-
-        async def work(i):
-            drawn = await backend.engine(Role.POLICY).generate(prompts[i], Sampling(50), purpose="s", n=3)
-            return drawn, await backend.engine(Role.PRM).score(
-                [*prompts[i], *drawn[0].tokens],
-                [len(prompts[i]), len(prompts[i]) + len(drawn[0].tokens)],
-                (9, 10),
-                purpose="v",
-            )
-
-        return results(backend, order, work)
-
-    assert play(range(20)) == play(range(19, -1, -1)) != play(range(20), seed=1)
-
-
-def test_the_script_continues_what_was_begun(scripted):
-    opened, tokenizer = scripted
-    backend, ledger = opened()
-    head, begun = tokenizer.encode("Q 1 + 2 ? \n Try"), tokenizer.encode("1 + 2 =")
-    newline = tokenizer.encode("\n")[0]
-
-    async def work(_):
-        policy, prm = backend.engine(Role.POLICY), backend.engine(Role.PRM)
-        rest = await policy.generate([*head, *begun], Sampling(50), purpose="s", n=400)
-        step = await policy.generate([*head, *begun], Sampling(50, 0.0, stop=frozenset({newline})), purpose="s")
-        cut = await policy.generate(head, Sampling(2), purpose="s")
-        right, wrong = tokenizer.encode("1 + 2 = 3"), tokenizer.encode("1 + 2 = 4")
-        values = [
-            (await prm.score([*head, *tail], [len(head) + len(tail)], (9, 10), purpose="v"))[0]
-            for tail in (right, wrong, begun)
-        ]
-        return rest, step, cut, values
-
-    rest, [step], [cut], values = results(backend, [0], work)[0]
-    share = Counter(tokenizer.decode(done.tokens) for done in rest)
-    assert set(share) == {"3 \n Answer 3", "4 \n Answer 4"} and all(done.eos for done in rest)
-    assert 0.65 < share["3 \n Answer 3"] / 400 < 0.85  # weights 3 : 1
-    assert tokenizer.decode(step.tokens) == "3 \n" and not step.eos and step.finish is Finish.STOP
-    assert cut.finish is Finish.LENGTH and len(cut.tokens) == 2
-    assert values == [pytest.approx(0.9, abs=0.05), pytest.approx(0.2, abs=0.05), pytest.approx(0.9, abs=0.05)]
-    assert ledger.tokens() == sum(row["prompt"] + row["generated"] + row["scored"] for row in ledger.rows()) > 0
-
-
-def test_the_script_dies_when_told(scripted):
-    backend, _ = scripted[0](dies_after=3)
-    head = scripted[1].encode("Q 1 + 2 ? \n Try")
-    with pytest.raises(EngineDied, match="policy_0"):
-        results(backend, [0], lambda _: backend.engine(Role.POLICY).generate(head, Sampling(9), purpose="s", n=4))
-
-
-# ---- models that are none ------------------------------------------------------------
-
-
-def test_a_path_that_is_no_model_is_named(tmp_path, weights):
-    base, adapter = weights
-    for path in (tmp_path / "missing", tmp_path):
-        with pytest.raises(NotAModel, match=str(path)) as caught:
-            load_tokenizer(str(path))
-        assert "\n" not in str(caught.value)
-    for kind in ("vllm", SCRIPTED):
-        with pytest.raises(NotAModel, match=str(tmp_path)):
-            open_backend(
-                EngineSpec(kind=kind), {Role.POLICY: ModelRef("p", str(tmp_path))}, Ledger("t", 0), 0, tmp_path
-            )
-    with pytest.raises(NotAModel, match="adapter_config.json is missing"):
-        parameters(ModelRef("p", base, str(tmp_path)))
-    with pytest.raises(ValueError, match="engine.max_model_len: 1024 .* 256 positions"):
-        open_backend(EngineSpec(), {Role.POLICY: ModelRef("p", base)}, Ledger("t", 0), 0, tmp_path)
-
-
-class Planted:
-    """What runs when it is unpickled."""
-
-    def __init__(self, canary):
-        self.canary = str(canary)
-
-    def __reduce__(self):
-        return (open, (self.canary, "w"))
-
-
-def test_pickled_weights_are_loaded_by_nobody(tmp_path, weights):
-    canary, folder = tmp_path / "canary", tmp_path / "pickled"
-    shutil.copytree(weights[0], folder)
-    for file in folder.glob("*.safetensors"):
-        file.unlink()
-    torch.save({"model.embed_tokens.weight": Planted(canary)}, folder / "pytorch_model.bin")
-    with pytest.raises(NotAModel, match=r"no model could be loaded"):
-        load_merged(ModelRef("p", str(folder)), "float32")
-    with pytest.raises(OSError, match="safetensors"):
-        forward_values(str(folder), None, [], LABELS, 1)
-    with pytest.raises(EngineDied, match="did not start for p"):
-        open_backend(
-            EngineSpec(max_model_len=64), {Role.POLICY: ModelRef("p", str(folder))}, Ledger("t", 0), 0, tmp_path
-        )
-    assert not canary.exists()
-
-
-def test_parameters_count_base_and_adapter(weights):
-    base, adapter = weights
-    bare = sum(weight.numel() for weight in reference(weights, False).parameters())
-    assert parameters(ModelRef("p", base)) == bare
-    lora = 2 * 8 * (4 * (64 + 64) + 3 * (64 + 128))  # 2 layers, rank 8: q k v o, gate up down
-    assert parameters(ModelRef("p", base, adapter)) == bare + lora

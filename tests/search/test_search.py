@@ -14,7 +14,7 @@ import pytest
 
 from data.chain.tokenizer import build
 from flywheel.ledger import Ledger, metered
-from flywheel.models.driver import Drawn, Driver, Served
+from flywheel.models.driver import Backend, Output, ServedModel
 from flywheel.models.engine import Sampling
 from flywheel.models.prm import Prm
 from flywheel.models.prompts import Prompts
@@ -57,7 +57,7 @@ class Say:
         self.dealt: Counter[str] = Counter()
         self.asked: list[str] = []
         self.read: list[str] = []  # what the judge was asked to value
-        self.waiting: list[tuple[asyncio.Future, Drawn]] = []
+        self.waiting: list[tuple[asyncio.Future, Output]] = []
 
     def submit(self, prompt, ask, adapter) -> asyncio.Future:
         text = TOKENIZER.decode(list(prompt))
@@ -74,22 +74,19 @@ class Say:
                 TOKENIZER.decode(list(prompt[:read])).split("Check", 1)[1].strip().split("\n")[-1] for read in ask.reads
             ]
             self.read += lines
-            drawn = Drawn((), Finish.LENGTH, False, values=tuple(self.values[line] for line in lines))
+            drawn = Output((), Finish.LENGTH, False, values=tuple(self.values[line] for line in lines))
         future = asyncio.get_running_loop().create_future()
         self.waiting.append((future, drawn))
         return future
 
-    def drawn(self, line: str, ask: Sampling) -> Drawn:
+    def drawn(self, line: str, ask: Sampling) -> Output:
         tokens = ids(line)
         end = next((i + 1 for i, token in enumerate(tokens) if token in ask.stop), None)
         if (end or len(tokens) + 1) > ask.max_tokens:
-            return Drawn(tuple(tokens[: ask.max_tokens]), Finish.LENGTH, False)
+            return Output(tuple(tokens[: ask.max_tokens]), Finish.LENGTH, False)
         if end:
-            return Drawn(tuple(tokens[:end]), Finish.STOP, False)
-        return Drawn((*tokens, TOKENIZER.eos_token_id), Finish.STOP, True)
-
-    def seed(self, seed: int) -> None:
-        """Nothing is drawn."""
+            return Output(tuple(tokens[:end]), Finish.STOP, False)
+        return Output((*tokens, TOKENIZER.eos_token_id), Finish.STOP, True)
 
     @property
     def busy(self) -> bool:
@@ -111,10 +108,10 @@ class Bench:
         self.ledger = Ledger("test", 1)
         self.devices = {Role.POLICY: Say(policy), Role.PRM: Say(values=values), Role.REVISER: Say(reviser)}
         engines = {
-            role: Served(role, f"{role}_1", 10, max_model_len, device, self.ledger)
+            role: ServedModel(role, f"{role}_1", 10, max_model_len, device, self.ledger)
             for role, device in self.devices.items()
         }
-        self.driver = Driver(engines, list(self.devices.values()), seed=0)
+        self.driver = Backend(engines, list(self.devices.values()))
         prompts = Prompts(SPEC, TOKENIZER)
         self.searcher = Searcher(
             engines[Role.POLICY],
