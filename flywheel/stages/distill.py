@@ -13,7 +13,7 @@ from flywheel.stages.kit import examples, harvested, start, text_tools
 
 
 def train(ctx: Context) -> dict:
-    from flywheel.training.sft import train_sft
+    from flywheel.training import Job, train_sft
 
     prompts, reader = text_tools(ctx)
     spec = ctx.recipe.distill
@@ -31,19 +31,8 @@ def train(ctx: Context) -> dict:
         for row in rows
     )
     fit, check, too_long = examples(targets, held, spec.max_length)
-    report = train_sft(
-        fit,
-        check,
-        base=ctx.recipe.model.base,
-        model=ctx.recipe.model,
-        spec=spec,
-        out=ctx.dir,
-        seed=ctx.seed("train") % 2**31,
-        keep="last",
-        role=Role.POLICY,
-        ledger=ctx.ledger,
-        start=start(ctx, spec),
-    )
+    job = Job(ctx.recipe.model, spec, ctx.dir, ctx.seed("train"), "last", Role.POLICY, ctx.ledger, start(ctx, spec))
+    report = train_sft(fit, check, job)
     return {
         "trained": True,
         "examples": len(fit),

@@ -39,7 +39,7 @@ from flywheel.records import (
 from flywheel.runs.run import Context, read_table
 from flywheel.search.run import search
 from flywheel.search.tools import Tools
-from flywheel.training.sft import Example
+from flywheel.training import Example
 
 T = TypeVar("T")
 R = TypeVar("R")

@@ -14,7 +14,7 @@ from flywheel.stages.kit import by_question, difficulties, start, text_tools
 
 if TYPE_CHECKING:
     from flywheel.models.prompts import Prompts
-    from flywheel.training.prm import PrmExample
+    from flywheel.training import PrmExample
 
 
 def held_out(ctx: Context, questions: list[str]) -> set[str]:
@@ -30,7 +30,7 @@ def example(
     values: tuple[float, ...],
     weights: tuple[float, ...] | None = None,
 ) -> PrmExample:
-    from flywheel.training.prm import PrmExample
+    from flywheel.training import PrmExample
 
     tokens, reads = encode(prompts, problem.question, solution.steps)
     return PrmExample(tuple(tokens), tuple(reads), values, weights, question_id=problem.id)
@@ -48,7 +48,7 @@ class Labelled:
 
 
 def labelled(ctx: Context, prompts: Prompts, problems: dict[str, Problem]) -> Labelled:
-    from flywheel.training.prm import targets
+    from flywheel.training.examples import targets
 
     rows = list(ctx.read(StepValues, "label"))
     solutions = {s.id: s for s in ctx.read(Solution, "sample")}
@@ -69,7 +69,8 @@ def labelled(ctx: Context, prompts: Prompts, problems: dict[str, Problem]) -> La
 
 def train(ctx: Context) -> dict:
     from flywheel.models.steps import one_token
-    from flywheel.training.prm import calibration, score_all, train_prm, within_question_auc
+    from flywheel.training import Job, train_prm
+    from flywheel.training.scores import calibration, score_all, within_question_auc
 
     prompts, _ = text_tools(ctx)
     spec, base = ctx.recipe.prm, ctx.recipe.model.base
@@ -83,20 +84,8 @@ def train(ctx: Context) -> dict:
             f"train_prm: {len(fit)} labelled solutions to train on and {len(check)} to validate on ({found.silent} of questions never answered right,"
             f" {found.too_long} longer than prm.max_length {spec.max_length} left out); more label.questions, or a greater prm.max_length"
         )
-    report = train_prm(
-        fit,
-        check,
-        labels=labels,
-        base=base,
-        model=ctx.recipe.model,
-        spec=spec,
-        out=ctx.dir,
-        seed=ctx.seed("train") % 2**31,
-        keep="best",
-        role=Role.PRM,
-        ledger=ctx.ledger,
-        start=start(ctx, spec),
-    )
+    job = Job(ctx.recipe.model, spec, ctx.dir, ctx.seed("train"), "best", Role.PRM, ctx.ledger, start(ctx, spec))
+    report = train_prm(fit, check, labels, job)
     if ctx.rank:
         return {}
 
