@@ -33,7 +33,7 @@ from flywheel.problems.grading import answer_key
 from flywheel.records import Role, Split
 from flywheel.stages.kit import test_samples, text_tools
 from flywheel.stages.train_prm import Labelled, example, labelled
-from flywheel.training.prm import PrmExample, score_all, train_prm, within_question_auc
+from flywheel.training import Job, PrmExample, train_prm
 
 DRAWS = 32
 
@@ -73,6 +73,8 @@ class Judged:
 
 
 def judge(run: Path, other: Path, round: int) -> Judged:
+    from flywheel.training.scores import score_all, within_question_auc
+
     ctx = context(run, round)
     ctx.dir.mkdir(parents=True, exist_ok=True)
     base = ctx.recipe.model.base
@@ -110,19 +112,9 @@ def judge(run: Path, other: Path, round: int) -> Judged:
     area = {}
     for name, (fit, check) in data.items():
         out = ctx.dir / f"foreign_{name}"
-        train_prm(
-            fit,
-            check,
-            labels=labels,
-            base=base,
-            model=ctx.recipe.model,
-            spec=ctx.recipe.prm,
-            out=out,
-            seed=ctx.recipe.seed,
-            keep="best",
-            role=Role.PRM,
-            ledger=Ledger("foreign", round),
-        )
+        ledger = Ledger("foreign", round)
+        job = Job(ctx.recipe.model, ctx.recipe.prm, out, ctx.recipe.seed, "best", Role.PRM, ledger)
+        train_prm(fit, check, labels, job)
         values = score_all(base, str(out / "adapter"), examples, labels, ledger=Ledger("foreign", round))
         score = {(s.question_id, s.tokens): aggregate(v, ctx.recipe.prm.aggregate) for s, v in zip(distinct, values)}
         rows = [

@@ -37,7 +37,7 @@ from flywheel.runs.run import Context, Stage, fill
 from flywheel.runs.shards import shard_dirs
 from flywheel.search.select import majority, weighted
 from flywheel.stages.kit import answer_is_right, by_question, ids, kit, searchers, text_tools
-from flywheel.training.prm import PrmExample, score_all, train_prm, within_question_auc
+from flywheel.training import Job, PrmExample, train_prm
 
 READS = ("train_prm", "choose_reviser", "gate@-1?", "distill@-1?")
 
@@ -110,6 +110,8 @@ def example(
 
 def study(run: Path, round: int, attempts: int) -> dict[str, dict[str, float]]:
     """verifier -> question -> 1.0 where the answer selected from the chain is right; `auc:` rows have one value, under ""."""
+    from flywheel.training.scores import score_all, within_question_auc
+
     recipe = load(run / "recipe.yaml")
     train, train_right = chains(run, round, Split.TRAIN, Revise(4, 2, "majority"), 300)
     test, right = chains(run, round, Split.TEST, Revise(attempts, 1, "majority"), None)
@@ -135,15 +137,8 @@ def study(run: Path, round: int, attempts: int) -> dict[str, dict[str, float]]:
         train_prm(
             [e for kept, e in rows if not kept],
             [e for kept, e in rows if kept],
-            labels=labels,
-            base=base,
-            model=recipe.model,
-            spec=spec,
-            out=out,
-            seed=recipe.seed,
-            keep="best",
-            role=Role.PRM,
-            ledger=Ledger("history", round),
+            labels,
+            Job(recipe.model, spec, out, recipe.seed, "best", Role.PRM, Ledger("history", round)),
         )
         adapters[name] = str(out / "adapter")
     readable = [(chain, i) for chain in test for i, s in enumerate(chain) if s.answer is not None]

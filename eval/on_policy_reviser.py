@@ -29,7 +29,7 @@ from flywheel.records import Finish, ModelRef, Revise, Role, Solution, Split, Tr
 from flywheel.runs.run import Context, Stage
 from flywheel.stages.kit import closed, examples, text_tools
 from flywheel.stages.train_reviser import trajectories
-from flywheel.training.sft import train_sft
+from flywheel.training import Job, train_sft
 
 
 def first_right(chain: Sequence[Solution], right: dict[str, bool], context: int) -> Trajectory | None:
@@ -80,18 +80,8 @@ def play(run: Path, round: int, attempts: int, count: int) -> tuple[list[int], d
         )
         fit, check, _ = examples(texts, held, recipe.reviser.max_length)
         at = run / "studies" / f"round_{round}" / f"reviser_{name}"
-        train_sft(
-            fit,
-            check,
-            base=recipe.model.base,
-            model=recipe.model,
-            spec=recipe.reviser,
-            out=at,
-            seed=recipe.seed,
-            keep="last",
-            role=Role.REVISER,
-            ledger=Ledger("on_policy", round),
-        )
+        ledger = Ledger("on_policy", round)
+        train_sft(fit, check, Job(recipe.model, recipe.reviser, at, recipe.seed, "last", Role.REVISER, ledger))
         ref = ModelRef(f"reviser_{name}", recipe.model.base, str(at / "adapter"))
         played, graded = chains(run, round, Split.TEST, Revise(attempts, 1, "majority"), count, ref)
         played.sort(key=lambda chain: chain[0].question_id)

@@ -19,7 +19,7 @@ from flywheel.recipe import load
 from flywheel.records import Role, Split
 from flywheel.runs.run import Context, Stage
 from flywheel.stages.kit import difficulties, text_tools
-from flywheel.training.sft import Example, train_sft
+from flywheel.training import Example, Job, train_sft
 
 BINS = 5
 
@@ -47,18 +47,8 @@ def train(run: Path, round: int) -> dict:
         example = Example((*prompt, names[found[problem.question.id] - 1]), len(prompt))
         (check if i % 10 == 0 else fit).append(example)
     spec = ctx.recipe.prm.model_copy(update={"epochs": 6, "evals": 12})  # stops at the lowest validation loss
-    report = train_sft(
-        fit,
-        check,
-        base=ctx.recipe.model.base,
-        model=ctx.recipe.model,
-        spec=spec,
-        out=out,
-        seed=ctx.recipe.seed,
-        keep="best",
-        role=Role.POLICY,
-        ledger=Ledger("prompt_head", round),
-    )
+    ledger = Ledger("prompt_head", round)
+    report = train_sft(fit, check, Job(ctx.recipe.model, spec, out, ctx.recipe.seed, "best", Role.POLICY, ledger))
     return {"questions": len(fit), "validation_questions": len(check), "curve": report.curve}
 
 

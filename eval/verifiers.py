@@ -25,7 +25,8 @@ from flywheel.records import Problem, Role, Solution, Split, StepValues
 from flywheel.runs.run import Context, Stage
 from flywheel.search.select import majority, weighted
 from flywheel.stages.kit import answer_is_right, test_samples, text_tools
-from flywheel.training.prm import PrmExample, score_all, targets, train_prm, within_question_auc
+from flywheel.training import Job, PrmExample, train_prm
+from flywheel.training.examples import targets
 
 AGGREGATES = ("last", "min", "product")
 
@@ -57,24 +58,16 @@ def true_prm(ctx: Context, problems: dict[str, Problem]) -> str:
         example = PrmExample(tuple(tokens), tuple(reads), values, weights, question_id=problem.id)
         (check if problem.id in held else fit).append(example)
     out = ctx.dir / "true_steps"
-    train_prm(
-        fit,
-        check,
-        labels=label_ids(prompts.tokenizer, ctx.recipe.prm.labels),
-        base=ctx.recipe.model.base,
-        model=ctx.recipe.model,
-        spec=ctx.recipe.prm,
-        out=out,
-        seed=ctx.recipe.seed,
-        keep="best",
-        role=Role.PRM,
-        ledger=Ledger("verifiers", ctx.round),
-    )
+    ledger = Ledger("verifiers", ctx.round)
+    job = Job(ctx.recipe.model, ctx.recipe.prm, out, ctx.recipe.seed, "best", Role.PRM, ledger)
+    train_prm(fit, check, label_ids(prompts.tokenizer, ctx.recipe.prm.labels), job)
     return str(out / "adapter")
 
 
 def study(run: Path, round: int) -> dict[str, dict[str, float]]:
     """method -> question -> 1.0 where the selected answer is right (`auc:` rows: one value, under "")."""
+    from flywheel.training.scores import score_all, within_question_auc
+
     ctx = context(run, round)
     ctx.dir.mkdir(parents=True, exist_ok=True)
     problems = {p.id: p for p in ctx.problems(Split.TRAIN, Split.TEST)}

@@ -127,7 +127,7 @@ class TrainSpec(Spec):
 
 class PrmSpec(TrainSpec):
     labels: Pair[str] = ("+", "-")  # good, bad: single tokens
-    target: Literal["value", "progress"] = "value"  # what a step's label says: see training/prm.py, `targets`
+    target: Literal["value", "progress"] = "value"  # what a step's label says: see training/examples.py, `targets`
     aggregate: Literal["last", "min", "product", "mean"] = "last"
 
 

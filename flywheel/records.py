@@ -87,7 +87,8 @@ class Solution:
 
     `answer` is the extracted final answer (normalised text), or None where none could
     be parsed. `purpose` is what it was drawn for (`sample`, `beam`, `control`), `model` the name of the model that
-    wrote it. `draw` names the independent draw that it belongs to: a whole revision chain, or a whole beam search, is one.
+    wrote it. `draw` names the independent draw that it belongs to: a whole revision chain, or a whole beam search, is
+    one.
     """
 
     id: str

@@ -1,6 +1,7 @@
 """SFT on every round's harvest: policy r.
 
-On a fresh adapter of the frozen base, as STaR, ReST^EM and rStar-Math restart, or on from the last policy's (`distill.start`).
+On a fresh adapter of the frozen base, as STaR, ReST^EM and rStar-Math restart, or on from the last policy's
+(`distill.start`).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from flywheel.stages.shared import examples, harvested, start
 
 
 def train(ctx: Context) -> dict:
-    from flywheel.training.sft import train_sft
+    from flywheel.training import Job, train_sft
 
     prompts, reader = prompts_and_reader(ctx)
     spec = ctx.recipe.distill
@@ -33,19 +34,8 @@ def train(ctx: Context) -> dict:
         for row in rows
     )
     fit, check, too_long = examples(targets, held, spec.max_length)
-    report = train_sft(
-        fit,
-        check,
-        base=ctx.recipe.model.base,
-        model=ctx.recipe.model,
-        spec=spec,
-        out=ctx.dir,
-        seed=ctx.seed("train") % 2**31,
-        keep="last",
-        role=Role.POLICY,
-        ledger=ctx.ledger,
-        start=start(ctx, spec),
-    )
+    job = Job(ctx.recipe.model, spec, ctx.dir, ctx.seed("train"), "last", Role.POLICY, ctx.ledger, start(ctx, spec))
+    report = train_sft(fit, check, job)
     return {
         "trained": True,
         "examples": len(fit),

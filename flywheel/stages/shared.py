@@ -15,7 +15,7 @@ from flywheel.records import Difficulty, Finish, Grade, Harvested, ModelRef, Rol
 from flywheel.runs.files import read_table
 from flywheel.runs.run import Context, Run
 from flywheel.runs.stage import Input
-from flywheel.training.sft import Example
+from flywheel.training import Example
 
 T = TypeVar("T")
 LAST_POLICY = (Input("gate", back=1, optional=True), Input("distill", back=1, optional=True))

@@ -4,25 +4,60 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from flywheel.errors import UserError
-from flywheel.models.prm import aggregate, encode
+from flywheel.models.prm import aggregate, encode, label_ids
+from flywheel.models.prompts import Prompts
 from flywheel.records import Grade, Problem, Role, Solution, Split, StepValues, Verdict
 from flywheel.runs.run import Context
 from flywheel.runs.stage import Input, Stage
 from flywheel.stages.kit import prompts_and_reader
-from flywheel.stages.shared import by_question, sampled_rates, start
-
-if TYPE_CHECKING:
-    from flywheel.models.prompts import Prompts
-    from flywheel.training.prm import PrmExample
+from flywheel.stages.shared import sampled_rates, start
+from flywheel.training import Job, PrmExample, train_prm
+from flywheel.training.examples import targets
 
 
-def held_out(ctx: Context, questions: list[str]) -> set[str]:
+@dataclass
+class Labelled:
+    """What the round's labels say, as training examples. `held`: the questions whose labels validate."""
+
+    target: str
+    held: set[str]
+    fit: list[PrmExample] = field(default_factory=list)
+    check: list[PrmExample] = field(default_factory=list)
+    silent: int = 0  # left out: of progress, a solution of a question that was never answered right
+    too_long: int = 0  # left out
+
+
+def held_out(ctx: Context, questions: set[str]) -> set[str]:
     """The questions whose labels validate: a seeded share of the labelled ones, at least one."""
     count = max(1, round(len(questions) * ctx.recipe.label.validation))
     return set(random.Random(ctx.seed("held out")).sample(sorted(questions), count))
+
+
+def labelled(ctx: Context, prompts: Prompts, problems: dict[str, Problem]) -> Labelled:
+    rows = list(ctx.read(StepValues, "label"))
+    questions, rates = {row.question_id for row in rows}, sampled_rates(ctx)
+    solutions = {s.id: s for s in ctx.read(Solution, "sample")}
+    # where no labelled question was ever answered right there is no progress to learn from, and the values serve
+    target = ctx.recipe.prm.target if any(rates[question] for question in questions) else "value"
+    out = Labelled(target, held_out(ctx, questions))
+    for row in rows:
+        values, weights = targets(row.values, rates[row.question_id], target)
+        made = example(prompts, problems[row.question_id], solutions[row.solution_id], values, weights)
+        if not sum(weights):
+            out.silent += 1
+        elif len(made.tokens) > ctx.recipe.prm.max_length:
+            out.too_long += 1
+        else:
+            (out.check if row.question_id in out.held else out.fit).append(made)
+    if not out.fit or not out.check:
+        raise UserError(
+            f"train_prm: {len(out.fit)} labelled solutions to train on and {len(out.check)} to validate on"
+            f" ({out.silent} of questions never answered right, {out.too_long} longer than prm.max_length"
+            f" {ctx.recipe.prm.max_length} left out); more label.questions, or a greater prm.max_length"
+        )
+    return out
 
 
 def example(
@@ -32,114 +67,39 @@ def example(
     values: tuple[float, ...],
     weights: tuple[float, ...] | None = None,
 ) -> PrmExample:
-    from flywheel.training.prm import PrmExample
-
     tokens, reads = encode(prompts, problem.question, solution.steps)
     return PrmExample(tuple(tokens), tuple(reads), values, weights, question_id=problem.id)
 
 
-@dataclass
-class Labelled:
-    """What the round's labels say, as training examples."""
-
-    target: str
-    fit: list[PrmExample] = field(default_factory=list)
-    check: list[PrmExample] = field(default_factory=list)
-    silent: int = 0  # left out: of progress, a solution of a question that was never answered right
-    too_long: int = 0  # left out
-
-
-def labelled(ctx: Context, prompts: Prompts, problems: dict[str, Problem]) -> Labelled:
-    from flywheel.training.prm import targets
-
-    rows = list(ctx.read(StepValues, "label"))
-    solutions = {s.id: s for s in ctx.read(Solution, "sample")}
-    held, rates = held_out(ctx, list({row.question_id for row in rows})), sampled_rates(ctx)
-    # where no labelled question was ever answered right there is no progress to learn from, and the values serve
-    out = Labelled(ctx.recipe.prm.target if any(rates[row.question_id] for row in rows) else "value")
-    for row in rows:
-        values, weights = targets(row.values, rates[row.question_id], out.target)
-        made = example(prompts, problems[row.question_id], solutions[row.solution_id], values, weights)
-        if not sum(weights):
-            out.silent += 1
-        elif len(made.tokens) > ctx.recipe.prm.max_length:
-            out.too_long += 1
-        else:
-            (out.check if row.question_id in held else out.fit).append(made)
-    return out
-
-
 def train(ctx: Context) -> dict:
-    from flywheel.models.steps import one_token
-    from flywheel.training.prm import calibration, score_all, train_prm, within_question_auc
-
     prompts, _ = prompts_and_reader(ctx)
-    spec, base = ctx.recipe.prm, ctx.recipe.model.base
-    labels = tuple(one_token(prompts.tokenizer, word, "prm.labels") for word in spec.labels)
+    spec = ctx.recipe.prm
+    labels = label_ids(prompts.tokenizer, spec.labels)
     problems = {p.id: p for p in ctx.problems(Split.TRAIN)}
     found = labelled(ctx, prompts, problems)
-    fit, check = found.fit, found.check
-    held = held_out(ctx, list({row.question_id for row in ctx.read(StepValues, "label")}))
-    if not fit or not check:
-        raise UserError(
-            f"train_prm: {len(fit)} labelled solutions to train on and {len(check)} to validate on ({found.silent} of questions never answered right,"
-            f" {found.too_long} longer than prm.max_length {spec.max_length} left out); more label.questions, or a greater prm.max_length"
-        )
-    report = train_prm(
-        fit,
-        check,
-        labels=labels,
-        base=base,
-        model=ctx.recipe.model,
-        spec=spec,
-        out=ctx.dir,
-        seed=ctx.seed("train") % 2**31,
-        keep="best",
-        role=Role.PRM,
-        ledger=ctx.ledger,
-        start=start(ctx, spec),
-    )
+    job = Job(ctx.recipe.model, spec, ctx.dir, ctx.seed("train"), "best", Role.PRM, ctx.ledger, start(ctx, spec))
+    report = train_prm(found.fit, found.check, labels, job)
     if ctx.rank:
         return {}
-
-    # All graded samples of the held-out questions, scored by the PRM and by the un-finetuned base.
-    grades = {g.solution_id: g for g in ctx.read(Grade, "sample") if g.question_id in held}
-    groups = by_question(s for s in ctx.read(Solution, "sample") if s.question_id in held)
-    pool = [
-        s for group in groups.values() for s in group if grades[s.id].verdict in (Verdict.CORRECT, Verdict.INCORRECT)
-    ]
-    scored = [example(prompts, problems[s.question_id], s, (0.0,) * len(s.steps)) for s in pool]
-    right = [grades[s.id].correct for s in pool]
-    names = [s.question_id for s in pool]
-    figures = {}
-    for name, adapter in (("", str(ctx.dir / "adapter")), ("_base", None)):
-        values = score_all(base, adapter, scored, labels, ledger=ctx.ledger, purpose="validate")
-        for how in ("last", "min", "product"):
-            figures[f"auc_within_question_{how}{name}"] = within_question_auc(
-                [aggregate(v, how) for v in values], right, names
-            )
-        figures[f"auc_within_question{name}"] = within_question_auc(
-            [aggregate(v, spec.aggregate) for v in values], right, names
-        )
-        figures[f"calibration{name}"] = calibration(
-            [aggregate(v, spec.aggregate) for v in values], [float(r) for r in right]
-        )
+    figures = quality(ctx, prompts, problems, found.held, labels)
     ours, bare = figures["auc_within_question"], figures["auc_within_question_base"]
     refused = {}
     if ours is not None and ours < 0.5:  # None, where no held-out question has both kinds of solutions, says nothing
-        why = f"worse than chance: within-question AUC {ours:.2f} (the un-finetuned base {bare:.2f}); the base judges this round"
-        refused = {"refused": True, "why": why}
+        refused = {
+            "refused": True,
+            "why": f"worse than chance: within-question AUC {ours:.2f} (the un-finetuned base {bare:.2f});"
+            " the base judges this round",
+        }
     return {
         "model": f"prm_{ctx.round}",
         **refused,
         "labels_by": ctx.model(Role.POLICY, ctx.round - 1).name,
-        "examples": len(fit),
-        "validation_examples": len(check),
+        "examples": len(found.fit),
+        "validation_examples": len(found.check),
         "target": found.target,
         "silent": found.silent,
         "too_long": found.too_long,
-        "steps": sum(len(e.reads) for e in fit),
-        "auc_questions": len(set(names)),
+        "steps": sum(len(e.reads) for e in found.fit),
         "train_seconds": report.seconds,
         "best": {"step": report.best.step, "epoch": report.best.epoch, "eval_loss": report.best.eval_loss},
         "curve": report.curve,
@@ -147,12 +107,32 @@ def train(ctx: Context) -> dict:
     }
 
 
+def quality(
+    ctx: Context, prompts: Prompts, problems: dict[str, Problem], held: set[str], labels: tuple[int, int]
+) -> dict:
+    """How well the PRM, and the un-finetuned base, tell right from wrong among the samples of held-out questions."""
+    from flywheel.training.scores import calibration, score_all, within_question_auc
+
+    verdicts = {g.solution_id: g.verdict for g in ctx.read(Grade, "sample") if g.question_id in held}
+    decided = (Verdict.CORRECT, Verdict.INCORRECT)
+    pool = [s for s in ctx.read(Solution, "sample") if s.question_id in held and verdicts[s.id] in decided]
+    scored = [example(prompts, problems[s.question_id], s, (0.0,) * len(s.steps)) for s in pool]
+    right, questions = [verdicts[s.id] is Verdict.CORRECT for s in pool], [s.question_id for s in pool]
+    figures: dict = {"auc_questions": len(set(questions))}
+    for name, adapter in (("", str(ctx.dir / "adapter")), ("_base", None)):
+        values = score_all(ctx.recipe.model.base, adapter, scored, labels, ledger=ctx.ledger, purpose="validate")
+        scores = {how: [aggregate(v, how) for v in values] for how in ("last", "min", "product", "mean")}
+        for how in ("last", "min", "product"):
+            figures[f"auc_within_question_{how}{name}"] = within_question_auc(scores[how], right, questions)
+        chosen = scores[ctx.recipe.prm.aggregate]
+        figures[f"auc_within_question{name}"] = within_question_auc(chosen, right, questions)
+        figures[f"calibration{name}"] = calibration(chosen, [float(r) for r in right])
+    return figures
+
+
 STAGE = Stage(
     name="train_prm",
     sections=("prm", "label", "prompts", "model"),
-    inputs=(
-        Input("sample"),
-        Input("label"),
-    ),
+    inputs=(Input("sample"), Input("label")),
     train=train,
 )

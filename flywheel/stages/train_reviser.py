@@ -44,7 +44,7 @@ def history(target: Solution, wrong: list[Solution], count: int, rng: random.Ran
 
 
 def train(ctx: Context) -> dict:
-    from flywheel.training.sft import train_sft
+    from flywheel.training import Job, train_sft
 
     prompts, reader = prompts_and_reader(ctx)
     spec = ctx.recipe.reviser
@@ -67,19 +67,8 @@ def train(ctx: Context) -> dict:
         for row in rows
     )
     fit, check, too_long = examples(targets, held, spec.max_length)
-    report = train_sft(
-        fit,
-        check,
-        base=ctx.recipe.model.base,
-        model=ctx.recipe.model,
-        spec=spec,
-        out=ctx.dir,
-        seed=ctx.seed("train") % 2**31,
-        keep="all",
-        role=Role.REVISER,
-        ledger=ctx.ledger,
-        start=start(ctx, spec),
-    )
+    job = Job(ctx.recipe.model, spec, ctx.dir, ctx.seed("train"), "all", Role.REVISER, ctx.ledger, start(ctx, spec))
+    report = train_sft(fit, check, job)
     lengths = [len(row.attempts) - 1 for row in rows]
     return {
         "trained": True,

@@ -1,1 +1,45 @@
-"""LoRA trainings of the three roles, on TRL and accelerate."""
+"""LoRA trainings of the three roles, on TRL and accelerate. Importing this imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from flywheel.training.checkpoints import Job, TrainReport
+from flywheel.training.examples import Example, PrmExample, TrainingError, rows
+
+
+def train_sft(train: Sequence[Example], validation: Sequence[Example], job: Job) -> TrainReport:
+    """Train on the mean negative log-likelihood of the tokens after `loss_from`; leaves `out/adapter/`.
+
+    Call it on every rank of the launch environment. Called again after a kill it goes on from the
+    last complete checkpoint; called again after the end it returns the same report. Charges
+    `job.ledger` the training tokens of every epoch, and validation as scored tokens.
+    Raises TrainingError for malformed examples, ones longer than `spec.max_length`, a batch size
+    that the ranks cannot share, a loss that is not finite, or a device too small for one sequence.
+    """
+    from flywheel.training.trainer import SftTrainer, fit
+
+    return fit(SftTrainer, *_checked(train, validation, job), job)
+
+
+def train_prm(
+    train: Sequence[PrmExample], validation: Sequence[PrmExample], labels: tuple[int, int], job: Job
+) -> TrainReport:
+    """Train the PRM: P(labels[0]) / (P(labels[0]) + P(labels[1])) at each read towards its value; labels are token ids.
+
+    The loss is soft binary cross-entropy (Snell et al. 2024, appendix D), averaged over all reads of
+    the global batch by their weights. Otherwise as `train_sft`.
+    """
+    from flywheel.training.trainer import PrmTrainer, fit
+
+    return fit(PrmTrainer, *_checked(train, validation, job), job, labels)
+
+
+def _checked(train: Sequence, validation: Sequence, job: Job) -> tuple[list[dict], list[dict]]:
+    longest = job.spec.max_length
+    checked = rows("training", train, longest), rows("validation", validation, longest)
+    if not train:
+        raise TrainingError(f"no training example for the {job.role}")
+    if job.keep != "last" and not validation:
+        raise TrainingError(f"keep={job.keep!r} chooses by validation loss, but there is no validation example")
+    return checked

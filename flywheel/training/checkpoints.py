@@ -1,28 +1,50 @@
-"""What both trainings share and needs no torch: reports, the order of the data, batch shares."""
+"""The directory of a training: what to resume from, which checkpoint is kept, the report. No torch.
+
+adapter/            the adapter that was kept
+checkpoints/step-N/ the adapter at every validation point; after the end only with `keep="all"`
+report.json         written when all is done
+trainer/            optimizer states to resume from, only while the training runs
+micro_batch.json    the largest micro batch that fits, once memory has run out, only while it runs
+"""
 
 from __future__ import annotations
 
 import hashlib
 import logging
-import math
-import random
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from flywheel.ledger import Ledger
+from flywheel.recipe import ModelSpec, TrainSpec
 from flywheel.runs.files import read_json, sha256, write_json
 
 log = logging.getLogger(__name__)
 
-Keep = Literal["best", "last", "all"]
+ROOM = "micro_batch.json"
+MARK = "complete.json"  # written last into a checkpoint of `trainer/`, once all ranks have saved
 
-WINDOW = 16  # batches that are ordered by length together: little padding, still a mixture
 
+@dataclass(frozen=True)
+class Job:
+    """What to train, where and how; the same on every rank.
 
-class TrainingError(RuntimeError):
-    """A training that cannot go on; the message says why and what to change."""
+    `keep`: `best` and `all` make `out/adapter` of the checkpoint with the lowest validation loss,
+    `last` of the end; `all` also leaves the adapter of every validation point in `out/checkpoints`.
+    `seed` is taken modulo 2^31. `start`: an adapter of the same shape to train on from, in place
+    of a fresh one. Rank 0 charges `ledger`, as `role`, for all ranks.
+    """
+
+    model: ModelSpec
+    spec: TrainSpec
+    out: Path
+    seed: int
+    keep: Literal["best", "last", "all"]
+    role: str
+    ledger: Ledger
+    start: str | None = None
 
 
 @dataclass(frozen=True)
@@ -37,9 +59,9 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class TrainReport:
-    """What a training did. Losses are nats per trained token (SFT) or per read position (PRM).
+    """What a training did. Losses are means in nats, per trained token (SFT) or unit of read weight (PRM).
 
-    `curve`: {step, loss, eval_loss}, None where not measured; its step 0 is the untrained base.
+    `curve`: {step, loss, eval_loss}, None where not measured; its step 0 is the model before training.
     `train_loss`: mean over the last stretch of the curve. `best`: the one kept as `adapter/`.
     `checkpoints`: those still on disk. `tokens`: all ranks, every epoch, padding left out.
     """
@@ -56,47 +78,9 @@ class TrainReport:
     parameters: int  # base and adapter
 
 
-def share(batch_size: int, micro_batch_size: int, world: int) -> tuple[int, int]:
-    """(sequences on one device at once, accumulation steps) so that their product x world = batch_size.
-
-    Takes the largest micro batch that divides. Raises TrainingError where the ranks cannot share it.
-    """
-    if batch_size % world:
-        raise TrainingError(
-            f"batch_size {batch_size} cannot be shared by {world} processes; make it a multiple of {world}"
-        )
-    mine = batch_size // world
-    micro = next(size for size in range(min(micro_batch_size, mine), 0, -1) if mine % size == 0)
-    return micro, mine // micro
-
-
-def order(lengths: Sequence[int], batch_size: int, epochs: float, seed: int) -> list[int]:
-    """Indices of all examples in training order: whole batches of `batch_size`, ceil(epochs x n / batch_size) of them.
-
-    The epochs run on as one stream of shuffles, so every batch is full, fractions of an
-    epoch work, and the batches are the same whatever the number of ranks. Batches hold
-    examples of like length; inside a batch they ascend.
-    """
-    count = len(lengths)
-    steps = max(1, math.ceil(round(epochs * count / batch_size, 9)))
-    rng, stream = random.Random(seed), []
-    while len(stream) < steps * batch_size:
-        stream += rng.sample(range(count), count)
-    stream = stream[: steps * batch_size]
-    # a window no longer than an epoch, lest a batch hold one example several times
-    window = batch_size * min(WINDOW, max(1, count // batch_size))
-    ordered = []
-    for start in range(0, len(stream), window):
-        part = sorted(stream[start : start + window], key=lambda index: lengths[index])
-        batches = [part[at : at + batch_size] for at in range(0, len(part), batch_size)]
-        rng.shuffle(batches)
-        ordered += [index for batch in batches for index in batch]
-    return ordered
-
-
-def points(steps: int, evals: int) -> list[int]:
-    """At most `evals` steps, evenly spread, the last step always among them."""
-    return sorted({max(1, round(steps * (i + 1) / evals)) for i in range(evals)})
+def points(steps: int, count: int) -> list[int]:
+    """At most `count` of the steps 1 to `steps`, evenly spread, the last step always among them."""
+    return sorted({max(1, round(steps * (i + 1) / count)) for i in range(count)})
 
 
 def digest(*parts: object) -> str:
@@ -115,40 +99,38 @@ def copy_adapter(source: Path, target: Path) -> None:
     temporary.replace(target)
 
 
-# ---- the directory of a training: adapter/, checkpoints/step-N/, report.json; while it runs, trainer/ ----
+def save_point(out: Path, step: int, mark: dict[str, Any], seconds: float) -> None:
+    """Copy the adapter of the trainer's checkpoint at `step`, and mark that checkpoint as complete."""
+    checkpoint = out / "trainer" / f"checkpoint-{step}"
+    copy_adapter(checkpoint, out / "checkpoints" / f"step-{step}")
+    write_json(checkpoint / MARK, {**mark, "seconds": seconds, "files": _sums(checkpoint)})
 
-ROOM = "micro_batch.json"  # the largest that fitted, once memory has run out
-MARK = "complete.json"  # written last into a trainer's checkpoint, once all ranks have saved
 
+def resume_point(out: Path, mark: dict[str, Any]) -> tuple[TrainReport | None, str | None, float]:
+    """What there is of the training that `mark` identifies: (report, checkpoint to resume from, seconds spent so far).
 
-def standing(out: Path, mark: dict[str, Any]) -> tuple[TrainReport | None, str | None, float]:
-    """What is already there for the training that `mark` identifies, clearing away what is of no use.
-
-    Returns (report if it is finished, else trainer checkpoint to resume from or None, seconds
-    spent so far). A checkpoint without its mark was cut off in writing and is deleted, as is one
-    whose files are not what they were (torch unpickles them: nothing else may be put there); one
-    with another mark (other data, other settings, DeepSpeed with other ranks) ends the lot.
+    The report is None unless the training is finished, the checkpoint None where it starts anew;
+    then `out` is cleared. A checkpoint without its mark was cut off while it was written and is
+    deleted; so is one whose files have changed since, because torch unpickles them. A checkpoint
+    with another mark (other data or settings; DeepSpeed with another number of ranks) means that
+    all of them belong to another training.
     """
     done = read_json(out / "report.json")
     if done and done.pop("fingerprint") == mark["fingerprint"]:
         done["checkpoints"] = [Checkpoint(**item) for item in done["checkpoints"]]
         return TrainReport(**{**done, "best": Checkpoint(**done["best"])}), None, 0.0
-    saved = sorted(
-        (out / "trainer").glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]), reverse=True
-    )
-    for path in saved:
-        found = read_json(path / MARK)
-        if found:
-            seconds, files = found.pop("seconds"), found.pop("files", None)
-            if found == mark:
-                if sums(path) == files:
-                    return None, str(path), seconds
-                log.warning("%s: damaged or altered since it was written, so it is not used", path)
-                shutil.rmtree(path)
-                continue
+    saved = (out / "trainer").glob("checkpoint-*")
+    for path in sorted(saved, key=lambda path: int(path.name.partition("-")[2]), reverse=True):
+        found = read_json(path / MARK) or {}
+        seconds, files = found.pop("seconds", 0.0), found.pop("files", None)
+        if found == mark and files == _sums(path):
+            return None, str(path), seconds
+        if found and found != mark:
             changed = "sharding" if found["fingerprint"] == mark["fingerprint"] else "data or settings"
             log.warning("%s: the %s changed since it was interrupted, so this training starts again", out, changed)
             break
+        if found:
+            log.warning("%s: damaged or altered since it was written, so it is not used", path)
         shutil.rmtree(path)
     for name in ("trainer", "checkpoints", "adapter"):
         shutil.rmtree(out / name, ignore_errors=True)
@@ -156,31 +138,35 @@ def standing(out: Path, mark: dict[str, Any]) -> tuple[TrainReport | None, str |
     return None, None, 0.0
 
 
-def sums(checkpoint: Path) -> dict[str, str]:
+def _sums(checkpoint: Path) -> dict[str, str]:
     """sha256 of every file of a trainer's checkpoint but its mark."""
     files = [path for path in sorted(checkpoint.rglob("*")) if path.is_file() and path.name != MARK]
     return {str(path.relative_to(checkpoint)): sha256(path) for path in files}
 
 
-def settle(out: Path, keep: Keep, curve: list[dict], epochs_per_step: float) -> tuple[list[Checkpoint], Checkpoint]:
-    """Make `out/adapter` of the checkpoint to keep; returns (checkpoints that will stay, that one)."""
-    losses = {point["step"]: point["eval_loss"] for point in curve}
-    steps = sorted(int(path.name.partition("-")[2]) for path in (out / "checkpoints").glob("step-*[0-9]"))
-    saved = [Checkpoint(n, n * epochs_per_step, losses.get(n), str(out / "checkpoints" / f"step-{n}")) for n in steps]
-    best = saved[-1] if keep == "last" else min(saved, key=lambda checkpoint: checkpoint.eval_loss)
-    copy_adapter(Path(best.path), out / "adapter")
-    if keep == "all":
+def choose(
+    job: Job, steps: Sequence[int], curve: list[dict], epochs_per_step: float
+) -> tuple[list[Checkpoint], Checkpoint]:
+    """Make `out/adapter` of the best checkpoint of those saved at `steps`, or of the last (`job.keep`).
+
+    Returns (the checkpoints that `conclude` leaves on disk, the chosen one).
+    """
+    losses, folder = {point["step"]: point["eval_loss"] for point in curve}, job.out / "checkpoints"
+    saved = [Checkpoint(n, n * epochs_per_step, losses[n], str(folder / f"step-{n}")) for n in steps]
+    best = saved[-1] if job.keep == "last" else min(saved, key=lambda checkpoint: checkpoint.eval_loss)
+    copy_adapter(Path(best.path), job.out / "adapter")
+    if job.keep == "all":
         return saved, best
-    best = replace(best, path=str(out / "adapter"))
+    best = replace(best, path=str(job.out / "adapter"))
     return [best], best
 
 
-def conclude(out: Path, keep: Keep, report: TrainReport, fingerprint: str) -> None:
+def conclude(job: Job, report: TrainReport, fingerprint: str) -> None:
     """Write the report, then drop what only a resume needs; safe to call again after a kill in between."""
-    write_json(out / "report.json", {"fingerprint": fingerprint, **asdict(report)})
-    for name in ("trainer",) if keep == "all" else ("trainer", "checkpoints"):
-        shutil.rmtree(out / name, ignore_errors=True)
-    (out / ROOM).unlink(missing_ok=True)
+    write_json(job.out / "report.json", {"fingerprint": fingerprint, **asdict(report)})
+    for name in ("trainer",) if job.keep == "all" else ("trainer", "checkpoints"):
+        shutil.rmtree(job.out / name, ignore_errors=True)
+    (job.out / ROOM).unlink(missing_ok=True)
 
 
 def curve_of(history: list[dict]) -> list[dict[str, Any]]:
@@ -191,16 +177,3 @@ def curve_of(history: list[dict]) -> list[dict[str, Any]]:
             point = curve.setdefault(entry["step"], {"step": entry["step"], "loss": None, "eval_loss": None})
             point.update({name: entry[name] for name in ("loss", "eval_loss") if name in entry})
     return [curve[step] for step in sorted(curve)]
-
-
-def check_lengths(name: str, lengths: Sequence[int], longest: int, of: Sequence[str] | None = None) -> None:
-    """Nothing is cut silently: raises TrainingError for the first example longer than `longest` tokens."""
-    for index, length in enumerate(lengths):
-        if length > longest:
-            whose = f" (question {of[index]})" if of and of[index] else ""
-            more = sum(other > longest for other in lengths[index + 1 :])
-            raise TrainingError(
-                f"{name} example {index}{whose} has {length} tokens, max_length is {longest}"
-                + (f"; so have {more} more" if more else "")
-                + ": raise max_length or filter before training"
-            )

@@ -1,19 +1,25 @@
-"""Values at step ends by a direct transformers forward: the PRM's side of training, and its check."""
+"""Step values of a PRM by a direct transformers forward, and how good they are: AUC and calibration."""
 
 from __future__ import annotations
 
 import os
+from collections import defaultdict
+from collections.abc import Sequence
 
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from flywheel.ledger import Ledger
+from flywheel.records import Role
+from flywheel.training.examples import PrmExample, rows
+
 
 class PrmCollator:
-    """Rows -> padded tensors: input_ids and attention_mask (B, T); values, weights and `at` (B, R).
+    """Rows to padded tensors: input_ids and attention_mask (B, T); values, weights and `at` (B, R).
 
-    `positions` (U,) are the distinct positions read anywhere in the batch; `at` says which of
-    them each read is. Logits are made at these U positions only. Padded reads weigh 0.
+    `positions` (U,) are the distinct positions read anywhere in the batch, and logits are computed
+    at these only; `at` is the index into `positions` of each read. Padding reads have weight 0.
     """
 
     def __init__(self, pad: int):
@@ -38,10 +44,7 @@ class PrmCollator:
 
 
 def label_margins(model, batch: dict, labels: tuple[int, int]) -> torch.Tensor:
-    """Logit of labels[0] less that of labels[1] at every read, (B, R), float32.
-
-    Its sigmoid is the softmax over the two labels.
-    """
+    """Logit of labels[0] minus that of labels[1] at every read, (B, R), float32; its sigmoid is the value."""
     logits = model(
         input_ids=batch["input_ids"],
         attention_mask=batch["attention_mask"],
@@ -53,18 +56,19 @@ def label_margins(model, batch: dict, labels: tuple[int, int]) -> torch.Tensor:
 
 
 def on_cpu() -> bool:
+    """Whether there is no CUDA device, or accelerate was told not to use it."""
     return not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
 
 
 def dtype() -> str:
-    """Of the frozen base. LoRA weights and losses are float32 always."""
+    """That of the frozen base. LoRA weights and losses are always float32."""
     return "float32" if on_cpu() or not torch.cuda.is_bf16_supported() else "bfloat16"
 
 
 def forward_values(
     base: str, adapter: str | None, rows: list[dict], labels: tuple[int, int], batch_size: int
 ) -> tuple[list[tuple[float, ...]], int]:
-    """(values at each row's reads, parameters of the model)."""
+    """(values at each row's reads, in the order of the rows; parameters of the model, adapter included)."""
     device = "cpu" if on_cpu() else "cuda"
     model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype(), use_safetensors=True).to(device)
     if adapter:
@@ -80,3 +84,58 @@ def forward_values(
             for index, scores in zip(indices, label_margins(model, batch, labels).sigmoid().tolist()):
                 values[index] = tuple(scores[: len(rows[index]["reads"])])
     return values, sum(p.numel() for p in model.parameters())
+
+
+def score_all(
+    base: str,
+    adapter: str | None,
+    examples: Sequence[PrmExample],
+    labels: tuple[int, int],
+    *,
+    ledger: Ledger,
+    purpose: str = "score",
+    batch_size: int = 64,
+) -> list[tuple[float, ...]]:
+    """The values in [0, 1] at every example's reads, in the order given; all reads of an example in one pass.
+
+    Charges `ledger` as the PRM. Not distributed: call it on one rank. Raises TrainingError for a malformed example.
+    """
+    values, parameters = forward_values(base, adapter, rows("scored", examples), labels, batch_size)
+    ledger.charge(Role.PRM, purpose, parameters=parameters, scored=sum(len(e.tokens) for e in examples))
+    return values
+
+
+def within_question_auc(scores: Sequence[float], correct: Sequence[bool], questions: Sequence[str]) -> float | None:
+    """Mean ROC AUC of the questions that have both correct and incorrect solutions; None if there is none.
+
+    Unlike the AUC over all solutions it gives no credit for telling easy questions from hard ones.
+    """
+    from sklearn.metrics import roc_auc_score
+
+    groups: dict[str, list[tuple[bool, float]]] = defaultdict(list)
+    for score, right, question in zip(scores, correct, questions, strict=True):
+        groups[question].append((right, score))
+    areas = [roc_auc_score(*zip(*group)) for group in groups.values() if len({right for right, _ in group}) == 2]
+    return float(sum(areas) / len(areas)) if areas else None
+
+
+def calibration(scores: Sequence[float], targets: Sequence[float], bins: int = 10) -> list[dict]:
+    """Equal-width bins over [0, 1]: {low, high, n, score, target}, the means of each non-empty bin.
+
+    A calibrated PRM has score = target in every bin. The last bin includes 1. Raises ValueError for other scores.
+    """
+    groups: dict[int, list[tuple[float, float]]] = defaultdict(list)
+    for score, target in zip(scores, targets, strict=True):
+        if not 0 <= score <= 1:
+            raise ValueError(f"score {score} is outside [0, 1]")
+        groups[min(int(score * bins), bins - 1)].append((score, target))
+    return [
+        {
+            "low": index / bins,
+            "high": (index + 1) / bins,
+            "n": len(group),
+            "score": sum(score for score, _ in group) / len(group),
+            "target": sum(target for _, target in group) / len(group),
+        }
+        for index, group in sorted(groups.items())
+    ]

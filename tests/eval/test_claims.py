@@ -14,7 +14,7 @@ from eval.study import Difficult, Drawn, Tried, arguments, largest, parts, shape
 from flywheel.errors import UserError
 from flywheel.records import Adaptive, Beam, Finish, Revise, Solution, Step, Trajectory
 from flywheel.search.plan import name
-from flywheel.training.prm import PrmExample
+from flywheel.training import PrmExample
 
 EASY, HARD = [f"q{i:02d}" for i in range(40)], [f"q{i:02d}" for i in range(40, 100)]  # two bins, and three
 

@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 import training_worker as lab
 
+from flywheel.errors import UserError, explain
 from flywheel.ledger import Ledger
 from flywheel.recipe import ModelSpec, TrainSpec
-from flywheel.training.checkpoints import TrainingError, order, points, share
-from flywheel.training.prm import PrmExample, calibration, score_all, targets, train_prm, within_question_auc
-from flywheel.training.sft import Example, train_sft
+from flywheel.training import Example, Job, PrmExample, TrainingError, train_prm, train_sft
+from flywheel.training.checkpoints import points
+from flywheel.training.examples import order, share, targets
+from flywheel.training.scores import calibration, score_all, within_question_auc
 
 ROOT = Path(__file__).resolve().parents[2]
 SPEC = dict(epochs=2, batch_size=16, micro_batch_size=16, learning_rate=5e-3, evals=4, max_length=64)
@@ -27,6 +29,7 @@ def base(tmp_path_factory) -> str:
 
 
 def job(base: str, out: Path, kind: str = "sft", keep: str = "best", **spec) -> dict:
+    """A training as `training_worker.run` takes it."""
     return {"kind": kind, "base": base, "out": str(out), "keep": keep, "spec": {**SPEC, **spec}}
 
 
@@ -43,19 +46,26 @@ def apart(one: str | Path, other: str | Path) -> float:
     return max((a[name] - b[name]).abs().max().item() for name in a)
 
 
-def train(base, out, train_rows, validation=(), keep="last", ledger=None, **spec):
-    return train_sft(
-        train_rows,
-        validation,
-        base=base,
-        model=ModelSpec(base=base, lora_rank=4),
-        spec=TrainSpec(**{**SPEC, **spec}),
-        out=out,
-        seed=0,
-        keep=keep,
-        role="policy",
-        ledger=ledger or Ledger("t", 1),
-    )
+def make_job(base: str, out: Path, keep: str = "last", role: str = "policy", **spec) -> Job:
+    return Job(ModelSpec(base=base, lora_rank=4), TrainSpec(**{**SPEC, **spec}), out, 0, keep, role, Ledger("t", 1))
+
+
+def interrupt(*args):
+    raise KeyboardInterrupt
+
+
+def watch_resumes(patch) -> list[str | None]:
+    """What every training from now on resumes from."""
+    from flywheel.training.trainer import SftTrainer
+
+    seen, train = [], SftTrainer.train
+
+    def watched(self, resume_from_checkpoint):
+        seen.append(resume_from_checkpoint)
+        return train(self, resume_from_checkpoint=resume_from_checkpoint)
+
+    patch.setattr(SftTrainer, "train", watched)
+    return seen
 
 
 # ---- order, shares ------------------------------------------------------------------
@@ -165,9 +175,7 @@ def test_out_of_memory_at_a_micro_batch_of_one_is_one_clear_line(base, tmp_path,
     from flywheel.training import trainer
 
     def no_room(self, *args, **kwargs):
-        raise RuntimeError(
-            "[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"
-        )
+        raise RuntimeError("[...] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
 
     monkeypatch.setattr(trainer.SftTrainer, "training_step", no_room)
     with pytest.raises(TrainingError, match="out of memory at a micro batch of 1: "):
@@ -215,7 +223,7 @@ def test_an_altered_checkpoint_is_never_unpickled(base, tmp_path, monkeypatch, c
     """Its files must be those that were written; the one before it serves."""
     from flywheel.training import trainer
 
-    saved, save = [], trainer._Timeline.on_save
+    saved, save = [], trainer.Schedule.on_save
 
     def killed(self, args, state, control, **kwargs):
         save(self, args, state, control, **kwargs)
@@ -224,34 +232,23 @@ def test_an_altered_checkpoint_is_never_unpickled(base, tmp_path, monkeypatch, c
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(trainer._Timeline, "on_save", killed)
+        patch.setattr(trainer.Schedule, "on_save", killed)
         lab.run(job(base, tmp_path), Ledger("t", 1))
     last = tmp_path / f"trainer/checkpoint-{saved[1]}"
     data = bytearray((last / "optimizer.pt").read_bytes())
     data[len(data) // 2] ^= 1
     (last / "optimizer.pt").write_bytes(data)
-    resumed_from, train_once = [], trainer.SftTrainer.train
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            trainer.SftTrainer,
-            "train",
-            lambda self, resume_from_checkpoint: (
-                resumed_from.append(resume_from_checkpoint)
-                or train_once(self, resume_from_checkpoint=resume_from_checkpoint)
-            ),
-        )
-        lab.run(job(base, tmp_path), Ledger("t", 1))
-    assert (
-        resumed_from == [str(tmp_path / f"trainer/checkpoint-{saved[0]}")]
-        and f"checkpoint-{saved[1]}: damaged or altered" in caplog.text
-    )
+    resumed_from = watch_resumes(monkeypatch)
+    lab.run(job(base, tmp_path), Ledger("t", 1))
+    assert resumed_from == [str(tmp_path / f"trainer/checkpoint-{saved[0]}")]
+    assert f"checkpoint-{saved[1]}: damaged or altered" in caplog.text
 
 
 def test_an_interrupted_training_resumes_to_the_same_adapter(base, tmp_path, monkeypatch):
     from flywheel.training import trainer
 
     whole = lab.run(job(base, tmp_path / "whole"), Ledger("t", 1))
-    saved, save = [], trainer._Timeline.on_save
+    saved, save = [], trainer.Schedule.on_save
 
     def killed(self, args, state, control, **kwargs):
         if len(saved) == 2:  # the third checkpoint is on disk, its mark is not
@@ -260,25 +257,14 @@ def test_an_interrupted_training_resumes_to_the_same_adapter(base, tmp_path, mon
         save(self, args, state, control, **kwargs)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(trainer._Timeline, "on_save", killed)
+        patch.setattr(trainer.Schedule, "on_save", killed)
         lab.run(job(base, tmp_path / "cut"), Ledger("t", 1))
     unmarked = tmp_path / "cut/trainer/checkpoint-10"
     assert unmarked.exists()
     (unmarked / "adapter_model.safetensors").write_bytes(b"half")
 
-    resumed_from = []
-    train_once = trainer.SftTrainer.train
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            trainer.SftTrainer,
-            "train",
-            lambda self, resume_from_checkpoint=None: (
-                resumed_from.append(resume_from_checkpoint),
-                train_once(self, resume_from_checkpoint=resume_from_checkpoint),
-            ),
-        )
-        ledger = Ledger("t", 1)
-        resumed = lab.run(job(base, tmp_path / "cut"), ledger)
+    resumed_from, ledger = watch_resumes(monkeypatch), Ledger("t", 1)
+    resumed = lab.run(job(base, tmp_path / "cut"), ledger)
     assert Path(resumed_from[0]).name == f"checkpoint-{saved[1]}"
     assert resumed.steps == whole.steps and resumed.tokens == whole.tokens
     assert [p["step"] for p in resumed.curve] == [p["step"] for p in whole.curve]
@@ -290,8 +276,7 @@ def test_other_settings_do_not_resume_what_lies_there(base, tmp_path, monkeypatc
     from flywheel.training import trainer
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        conclude = lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
-        patch.setattr(trainer, "conclude", conclude)
+        patch.setattr(trainer, "conclude", interrupt)
         lab.run(job(base, tmp_path / "a"), Ledger("t", 1))
     assert (tmp_path / "a/trainer").exists()
     report = lab.run(job(base, tmp_path / "a", learning_rate=1e-3), Ledger("t", 1))
@@ -304,7 +289,7 @@ def test_killed_between_the_last_step_and_the_report_it_only_concludes(base, tmp
     from flywheel.training import trainer
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(trainer, "conclude", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(trainer, "conclude", interrupt)
         lab.run(job(base, tmp_path), Ledger("t", 1))
     again = lab.run(job(base, tmp_path), Ledger("t", 1))
     assert again.steps == 13 and again.curve[-1]["step"] == 13
@@ -316,19 +301,20 @@ def test_killed_between_the_last_step_and_the_report_it_only_concludes(base, tmp
 def test_bad_training_data_is_one_clear_line(base, tmp_path):
     good = Example((4, 5, 6, 1), 2)
     with pytest.raises(TrainingError, match="training example 1 has 65 tokens, max_length is 64"):
-        train(base, tmp_path, [good, Example((5,) * 65, 2)])
+        train_sft([good, Example((5,) * 65, 2)], [], make_job(base, tmp_path))
     with pytest.raises(TrainingError, match="training example 0: loss_from 4 leaves nothing"):
-        train(base, tmp_path, [Example((4, 5, 6, 1), 4)])
-    with pytest.raises(TrainingError, match="no training example for the policy"):
-        train(base, tmp_path, [])
+        train_sft([Example((4, 5, 6, 1), 4)], [], make_job(base, tmp_path))
+    with pytest.raises(TrainingError, match="no training example for the policy") as caught:
+        train_sft([], [], make_job(base, tmp_path))
+    assert isinstance(caught.value, UserError) and explain(caught.value) == "no training example for the policy"
     with pytest.raises(TrainingError, match="keep='best' chooses by validation loss"):
-        train(base, tmp_path, [good], keep="best")
+        train_sft([good], [], make_job(base, tmp_path, "best"))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_loss_that_is_not_finite_stops_the_training(base, tmp_path):
     with pytest.raises(TrainingError, match=r"loss is (nan|inf) at step .* lower the learning rate"):
-        train(base, tmp_path, lab.sft_examples(32, 0), learning_rate=1e30, epochs=4)
+        train_sft(lab.sft_examples(32, 0), [], make_job(base, tmp_path, learning_rate=1e30, epochs=4))
     assert not (tmp_path / "adapter").exists()
 
 
@@ -370,19 +356,7 @@ def test_prm_loss_is_soft_bce_over_all_reads_and_its_curve_starts_at_the_base(ba
 def test_prm_weights_count(base, tmp_path):
     plain = lab.prm_examples(8, 3)
     weighted = [PrmExample(e.tokens, e.reads, e.values, tuple(0.5 + i for i in range(len(e.reads)))) for e in plain]
-    report = train_prm(
-        plain,
-        weighted,
-        labels=lab.LABELS,
-        base=base,
-        model=ModelSpec(base=base, lora_rank=4),
-        spec=TrainSpec(**{**SPEC, "epochs": 1}),
-        out=tmp_path,
-        seed=0,
-        keep="best",
-        role="prm",
-        ledger=Ledger("t", 1),
-    )
+    report = train_prm(plain, weighted, lab.LABELS, make_job(base, tmp_path, "best", "prm", epochs=1))
     assert report.curve[0]["eval_loss"] == pytest.approx(soft_bce(base, None, weighted), abs=1e-5)
     assert report.curve[0]["eval_loss"] != pytest.approx(soft_bce(base, None, plain), abs=1e-5)
 
@@ -415,22 +389,10 @@ def test_score_all_reads_every_step_in_one_pass_in_the_order_given(base):
 )
 def test_bad_prm_data_is_one_clear_line(base, tmp_path, example, complaint):
     with pytest.raises(TrainingError, match=complaint):
-        train_prm(
-            [example],
-            [],
-            labels=lab.LABELS,
-            base=base,
-            model=ModelSpec(base=base),
-            spec=TrainSpec(**SPEC),
-            out=tmp_path,
-            seed=0,
-            keep="last",
-            role="prm",
-            ledger=Ledger("t", 1),
-        )
+        train_prm([example], [], lab.LABELS, make_job(base, tmp_path, role="prm"))
 
 
-def test_targets_are_the_values_or_the_share_of_the_chance_that_each_step_leaves():
+def test_targets_are_the_values_or_the_fraction_of_the_success_probability_that_survives_each_step():
     values = (0.5, 0.75, 0.25, 0.0, 0.0)
     assert targets(values, 0.25, "value") == (values, (1.0,) * 5)
     progress, weights = targets(values, 0.25, "progress")
@@ -476,5 +438,6 @@ def test_every_accelerate_config_parses(path):
 
 
 def test_the_modules_that_stages_import_do_not_import_torch():
-    code = "import sys, flywheel.training.sft, flywheel.training.prm, flywheel.training.checkpoints; sys.exit('torch' in sys.modules)"
+    names = "flywheel.training, flywheel.training.examples, flywheel.training.checkpoints"
+    code = f"import sys, {names}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

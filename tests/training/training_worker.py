@@ -17,8 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from flywheel.ledger import Ledger
 from flywheel.recipe import ModelSpec, TrainSpec
-from flywheel.training.prm import PrmExample, train_prm
-from flywheel.training.sft import Example, train_sft
+from flywheel.training import Example, Job, PrmExample, TrainReport, train_prm, train_sft
 
 LABELS = (2, 3)
 
@@ -71,20 +70,14 @@ def prm_examples(count: int, seed: int) -> list[PrmExample]:
     return examples
 
 
-def run(job: dict, ledger: Ledger):
-    arguments = dict(
-        base=job["base"],
-        model=ModelSpec(base=job["base"], lora_rank=4, lora_alpha=8),
-        spec=TrainSpec(**job["spec"]),
-        out=Path(job["out"]),
-        seed=job.get("seed", 0),
-        keep=job.get("keep", "best"),
-        ledger=ledger,
-        start=job.get("start"),
-    )
-    if job["kind"] == "prm":
-        return train_prm(prm_examples(100, 0), prm_examples(21, 1), labels=LABELS, role="prm", **arguments)
-    return train_sft(sft_examples(100, 0), sft_examples(21, 1), role="policy", **arguments)
+def run(work: dict, ledger: Ledger) -> TrainReport:
+    model = ModelSpec(base=work["base"], lora_rank=4, lora_alpha=8)
+    spec, out, keep = TrainSpec(**work["spec"]), Path(work["out"]), work.get("keep", "best")
+    role = {"prm": "prm", "sft": "policy"}[work["kind"]]
+    job = Job(model, spec, out, work.get("seed", 0), keep, role, ledger, work.get("start"))
+    if work["kind"] == "prm":
+        return train_prm(prm_examples(100, 0), prm_examples(21, 1), LABELS, job)
+    return train_sft(sft_examples(100, 0), sft_examples(21, 1), job)
 
 
 def small_device(room: int) -> None:
@@ -105,11 +98,11 @@ def small_device(room: int) -> None:
 
 
 if __name__ == "__main__":
-    job = json.loads(Path(sys.argv[1]).read_text())
-    if os.environ.get("RANK") in job.get("small_devices", []):
-        small_device(job["room"])
+    work = json.loads(Path(sys.argv[1]).read_text())
+    if os.environ.get("RANK") in work.get("small_devices", []):
+        small_device(work["room"])
     ledger = Ledger("test", 1)
-    report = run(job, ledger)
+    report = run(work, ledger)
     rank = int(os.environ.get("RANK", 0))
     found = {
         "rank": rank,
@@ -117,4 +110,4 @@ if __name__ == "__main__":
         "report": asdict(report),
         "rows": ledger.rows(),
     }
-    Path(f"{job['report']}.{rank}").write_text(json.dumps(found))
+    Path(f"{work['report']}.{rank}").write_text(json.dumps(found))
