@@ -38,11 +38,7 @@ def build():
         ]
     )
     tokenizer.decoder = decoders.Sequence(
-        [
-            decoders.Metaspace(prepend_scheme="always"),
-            decoders.Fuse(),
-            decoders.Replace(Regex(" ?\n ?"), "\n"),
-        ]
+        [decoders.Metaspace(prepend_scheme="always"), decoders.Fuse(), decoders.Replace(Regex(" ?\n ?"), "\n")]
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

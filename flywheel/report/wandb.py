@@ -60,11 +60,7 @@ def write(run: Run, mode: str, patience: float) -> str:
     """Write the history in this process; returns what was done. Raises what wandb raises."""
     # what no setting says: print nothing, report no errors, and stage tables here rather than in the home directory
     folder = run.root / "wandb"
-    os.environ |= {
-        "WANDB_SILENT": "true",
-        "WANDB_ERROR_REPORTING": "false",
-        "WANDB_DATA_DIR": str(folder.resolve()),
-    }
+    os.environ |= {"WANDB_SILENT": "true", "WANDB_ERROR_REPORTING": "false", "WANDB_DATA_DIR": str(folder.resolve())}
     import wandb
 
     try:

@@ -13,18 +13,7 @@ from itertools import pairwise
 
 from flywheel.measure.bins import fixed_bin, quantile_bins, quantile_edges
 from flywheel.models.prm import Prm, together
-from flywheel.records import (
-    Answered,
-    Candidate,
-    Grade,
-    ModelRef,
-    Outcome,
-    Problem,
-    Role,
-    SampleScores,
-    Solution,
-    Split,
-)
+from flywheel.records import Answered, Candidate, Grade, ModelRef, Outcome, Problem, Role, SampleScores, Solution, Split
 from flywheel.runs.run import Context
 from flywheel.runs.stage import Input, Stage
 from flywheel.search.beam import Beam
@@ -113,11 +102,7 @@ class OneQuestion:
         methods[f"compute_optimal@{n}_oracle"] = self.by(self.plan.strategy(oracle_bin, n))
         methods[f"compute_optimal@{n}_probe"] = self.after_probe(edges)
         by_prm, by_base, *searched = await together(
-            [
-                self.judged(pool, self.kit.prm()),
-                self.judged(pool[:n], self.kit.prm("prm:base")),
-                *methods.values(),
-            ]
+            [self.judged(pool, self.kit.prm()), self.judged(pool[:n], self.kit.prm("prm:base")), *methods.values()]
         )
         head = len(self.kit.prompts.solve(self.question))
         drawn = [head + len(s.tokens) + 1 for s in pool]  # prompt, solution and its end

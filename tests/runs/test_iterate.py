@@ -176,10 +176,7 @@ def test_a_deleted_leaf_is_made_again(copy):
 
 @pytest.mark.parametrize(
     "harm, message",
-    [
-        (lambda path: path.unlink(), "missing"),
-        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "bytes"),
-    ],
+    [(lambda path: path.unlink(), "missing"), (lambda path: path.write_bytes(path.read_bytes()[:-1]), "bytes")],
 )
 def test_a_damaged_shard_is_named(copy, harm, message):
     path = copy.shards()[3] / "Solution.parquet"

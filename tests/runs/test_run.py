@@ -59,13 +59,7 @@ def scheduled(round: int, stage: Stage, *reads: tuple[int, str]) -> Scheduled:
 def test_records_come_back_from_parquet_as_they_were(tmp_path):
     rows = [
         Outcome(
-            "q",
-            "beam",
-            (Candidate(SOLUTION, (0.25, 1.0)), Candidate(replace(SOLUTION, answer="3"))),
-            None,
-            9,
-            4,
-            True,
+            "q", "beam", (Candidate(SOLUTION, (0.25, 1.0)), Candidate(replace(SOLUTION, answer="3"))), None, 9, 4, True
         ),
         Outcome("r", "beam", (), "3", 0),
     ]
