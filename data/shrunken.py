@@ -162,7 +162,7 @@ def make_model(architecture: str, tokenizer, seed: int):
 
 
 def curriculum(progress: float) -> tuple[int, ...]:
-    """How many changes a planted problem has: one at first. Without it the minute is over before anything is learned."""
+    """How many changes a planted problem has: one at first, or the minute is over before anything is learned."""
     return (1,) if progress < 0.15 else (1, 2) if progress < 0.3 else CHANGES
 
 
@@ -280,7 +280,8 @@ def main() -> None:
     args = parser.parse_args()
     loss = build(args.out, args.arch, args.questions, args.steps, args.seed)
     print(
-        f"{args.out}: {args.questions} questions, model trained to loss {loss:.3f}; next: accelerate launch -m flywheel.iterate --recipe {args.out}/recipe.yaml --round 1"
+        f"{args.out}: {args.questions} questions, model trained to loss {loss:.3f};"
+        f" next: accelerate launch -m flywheel.iterate --recipe {args.out}/recipe.yaml --round 1"
     )
 
 

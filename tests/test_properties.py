@@ -179,7 +179,10 @@ def test_what_serves_a_question_was_chosen_without_it(chance, count, bins):
         for q in range(count)
         for s in options
     ]
-    fit = lambda rows: most_right(rows, {}, bins)
+
+    def fit(rows):
+        return most_right(rows, {}, bins)
+
     before = {t.question_id: t.strategy for t in held_out(trials, fit)[4]}
     victim = f"q{chance.randrange(count)}"
     changed = [

@@ -14,7 +14,7 @@ from pathlib import Path
 import yaml
 
 HERE = Path(__file__).parent
-# a launch leaves a signal ignored that it inherits so (nohup); a test started in the background would then interrupt nothing
+# a launch leaves a signal ignored that it inherits ignored (nohup): a test in the background would interrupt nothing
 signal.signal(signal.SIGINT, signal.default_int_handler)
 SPLITS = {"train": 20, "calibrate": 4, "validation": 4, "test": 6}
 

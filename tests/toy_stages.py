@@ -15,7 +15,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 from flywheel.errors import EngineDied, UserError
 from flywheel.records import Finish, Grade, Solution, Split, Step, Verdict

@@ -3,8 +3,8 @@
 The loop is the real one (launch, ranks, stage processes, shards, manifests, trainer checkpoints) over the toy
 stages, whose records are the same every time. After each kill every process of the run must be gone,
 no finished shard touched, and at most two chunks a rank computed again; at the end of each run, resumed with some
-number of ranks, every table must be byte for byte that of an undisturbed run. Prints a table and exits with 1 if anything was
-lost, hung or leaked, or if half the kills of a case ended no launch.
+number of ranks, every table must be byte for byte that of an undisturbed run. Prints a table and exits with 1 if
+anything was lost, hung or leaked, or if half the kills of a case ended no launch.
 """
 
 from __future__ import annotations
@@ -210,9 +210,8 @@ def one_run(rng: random.Random, case: str, folder: Path, wanted: dict[str, bytes
     made = project.tables()
     if made != wanted or not kept.items() <= stamps(project).items():
         tally.lost += 1
-        tally.faults.append(
-            f"{case}: {[name for name in wanted.keys() | made.keys() if made.get(name) != wanted.get(name)][:3]} differ, or a shard was touched"
-        )
+        other = [name for name in wanted.keys() | made.keys() if made.get(name) != wanted.get(name)]
+        tally.faults.append(f"{case}: {other[:3]} differ, or a shard was touched")
     chunks = Counter(what for what, _, _ in project.logged("") if what.count(":") == 2)
     again = sum(n - 1 for n in chunks.values())
     tally.redone += again

@@ -1,7 +1,8 @@
 """Kill a real round, vLLM and TRL, at random moments: python tests/chaos/real.py [--kills 10] [--seed 0]
 
-Micro rounds (tests/test_round.py's), killed about once a stage. After each kill every process of the run must be gone by
-itself and no finished shard touched; then it is started again, and at last left to end. At the end `flywheel.verify` must
+Micro rounds (those of tests/stages/test_round.py), killed about once a stage. After each kill every process of the run
+must be gone by itself and no finished shard touched; then it is started again, and at last left to end. At the end
+`flywheel verify` must
 find every checksum and fingerprint right, every stage its manifest, and every table whole. Whether the harvest is that
 of an undisturbed run is told and not asked: a training that went on from its checkpoint may differ in its last bit.
 """
@@ -21,10 +22,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from tests.test_round import SMALL
-
 from flywheel.runs.files import read_rows
 from flywheel.stages import ORDER
+from tests.stages.test_round import SMALL
 
 ROOT = Path(__file__).parents[2]
 PATIENCE = 900.0  # seconds
@@ -160,7 +160,8 @@ def main() -> int:
             same.append(harvest(run) == harvest(alone))
             runs += 1
     print(
-        f"{', '.join(f'{n} x {case}' for case, n in cases.items())}; {runs} rounds, an undisturbed one takes {seconds:.0f} s; {rows:,} rows read, "
+        f"{', '.join(f'{n} x {case}' for case, n in cases.items())}; {runs} rounds, an undisturbed one {seconds:.0f} s;"
+        f" {rows:,} rows read, "
         f"harvest the same in {sum(same)} of {len(same)}",
         *faults,
         sep="\n",

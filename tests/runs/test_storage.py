@@ -1,4 +1,4 @@
-"""Disks that fill up or cannot be written, clocks that lie, other machines, and runs cut off anywhere (issue: nothing lost)."""
+"""Disks that fill up or cannot be written, clocks that lie, other machines, and runs cut off anywhere."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_a_run_that_another_machine_works_on_is_refused_until_it_dies(project):
 
 
 def test_the_clock_decides_nothing(project, finished):
-    """Files from tomorrow, and from 1970, as a clock set back and forth leaves them: nothing is made again, nothing left out."""
+    """Files from tomorrow, and from 1970, as a clock set back and forth leaves them: nothing is made again."""
     assert project.run("--round", "1").returncode == 0
     rng = random.Random(0)
     for path in project.run_dir.rglob("*"):

@@ -250,7 +250,7 @@ LOOK = {
 
 
 def test_lookahead_judges_a_prefix_where_greedy_steps_lead():
-    """=9 looks better by itself (0.6 against 0.5) and ends badly (0.1 against 0.8), so =8 is kept; three greedy steps end early."""
+    """=9 looks better by itself (0.6 against 0.5) and ends badly (0.1 against 0.8): =8 is kept; three end early."""
     values = {"5 +3 =8": 0.5, "5 +3 =9": 0.6, "8 *2 =16": 0.8, "Answer 9": 0.1, "Answer 16": 0.95}
     for k, seen in ((1, (0.8, 0.95, 0.95)), (3, (0.95, 0.95, 0.95))):
         bench = Bench(LOOK, values)

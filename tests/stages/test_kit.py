@@ -1,4 +1,4 @@
-"""What stages share, and what they choose: votes, the questions to label, the words a run needs, beam against best-of-N."""
+"""What stages share and choose: votes, the questions to label, the words a run needs, beam against best-of-N."""
 
 from __future__ import annotations
 
