@@ -1,6 +1,6 @@
 """Sampling tokens/s of flywheel's scheduler against plain `LLM.generate` of the same requests.
 
-    python -m eval.bench_engine data/chain/seed_model --requests 512 --repeats 5
+    python -m eval.bench.engine data/chain/seed_model --requests 512 --repeats 5
 
 Both run in one process on engines of the same settings, in alternating order (which comes
 first changes with each repeat), after one uncounted turn each. Prints JSON: tokens/s of
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import re
 import statistics
 import tempfile
 import time
@@ -29,14 +30,10 @@ def questions(base: str, count: int, seed: int) -> list[list[int]]:
     tokenizer, chance = load_tokenizer(base), random.Random(seed)
     special = set(tokenizer.all_special_ids)
     usual = [i for i in range(len(tokenizer)) if i not in special]
-    operations = [
-        i for i in usual if tokenizer.decode([i]).strip()[:1] in set("+-*") and len(tokenizer.decode([i]).strip()) > 1
-    ]
-    words = operations or usual
-    head, tail = (
-        (tokenizer.encode(text, add_special_tokens=False) for text in ("Q 5", "?\nTry")) if operations else ([], [])
-    )
-    return [[*head, *chance.choices(words, k=chance.randint(1, 12)), *tail] for _ in range(count)]
+    operations = [i for i in usual if re.fullmatch(r"[-+*].+", tokenizer.decode([i]).strip())]
+    texts = ("Q 5", "?\nTry") if operations else ("", "")
+    head, tail = (tokenizer.encode(text, add_special_tokens=False) for text in texts)
+    return [[*head, *chance.choices(operations or usual, k=chance.randint(1, 12)), *tail] for _ in range(count)]
 
 
 def plain(base: str, spec: EngineSpec, seed: int):
@@ -47,25 +44,12 @@ def plain(base: str, spec: EngineSpec, seed: int):
 
     on_cpu = adapter.current_platform.is_cpu()
     dtype = adapter.cpu_dtype(spec) if on_cpu else spec.dtype
-    options = (
-        {
-            "block_size": adapter.CPU_BLOCK,
-            "kv_cache_memory_bytes": spec.kv_cache_mb << 20,
-            "ir_op_priority": adapter.cpu_norms(),
-        }
-        if on_cpu
-        else {"gpu_memory_utilization": 0.4}
-    )
-    return LLM(
-        model=base,
-        dtype=dtype,
-        seed=seed,
-        max_model_len=spec.max_model_len,
-        max_num_seqs=spec.max_running,
-        enable_prefix_caching=True,
-        enforce_eager=on_cpu,
-        **options,
-    )
+    options: dict = {"gpu_memory_utilization": 0.4}
+    if on_cpu:
+        options = {"block_size": adapter.CPU_BLOCK, "ir_op_priority": adapter.cpu_norms()}
+        options["kv_cache_memory_bytes"] = spec.kv_cache_mb << 20
+    options |= {"max_model_len": spec.max_model_len, "max_num_seqs": spec.max_running, "enforce_eager": on_cpu}
+    return LLM(model=base, dtype=dtype, seed=seed, enable_prefix_caching=True, **options)
 
 
 def measure(base: str, requests: int, samples: int, max_tokens: int, repeats: int, spec: EngineSpec) -> dict:
