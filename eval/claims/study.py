@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 
-from eval.curves import SELECT, Select, is_right
+from eval.curves import SELECT, is_right
 from eval.draws import Difficult, Drawn, Tried
 from flywheel.errors import UserError
 from flywheel.measure.bins import quantile_bins
@@ -16,6 +17,7 @@ from flywheel.search.best_of_n import BestOfN
 from flywheel.search.plan import Trial, held_out, most_right
 from flywheel.search.strategy import Strategy
 
+T = TypeVar("T")
 BINS = 5
 PROBE = 4  # samples
 GRADES = ("oracle", "predicted", "probe", "prompt", "label")  # of difficulty, by falling cost
@@ -53,7 +55,7 @@ class Study:
             found.setdefault((t.budget, t.strategy), {})[t.question_id] = t
         self.tried = {key: [rows[q] for q in self.questions] for key, rows in found.items()}
         self.budgets = sorted({budget for budget, _ in self.tried})
-        self.plans: dict[tuple, Planned] = {}
+        self.kept: dict[tuple, Any] = {}
 
     def over(self, value: Callable[..., float], items: Sequence) -> np.ndarray:
         return np.array([float(value(item)) for item in items])
@@ -64,47 +66,37 @@ class Study:
         yield order[::2], order[1::2]
         yield order[1::2], order[::2]
 
+    def once(self, *key: object, make: Callable[[], T]) -> T:
+        """What `make` gives, computed once a key."""
+        if key not in self.kept:
+            self.kept[key] = make()
+        return self.kept[key]
+
     # ---- best-of-N, from the pool ----
 
     def best_of_n(self, n: int, select: str) -> np.ndarray:
         """Accuracy of each question: the mean over the disjoint groups of n in its pool."""
-        return self._curve[select][n]
 
-    @cached_property
-    def _curve(self) -> dict[str, dict[int, np.ndarray]]:
-        def accuracy(n: int, select: Select) -> np.ndarray:
-            return self.over(lambda pool: np.mean([is_right(group, select) for group in groups(pool, n)]), self.pools)
+        def accuracy(pool: Sequence[Drawn]) -> float:
+            return np.mean([is_right(group, SELECT[select]) for group in groups(pool, n)])
 
-        return {how: {n: accuracy(n, select) for n in self.sizes} for how, select in SELECT.items()}
+        return self.once("right", n, select, make=lambda: self.over(accuracy, self.pools))
 
-    def best_of_n_tokens(self, n: int, select: str) -> np.ndarray:
-        """Mean tokens of n samples of each question, over the groups of its pool; judged unless a majority decides."""
-        return self._cost[select != "majority", False][n]
+    def best_of_n_tokens(self, n: int, select: str, computed: bool = False) -> np.ndarray:
+        """Mean tokens of n samples of each question, over the groups of its pool; judged unless a majority decides.
 
-    def best_of_n_computed(self, n: int) -> float:
-        """Mean tokens of n judged samples without what the prefix cache served."""
-        return float(self._cost[True, True][n].mean())
-
-    @cached_property
-    def _cost(self) -> dict[tuple[bool, bool], dict[int, np.ndarray]]:
-        """(judged, without what a cache served) -> n -> tokens of each question."""
-        cases = [(judge, computed) for judge in (False, True) for computed in (False, True)]
-        return {
-            (judge, computed): {
-                n: self.over(partial(spent, n=n, judge=judge, computed=computed), self.pools) for n in self.sizes
-            }
-            for judge, computed in cases
-        }
+        `computed`: without what the prefix cache served.
+        """
+        judge = select != "majority"
+        cost = partial(spent, n=n, judge=judge, computed=computed)
+        return self.once("tokens", n, judge, computed, make=lambda: self.over(cost, self.pools))
 
     def at_tokens(self, tokens: float, select: str = "weighted", computed: bool = False) -> np.ndarray:
         """Best-of-N's accuracy of each question for so many tokens (`computed`: of those that no cache served).
 
         Between the measured N on a log scale; NaN beyond the pool, where nothing is known.
         """
-        costs = [
-            self.best_of_n_computed(n) if computed else self.best_of_n_tokens(n, select).mean() for n in self.sizes
-        ]
-        grid = np.log(costs)
+        grid = np.log([self.best_of_n_tokens(n, select, computed).mean() for n in self.sizes])
         if np.log(tokens) > grid[-1]:
             return np.full(len(self.questions), np.nan)
         at = np.clip(np.log(tokens), grid[0], grid[-1])
@@ -197,9 +189,7 @@ class Study:
 
     def plan(self, budget: int, kinds: tuple[type[Strategy], ...], grade: str) -> Planned:
         """Compute-optimal search (Snell et al., 3) of the strategies of `kinds` and best-of-N."""
-        if (budget, kinds, grade) not in self.plans:
-            self.plans[budget, kinds, grade] = self._plan(budget, kinds, grade)
-        return self.plans[budget, kinds, grade]
+        return self.once("plan", budget, kinds, grade, make=lambda: self._plan(budget, kinds, grade))
 
     def _plan(self, budget: int, kinds: tuple[type[Strategy], ...], grade: str) -> Planned:
         options, trials = self.options(), []

@@ -19,8 +19,7 @@ def by_name(made) -> dict:
 
 
 @pytest.mark.parametrize(
-    "ablation, other, gone",
-    [("first_plan", {"calibrate"}, set()), ("first_prm", {"train_prm"}, {"label"})],
+    "ablation, other, gone", [("first_plan", {"calibrate"}, set()), ("first_prm", {"train_prm"}, {"label"})]
 )
 def test_only_the_part_that_is_named_differs_and_only_after_round_1(ablation, other, gone):
     made = getattr(ablate, ablation)

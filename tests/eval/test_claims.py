@@ -65,7 +65,9 @@ def test_best_of_n_is_the_mean_over_disjoint_groups_of_the_pool():
     # 40 + 2 x 5
     assert s.best_of_n_tokens(4, "weighted")[[0, 40]].tolist() == [57.5, 47.5]
     assert s.best_of_n_tokens(8, "weighted")[[0, 40]].tolist() == [100, 90]
-    assert s.best_of_n_computed(4) == pytest.approx((40 * 57.5 + 60 * 47.5) / 100 - 4 * 3)
+    assert s.best_of_n_tokens(4, "weighted", computed=True).mean() == pytest.approx(
+        (40 * 57.5 + 60 * 47.5) / 100 - 4 * 3
+    )
 
 
 def test_a_plan_sends_each_bin_to_what_answers_it_and_is_charged_for_the_bin():
