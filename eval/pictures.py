@@ -1,7 +1,8 @@
-"""The paper's figures 3, 4, 6, 7, 8 and 9 redrawn from a study, and accuracy against what is really paid."""
+"""The paper's figures 3, 4, 6, 7, 8 and 9 redrawn from a run's tables, and accuracy against what is really paid."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -11,8 +12,10 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+Tables = dict  # what `eval.claims.figures` makes, as JSON holds it
 
-def draw(behind: dict, out: Path) -> list[Path]:
+
+def draw(tables: Tables, out: Path) -> list[Path]:
     """Write one PNG a figure into `out`; a figure whose strategies were not tried is left out."""
     out.mkdir(parents=True, exist_ok=True)
     written = []
@@ -24,204 +27,140 @@ def draw(behind: dict, out: Path) -> list[Path]:
         "figure_9_parameters": parameters,
         "net_cost": net_cost,
     }.items():
-        figure = make(behind)
-        if figure is not None:
-            path = out / f"{title}.png"
+        if figure := make(tables):
+            written.append(out / f"{title}.png")
             figure.tight_layout()
-            figure.savefig(path, dpi=110)
+            figure.savefig(written[-1], dpi=110)
             plt.close(figure)
-            written.append(path)
     return written
 
 
-def axes(title: str, x: str, y: str = "accuracy") -> tuple[Figure, Axes]:
-    figure, ax = plt.subplots(figsize=(7, 4.5))
+def panels(count: int = 1, width: float = 6.5) -> tuple[Figure, Sequence[Axes]]:
+    figure, axes = plt.subplots(1, count, figsize=(width * count, 4.5), squeeze=False)
+    return figure, axes[0]
+
+
+def finish(ax: Axes, title: str, x: str = "generations", y: str = "accuracy", log: int | None = 2) -> None:
+    """Title, names, grid, legend; a logarithmic x axis of base `log`."""
     ax.set(title=title, xlabel=x, ylabel=y)
     ax.grid(alpha=0.3)
-    return figure, ax
+    if log:
+        ax.set_xscale("log", base=log)
+    if ax.get_legend_handles_labels()[0]:
+        ax.legend(fontsize=8)
 
 
-def curve(behind: dict, starts: str, ends: str = "") -> tuple[list[int], list[float]]:
-    """Budgets and accuracies of the strategies of this name, whatever stands for the budget."""
-    rows = sorted(
-        (r["budget"], r["accuracy"])
-        for r in behind["strategies"]
-        if r["strategy"].startswith(starts) and r["strategy"].endswith(ends)
-    )
-    return [b for b, _ in rows], [a for _, a in rows]
+def curve(ax: Axes, points: Iterable[tuple[float, float]], label: str, style: str = "o-") -> None:
+    """A line through (x, y) points in the order of x; nothing where there are none."""
+    if points := sorted(points):
+        ax.plot(*zip(*points), style, label=label)
 
 
-def best_of_n(behind: dict, ax: Axes, *selects: str) -> None:
+def of_strategies(tables: Tables, fits: Callable[[str, int], bool]) -> list[tuple[int, float]]:
+    """(budget, accuracy) of the strategies whose name and budget fit."""
+    return [(r["budget"], r["accuracy"]) for r in tables["strategies"] if fits(r["strategy"], r["budget"])]
+
+
+def best_of_n(tables: Tables, ax: Axes, *selects: str) -> None:
     for how in selects:
-        sizes = [int(n) for n in behind["best_of_n"][how]]
-        ax.plot(sizes, list(behind["best_of_n"][how].values()), "--", marker=".", label=f"best-of-N, {how}")
+        curve(ax, [(int(n), right) for n, right in tables["best_of_n"][how].items()], f"best-of-N, {how}", ".--")
 
 
-def generations(ax: Axes) -> None:
-    ax.set_xscale("log", base=2)
-    ax.legend(fontsize=8)
-
-
-def search(behind: dict) -> Figure:
+def search(tables: Tables) -> Figure:
     """Figure 3: the strategies against the budget, and by difficulty."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5))
-    best_of_n(behind, left, "weighted", "majority", "best")
-    for width in (4, "sqrt"):
-        rows = [r for r in behind["strategies"] if r["strategy"].startswith("beam") and "look" not in r["strategy"]]
-        fits = lambda r, width=width: (
-            int(r["strategy"].split(":")[2]) == (min(4, r["budget"]) if width == 4 else int(r["budget"] ** 0.5))
-        )
-        rows = sorted((r["budget"], r["accuracy"]) for r in rows if fits(r))
-        left.plot(
-            [b for b, _ in rows],
-            [a for _, a in rows],
-            marker="o",
-            label=f"beam, width {'sqrt N' if width == 'sqrt' else width}",
-        )
+    figure, (left, right) = panels(2)
+    best_of_n(tables, left, "weighted", "majority", "best")
+    curve(left, of_strategies(tables, lambda name, b: name == f"beam:{b}:{min(4, b)}"), "beam, width 4")
+    curve(left, of_strategies(tables, lambda name, b: name == f"beam:{b}:{int(b**0.5)}"), "beam, width sqrt N")
     for k in (1, 3):
-        left.plot(*curve(behind, "beam", f"lookahead{k}"), marker="^", label=f"lookahead {k}")
-    left.set(title="Search against the PRM", xlabel="generations", ylabel="accuracy")
-    left.grid(alpha=0.3)
-    generations(left)
-    beams = sorted((r["budget"], r["by_bin"]) for r in behind["strategies"] if r["strategy"] == f"beam:{r['budget']}:4")
+        found = of_strategies(tables, lambda name, b, k=k: name.endswith(f":lookahead{k}"))
+        curve(left, found, f"lookahead {k}", "^-")
+    finish(left, "Search against the PRM")
+    beams = sorted((r["budget"], r["by_bin"]) for r in tables["strategies"] if r["strategy"] == f"beam:{r['budget']}:4")
     for i, (budget, by_bin) in enumerate(beams):
-        right.bar(
-            [b + i * 0.2 for b in range(1, len(by_bin) + 1)], by_bin, width=0.18, label=f"beam of {budget}, width 4"
-        )
-    right.set(title="by oracle bin", xlabel="difficulty bin, 1 the easiest", ylabel="accuracy")
-    right.legend(fontsize=8)
+        places = [b + i * 0.2 for b in range(1, len(by_bin) + 1)]
+        right.bar(places, by_bin, width=0.18, label=f"beam of {budget}, width 4")
+    finish(right, "by oracle bin", "difficulty bin, 1 the easiest", log=None)
     return figure
 
 
-def compute_optimal(behind: dict) -> Figure:
+def compute_optimal(tables: Tables) -> Figure:
     """Figures 4 and 8: the plan by each grade of difficulty against best-of-N, in the paper's unit."""
-    kinds = list(dict.fromkeys(r["of"] for r in behind["compute_optimal"]))
-    figure, all_axes = plt.subplots(1, len(kinds), figsize=(6 * len(kinds), 4.5), squeeze=False, sharey=True)
-    for ax, kind in zip(all_axes[0], kinds):
-        best_of_n(behind, ax, "weighted", "majority")
-        for grade in dict.fromkeys(r["grade"] for r in behind["compute_optimal"]):
-            rows = [r for r in behind["compute_optimal"] if (r["of"], r["grade"]) == (kind, grade)]
-            ax.plot(
-                [r["budget"] for r in rows],
-                [r["accuracy"] for r in rows],
-                marker="o",
-                label=f"compute-optimal, {grade} bins",
-            )
-        ax.set(title=f"Compute-optimal: {kind}", xlabel="generations", ylabel="accuracy")
-        ax.grid(alpha=0.3)
-        generations(ax)
+    rows = tables["compute_optimal"]
+    kinds = list(dict.fromkeys(r["of"] for r in rows))
+    figure, axes = panels(len(kinds))
+    for ax, kind in zip(axes, kinds):
+        best_of_n(tables, ax, "weighted", "majority")
+        for grade in dict.fromkeys(r["grade"] for r in rows):
+            found = [(r["budget"], r["accuracy"]) for r in rows if (r["of"], r["grade"]) == (kind, grade)]
+            curve(ax, found, f"compute-optimal, {grade} bins")
+        finish(ax, f"Compute-optimal: {kind}")
     return figure
 
 
-def revisions(behind: dict) -> Figure | None:
+def revisions(tables: Tables) -> Figure | None:
     """Figure 6: pass@1 along the chain; sequential against parallel."""
-    if "pass@1_by_attempt" not in behind:
+    if not (attempts := tables.get("pass@1_by_attempt")):
         return None
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5))
-    attempts = behind["pass@1_by_attempt"]
-    left.plot(range(1, len(attempts) + 1), attempts, marker=".")
-    left.set(title="pass@1 along the chain", xlabel="attempt", ylabel="pass@1", ylim=(0, None))
-    left.grid(alpha=0.3)
+    figure, (left, right) = panels(2)
+    curve(left, enumerate(attempts, 1), "", ".-")
+    left.set_ylim(0, None)
+    finish(left, "pass@1 along the chain", "attempt", "pass@1", log=None)
     for how in ("weighted", "majority"):
-        for title, chains in (
-            ("sequential", lambda r: r["strategy"] == f"revise:{r['budget']}x1:{how}"),
-            ("parallel", lambda r: r["strategy"] == f"revise:1x{r['budget']}:{how}"),
-        ):
-            rows = sorted((r["budget"], r["accuracy"]) for r in behind["strategies"] if chains(r))
-            right.plot(
-                [b for b, _ in rows],
-                [a for _, a in rows],
-                marker="o",
-                linestyle="-" if title == "sequential" else "--",
-                label=f"{title}, {how}",
-            )
-    best_of_n(behind, right, "weighted")
-    right.set(title="Sequential against parallel", xlabel="generations", ylabel="accuracy")
-    right.grid(alpha=0.3)
-    generations(right)
+        chains = of_strategies(tables, lambda name, b, how=how: name == f"revise:{b}x1:{how}")
+        curve(right, chains, f"sequential, {how}")
+        samples = of_strategies(tables, lambda name, b, how=how: name == f"revise:1x{b}:{how}")
+        curve(right, samples, f"parallel, {how}", "o--")
+    best_of_n(tables, right, "weighted")
+    finish(right, "Sequential against parallel")
     return figure
 
 
-def ratio(behind: dict) -> Figure | None:
+def ratio(tables: Tables) -> Figure | None:
     """Figure 7: the ratio of sequential to parallel by bin, at the largest budget."""
     rows = [
-        r for r in behind["strategies"] if r["strategy"].startswith("revise") and r["strategy"].endswith(":weighted")
+        r for r in tables["strategies"] if r["strategy"].startswith("revise") and r["strategy"].endswith(":weighted")
     ]
     if not rows:
         return None
     top = max(r["budget"] for r in rows)
-    points = sorted(
-        (int(r["strategy"].split(":")[1].split("x")[0]), r["by_bin"], r["accuracy"]) for r in rows if r["budget"] == top
-    )
-    figure, ax = axes(f"Sequential to parallel, {top} generations", "attempts in a chain")
-    for b in range(len(points[0][1])):
-        ax.plot(
-            [length for length, _, _ in points],
-            [by_bin[b] for _, by_bin, _ in points],
-            marker="o",
-            label=f"bin {b + 1}",
-        )
-    ax.plot([length for length, _, _ in points], [mean for _, _, mean in points], "k--", label="all")
-    generations(ax)
+    by_length = {int(r["strategy"].split(":")[1].split("x")[0]): r for r in rows if r["budget"] == top}
+    figure, (ax,) = panels()
+    for b in range(len(rows[0]["by_bin"])):
+        curve(ax, [(length, r["by_bin"][b]) for length, r in by_length.items()], f"bin {b + 1}")
+    curve(ax, [(length, r["accuracy"]) for length, r in by_length.items()], "all", "k--")
+    finish(ax, f"Sequential to parallel, {top} generations", "attempts in a chain")
     return figure
 
 
-def parameters(behind: dict) -> Figure | None:
+def parameters(tables: Tables) -> Figure | None:
     """Figure 9: test-time compute of a small model against a larger one's parameters, at equal FLOPs, by bin."""
-    if not (found := behind.get("flops_matched")):
+    if not (found := tables.get("flops_matched")):
         return None
-    figure, ax = axes(
-        f"Test-time compute less a model of {found['M']:.1f} times the parameters, equal FLOPs",
-        "difficulty bin (1: easiest)",
-        "lead in accuracy",
-    )
-    for at, row in enumerate(found["by_ratio"]):
-        x = [part["bin"] + 0.1 * (at - 1) for part in row["by_bin"]]
-        lead = [part["lead"] for part in row["by_bin"]]
-        spread = [[m - low for m, low, _ in lead], [high - m for m, _, high in lead]]
-        ax.errorbar(
-            x,
-            [m for m, _, _ in lead],
-            yerr=spread,
-            fmt="o",
-            capsize=3,
-            label=f"R = {row['R']:g}: {row['multiplier']:.0f} times the inference",
-        )
+    figure, (ax,) = panels()
+    for place, row in enumerate(found["by_ratio"], -1):
+        at, leads = [part["bin"] + 0.1 * place for part in row["by_bin"]], [part["lead"] for part in row["by_bin"]]
+        means, lows, highs = zip(*leads)
+        reach = [[m - low for m, low in zip(means, lows)], [high - m for m, high in zip(means, highs)]]
+        label = f"R = {row['R']:g}: {row['multiplier']:.0f} times the inference"
+        ax.errorbar(at, means, yerr=reach, fmt="o", capsize=3, label=label)
     ax.axhline(0, color="black", linewidth=0.8)
-    ax.legend(fontsize=8)
+    title = f"Test-time compute less a model of {found['M']:.1f} times the parameters, equal FLOPs"
+    finish(ax, title, "difficulty bin, 1 the easiest", "lead in accuracy", log=None)
     return figure
 
 
-def net_cost(behind: dict) -> Figure:
+def net_cost(tables: Tables) -> Figure:
     """Accuracy against tokens with each question's difficulty paid for."""
-    figure, ax = axes("Net of difficulty", "tokens a question")
-    ax.plot(
-        list(behind["best_of_n_tokens"].values()),
-        list(behind["best_of_n"]["weighted"].values()),
-        "k--",
-        marker=".",
-        label="best-of-N weighted",
-    )
-    for grade in dict.fromkeys(r["grade"] for r in behind["compute_optimal"]):
-        rows = [
-            r
-            for r in behind["compute_optimal"]
-            if r["grade"] == grade and r["of"] == behind["compute_optimal"][-1]["of"]
-        ]
-        ax.plot(
-            [r["net_tokens"] for r in rows],
-            [r["accuracy"] for r in rows],
-            marker="o",
-            label=f"compute-optimal, {grade} bins",
-        )
+    figure, (ax,) = panels()
+    known = zip(tables["best_of_n_tokens"].values(), tables["best_of_n"]["weighted"].values())
+    curve(ax, known, "best-of-N weighted", "k.--")
+    rows = [r for r in tables["compute_optimal"] if r["of"] == tables["compute_optimal"][-1]["of"]]
+    for grade in dict.fromkeys(r["grade"] for r in rows):
+        found = [(r["net_tokens"], r["accuracy"]) for r in rows if r["grade"] == grade]
+        curve(ax, found, f"compute-optimal, {grade} bins")
     for maker in ("policy", "reviser"):
-        rows = sorted(
-            (r["tokens"], r["accuracy"])
-            for r in behind["strategies"]
-            if r["strategy"].startswith("adaptive") and f":{maker}" in r["strategy"]
-        )
-        if rows:
-            ax.plot([t for t, _ in rows], [a for _, a in rows], "x", label=f"adaptive, {maker}")
-    generations(ax)
-    ax.set_xscale("log", base=10)
+        adaptive = [r for r in tables["strategies"] if r["strategy"].startswith("adaptive") and maker in r["strategy"]]
+        curve(ax, [(r["tokens"], r["accuracy"]) for r in adaptive], f"adaptive, {maker}", "x")
+    finish(ax, "Net of difficulty", "tokens a question", log=10)
     return figure

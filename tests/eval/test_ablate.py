@@ -6,9 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from eval import ablate
-from flywheel.records import BestOfN, ModelRef
-from flywheel.runs.run import entries
+from eval.studies import ablate
+from flywheel.records import ModelRef
+from flywheel.runs.stage import schedule
+from flywheel.search.best_of_n import BestOfN
 from flywheel.search.plan import Entry, Plan
 from flywheel.stages import stages
 
@@ -26,8 +27,8 @@ def test_only_the_part_that_is_named_differs_and_only_after_round_1(ablation, ot
     ordinary, ours = by_name(stages(3)), by_name(made(3))
     assert ordinary.keys() - ours.keys() == gone
     assert {name for name, stage in ours.items() if stage != ordinary[name]} == other | {"search"}
-    reads = {(round, stage.name): at for round, stage, at in entries(made, 3)}
-    assert (2, "train_prm") in reads[3, "calibrate"] or (3, "train_prm") in reads[3, "calibrate"]
+    reads = {scheduled.at: scheduled.reads for scheduled in schedule(made, 3)}
+    assert (3, "train_prm") in reads[3, "calibrate"]
     for name in other:
         assert reads[3, name], f"{name} reads nothing, so a change elsewhere would not be seen"
 
@@ -46,13 +47,14 @@ def test_the_first_plan_is_used_with_the_models_of_the_day(tmp_path):
         model=lambda role, round: ModelRef(f"{role}_{round}", "base"),
     )
     made = ablate.keep_plan(ctx)
-    assert (
-        made["harvest"]["models"] == {"policy": "policy_2", "prm": "prm_3"}
-        and made["harvest"]["entries"] == plans["harvest"]["entries"]
-    )
+    assert made["harvest"]["models"] == {"policy": "policy_2", "prm": "prm_3"}
+    assert made["harvest"]["entries"] == plans["harvest"]["entries"]
     Plan.from_dict(made["serve"]).check_models({"policy": "policy_2", "prm": "prm_3"})
 
 
-def test_an_unknown_ablation_is_one_line(capsys):
-    assert ablate.main(["no_such"]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
+def test_an_ablation_is_handed_to_the_loop_with_its_arguments(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(ablate.iterate, "main", lambda argv, stages: asked.append((argv, stages)) or 3)
+    with pytest.raises(SystemExit, match="3"):
+        ablate.measure(SimpleNamespace(ablation="first_prm", iterate=["--fork", "old", "--name", "new"]))
+    assert asked == [(["--fork", "old", "--name", "new"], "eval.studies.ablate:first_prm")]

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from eval.curves import Scored, accuracy_at, by_argmax, by_majority, by_weight
+from eval.curves import SELECT, Scored, accuracy_at
 from flywheel.measure.stats import pass_at_k
 
 POOL = [
@@ -19,15 +19,15 @@ POOL = [
 
 def test_a_curve_at_the_whole_pool_is_the_selection_itself():
     rng = random.Random(0)
-    assert accuracy_at(POOL, 6, by_weight, 1, rng) == 1.0  # 1.7 against 1.2
-    assert accuracy_at(POOL, 6, by_majority, 1, rng) == 0.0  # two against three
-    assert accuracy_at(POOL, 6, by_argmax, 1, rng) == 1.0
+    assert accuracy_at(POOL, 6, SELECT["weighted"], 1, rng) == 1.0  # 1.7 against 1.2
+    assert accuracy_at(POOL, 6, SELECT["majority"], 1, rng) == 0.0  # two against three
+    assert accuracy_at(POOL, 6, SELECT["best"], 1, rng) == 1.0
 
 
-def test_a_curve_at_one_sample_is_the_pass_rate_and_argmax_of_a_perfect_scorer_is_pass_at_k():
+def test_a_curve_at_one_sample_is_the_pass_rate_and_the_best_of_a_perfect_scorer_is_pass_at_k():
     rng = random.Random(0)
-    for select in (by_weight, by_majority, by_argmax):
+    for select in SELECT.values():
         assert accuracy_at(POOL, 1, select, 4000, rng) == pytest.approx(2 / 6, abs=0.03)
-    assert accuracy_at(POOL, 3, by_argmax, 4000, rng) == pytest.approx(pass_at_k(6, 2, 3), abs=0.03)
+    assert accuracy_at(POOL, 3, SELECT["best"], 4000, rng) == pytest.approx(pass_at_k(6, 2, 3), abs=0.03)
     with pytest.raises(ValueError, match="pool of 6"):
-        accuracy_at(POOL, 7, by_weight, 1, rng)
+        accuracy_at(POOL, 7, SELECT["weighted"], 1, rng)

@@ -147,11 +147,11 @@ def test_a_deleted_shard_alone_is_made_again_and_draws_the_same(finished):
 
 def test_the_studies_read_a_finished_run(finished):
     run, _ = finished
-    loop = studied("eval.seeds", run)
+    loop = studied("seeds", run)
     assert [row["round"] for row in loop["rounds"]] == [0, 1] and loop["questions"] == 8
     low, high = loop["rounds"][1]["pass@1"]["ci"]
     assert low <= loop["rounds"][1]["pass@1"]["mean"] <= high
-    same = studied("eval.compare", run, run, "--without", "label", "train_prm")
+    same = studied("compare", run, run, "--without", "label", "train_prm")
     course, against = same["runs"][str(run)], same["first_less_others"][str(run)]
     assert [row["round"] for row in course] == [0, 1] and course[0]["flops"] == 0 < course[1]["flops"]
     assert course[1]["pass@1"][0] == pytest.approx(loop["rounds"][1]["pass@1"]["mean"])
@@ -160,7 +160,7 @@ def test_the_studies_read_a_finished_run(finished):
         ends["pass@1"] == [0, 0, 0] and ends["flops"][0] > ends["flops"][1]
     )  # the PRM's and its labels' are left out of the other's
     assert within["rounds"] == [0, 1]  # so the first run's round 1 had cost more than the other's
-    verifiers = studied("eval.verifiers", run)
+    verifiers = studied("verifiers", run)
     assert {"majority@8", "base:product", "monte_carlo:product", "true_steps:product"} <= verifiers["accuracy"].keys()
     search = manifest(run, 1, "search")["figures"]["search"]  # the same samples and the same PRM, by another path
     assert verifiers["accuracy"]["majority@8"][0] == pytest.approx(search["majority@8"])
@@ -171,19 +171,19 @@ def test_the_studies_read_a_finished_run(finished):
 
 def test_the_claims_are_measured_on_a_finished_run(finished, tmp_path):
     run, _ = finished
-    sizes = ["--questions", "5", "--oracle", "8", "--judged", "4", "--pool", "8", "--budgets", "4", "--chunk", "2"]
+    sizes = ["--questions", "5", "--oracle", "8", "--judged", "4", "--pool", "8", "--budgets", "4"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     early = subprocess.run(
-        [sys.executable, "-m", "eval.claims", str(run), *sizes],
+        [sys.executable, "-m", "eval", "claims", str(run), *sizes],
         cwd=tmp_path,
         env=environment,
         capture_output=True,
         text=True,
     )
-    assert early.returncode == 1 and "python -m eval.study" in early.stderr and not list(tmp_path.iterdir())
-    for module in ("eval.study", "eval.claims"):
+    assert early.returncode == 1 and "python -m eval study" in early.stderr and not list(tmp_path.iterdir())
+    for command in (["study", "--chunk", "2"], ["claims"]):
         done = subprocess.run(
-            [sys.executable, "-m", module, str(run), *sizes],
+            [sys.executable, "-m", "eval", *command, str(run), *sizes],
             cwd=tmp_path,
             env=environment,
             capture_output=True,
@@ -200,28 +200,28 @@ def test_the_claims_are_measured_on_a_finished_run(finished, tmp_path):
 @pytest.mark.slow
 def test_verifiers_with_and_without_the_history_judge_the_same_chains(finished):
     run, _ = finished
-    found = studied("eval.history_verifier", run, "--attempts", "2")
+    found = studied("history_verifier", run, "--attempts", "2")
     assert (
         found["questions"] == 8
         and {"majority", "prm:product", "prm+history:product", "own:last", "own+history:last"}
         <= found["accuracy"].keys()
     )
-    assert studied("eval.history_verifier", run, "--attempts", "2") == found  # chains and adapters are kept
+    assert studied("history_verifier", run, "--attempts", "2") == found  # chains and adapters are kept
 
 
 @pytest.mark.slow
 def test_a_prm_trained_on_the_same_labels_twice_is_no_better_than_itself(finished):
     run, _ = finished
-    found = studied("eval.foreign_prm", run, run, "--other", run)
+    found = studied("foreign_prm", run, run, "--other", run)
     assert found["questions"] == 8 and found["own_less_other"]["weighted"].keys() == {"1", "2", "4", "8"}
     assert all(gain == [0, 0, 0] for how in ("weighted", "best") for gain in found["own_less_other"][how].values())
-    assert found["command"].startswith("python -m eval.foreign_prm ")
+    assert found["command"].startswith("python -m eval foreign_prm ")
 
 
 @pytest.mark.slow
 def test_revisers_of_both_kinds_of_data_play_the_same_questions(finished):
     run, _ = finished
-    found = studied("eval.on_policy_reviser", run, "--attempts", "5")
+    found = studied("on_policy_reviser", run, "--attempts", "5")
     curves = found["pass@1_by_attempt"]
     assert (
         found["questions"] == 8 and found["trajectories"][0] >= 2 and {len(curve) for curve in curves.values()} == {5}
@@ -231,9 +231,9 @@ def test_revisers_of_both_kinds_of_data_play_the_same_questions(finished):
     assert found["on_less_off_policy"]["slope"][0] == pytest.approx(slopes["on_policy"] - slopes["off_policy"])
 
 
-def studied(module: str, *arguments: str | Path) -> dict:
+def studied(study: str, *arguments: str | Path) -> dict:
     done = subprocess.run(
-        [sys.executable, "-m", module, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-m", "eval", study, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

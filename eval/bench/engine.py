@@ -1,6 +1,6 @@
 """Sampling tokens/s of flywheel's scheduler against plain `LLM.generate` of the same requests.
 
-    python -m eval.bench_engine data/chain/seed_model --requests 512 --repeats 5
+    python -m eval.bench.engine data/chain/seed_model --requests 512 --repeats 5
 
 Both run in one process on engines of the same settings, in alternating order (which comes
 first changes with each repeat), after one uncounted turn each. Prints JSON: tokens/s of

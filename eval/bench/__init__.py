@@ -1,0 +1,1 @@
+"""How fast: the engine's scheduler, the search, the grader."""

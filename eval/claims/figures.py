@@ -1,0 +1,163 @@
+"""The tables behind the claims of one run: strategies, plans, difficulty, what is paid once, routing by round."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from scipy.stats import spearmanr
+
+from eval.claims.rows import attempts, goal_share, study_cases
+from eval.claims.study import BINS, GRADES, Study
+from eval.curves import SELECT
+from eval.draws import HEAD
+from eval.shared import answers, folder
+from flywheel.errors import UserError
+from flywheel.measure.bins import fixed_bins
+from flywheel.models.weights import parameters
+from flywheel.records import ModelRef
+from flywheel.runs.files import read_json
+from flywheel.runs.run import Run
+from flywheel.search.plan import Plan
+from flywheel.search.revise import Revise
+from flywheel.stages.shared import test_rates
+
+SERVED = (100, 10_000, 1_000_000)  # questions
+Figures = dict[str, Any]  # as JSON holds them
+
+
+def figures(s: Study) -> Figures:
+    """All tables that a study's draws can fill."""
+    cases = study_cases(s)
+    out: Figures = {
+        "questions": len(s.questions),
+        "best_of_n": {how: {n: s.best_of_n(n, how).mean() for n in s.sizes} for how in SELECT},
+        "best_of_n_tokens": {n: s.best_of_n_tokens(n, "weighted").mean() for n in s.sizes},
+        "strategies": strategies(s),
+        "compute_optimal": compute_optimal(s),
+        "difficulty": difficulty(s),
+    }
+    if 64 in s.sizes:
+        chosen = s.cheapest(s.best_of_n(64, "weighted"))[2]
+        out["goal"] = {"strategies": [strategy.name for strategy in chosen], "share": goal_share(s).mean()}
+    for case in cases["ratios"]:
+        out.setdefault("best_ratio_by_bin", {})[case["budget"]] = best_ratios(s, case["budget"])
+    for case in cases["longest chain"]:
+        out["pass@1_by_attempt"] = attempts(s, case["budget"]).mean(axis=0)
+    return out
+
+
+def strategies(s: Study) -> list[dict]:
+    oracle = s.bins("oracle")
+    return [
+        {
+            "budget": budget,
+            "strategy": strategy.name,
+            "accuracy": (right := s.row(budget, strategy)).mean(),
+            "by_bin": [right[oracle == b].mean() for b in range(1, BINS + 1)],
+            "tokens": s.row(budget, strategy, "tokens").mean(),
+            "computed": s.computed(budget, strategy),
+            "odd_candidates": s.row(budget, strategy, "odd").mean(),
+            "odd_winners": np.mean([tried.winner not in ("", "none") for tried in s.tried[budget, strategy]]),
+        }
+        for budget, strategy in sorted(s.tried, key=lambda key: key[0])
+    ]
+
+
+def compute_optimal(s: Study) -> list[dict]:
+    return [
+        {
+            "of": case["title"],
+            "budget": case["budget"],
+            "grade": grade,
+            "accuracy": (plan := s.plan(case["budget"], case["kinds"], grade)).right.mean(),
+            "tokens": plan.tokens.mean(),
+            "net_tokens": plan.net.mean(),
+            "best_of_n_needs": s.tokens_for(plan.right.mean()),
+        }
+        for case in study_cases(s)["plans"]
+        for grade in GRADES
+    ]
+
+
+def difficulty(s: Study) -> list[dict]:
+    oracle, each = s.bins("oracle"), range(1, BINS + 1)
+    return [
+        {
+            "grade": grade,
+            "spearman": spearmanr(s.ease(grade), s.ease("oracle")).statistic,
+            "same_bin": (s.bins(grade) == oracle).mean(),
+            "tokens": s.grade_tokens(grade).mean(),
+            "confusion": [[int(((oracle == a) & (s.bins(grade) == b)).sum()) for b in each] for a in each],
+        }
+        for grade in GRADES
+    ]
+
+
+def best_ratios(s: Study, budget: int) -> list[str]:
+    """By oracle bin, the ratio of sequential to parallel with the highest accuracy."""
+    oracle, tried = s.bins("oracle"), [r for r in s.strategies(budget, Revise) if r.select == "weighted"]
+    return [max(tried, key=lambda r: s.row(budget, r)[oracle == b].mean()).name for b in range(1, BINS + 1)]
+
+
+# ---- what is paid once, and what rounds change ---------------------------------------------
+
+
+def fixed_tokens(run: Run, round: int) -> dict[str, float]:
+    """What a round pays once, in tokens of inference (FLOPs over 2N): PRM, reviser, calibration, the prompt's head."""
+    each = 2 * parameters(ModelRef("base", run.recipe.model.base))
+    parts = {"prm": ("label", "train_prm"), "reviser": ("train_reviser", "choose_reviser"), "calibrate": ("calibrate",)}
+    rows = [row for row in run.ledger_rows if row["round"] == round]
+    found = {part: sum(row["flops"] for row in rows if row["stage"] in stages) / each for part, stages in parts.items()}
+    if (head := read_json(folder(run, round) / HEAD / "report.json")) is None:
+        raise UserError(f"{folder(run, round) / HEAD}: not trained; python -m eval prompt_head {run.root} trains it")
+    return {**found, "prompt_head": 6 * head["parameters"] * head["tokens"] / each}  # training: 6 N a token
+
+
+def amortise(rows: list[dict], fixed: dict[str, float]) -> None:
+    """Add to each row of `compute_optimal` its net tokens by questions served, and where its plan breaks even.
+
+    Compared with best-of-N weighted, which needs a PRM too: what comes on top is the calibration, and the reviser where
+    a plan may use it. A question's own difficulty is paid in full by each.
+    """
+    for row in rows:
+        once = fixed["calibrate"] + (fixed["reviser"] if row["of"] != "search" else 0.0)
+        once += fixed["prompt_head"] if row["grade"] == "prompt" else 0.0
+        row["net_by_served"] = {str(served): row["net_tokens"] + once / served for served in SERVED}
+        saved = row["best_of_n_needs"] - row["net_tokens"]
+        is_saving = saved > 1e-6 * row["net_tokens"]  # a plan of best-of-N saves a rounding error
+        row["break_even"] = 0.0 if saved == float("inf") else once / saved if is_saving else float("inf")
+
+
+def routing(run: Run) -> list[dict]:
+    """Claim 16: by round, what the plan at the search budget adds to single samples in each fixed bin, and the plan."""
+    edges, out = run.recipe.calibrate.edges, []
+    start = fixed_bins(test_rates(run, 0, "bin"), edges)
+    for r in range(1, max(run.rounds) + 1):
+        single, found = test_rates(run, r - 1), answers(run, r)
+        method = next(m for m in found if m.startswith("compute_optimal") and m.endswith("oracle"))
+        budget = int(method.partition("@")[2].partition("_")[0])
+        plan = Plan.from_dict(run.figures("calibrate", r)["serve"])
+        inside = [[q for q in found[method] if start[q] == b] for b in range(1, len(edges) + 2)]
+        out.append(
+            {
+                "round": r,
+                "single": [np.mean([single[q] for q in group] or [np.nan]) for group in inside],
+                "searched": [np.mean([found[method][q] for q in group] or [np.nan]) for group in inside],
+                "plan": [entry.strategy.name for entry in plan.entries if entry.budget == budget],
+            }
+        )
+    return out
+
+
+def of_run(run: Run, study: Study, round: int) -> Figures:
+    """All tables of one run; its name and round with them."""
+    out = {
+        "run": run.root.name,
+        "round": round,
+        **figures(study),
+        "fixed": fixed_tokens(run, round),
+        "routing": routing(run),
+    }
+    amortise(out["compute_optimal"], out["fixed"])
+    return out

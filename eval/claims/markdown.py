@@ -1,0 +1,144 @@
+"""CLAIMS.md from claims.json and figures.json: a row a claim, then every detailed row, then the tables behind them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from eval.claims import summary
+from eval.claims.figures import SERVED, Figures
+from eval.claims.results import Claim
+from eval.claims.summary import added, two
+
+
+def markdown(claims: Sequence[Claim], figures: Sequence[Figures]) -> str:
+    """The whole page. `figures`: one a run, as JSON holds them; the tables are of the first run."""
+    first = figures[0]
+    runs = ", ".join(f"`{f['run']}` on {f['questions']}" for f in figures)
+    seeds = f"{len(figures)} training {'seed' if len(figures) == 1 else 'seeds'}"
+    lines = [
+        "# The paper's claims, measured",
+        "",
+        f"Test questions of {seeds} ({runs}), round {first['round']}; `eval/runs.yaml` says how they were made. "
+        "Written by `python -m eval claims --from-results` from `claims.json` and `figures.json`.",
+        "",
+        "A row `holds` if its whole interval is above zero (8.lost: above 0.1), `fails` if it is wholly below, else it",
+        "is `undecided`. Figures are differences in accuracy, where the row below says nothing else; what a row says,",
+        "with the 0.02 added that some allow, stands below under the same id.",
+        "",
+        *summary.lines(claims, first),
+        "",
+        "## Every row",
+        "",
+        *table("claim | paper | ours [95% interval] | each run | verdict", map(detailed, claims)),
+        "",
+        "The tables below are of the first run.",
+        *tables(first),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def table(head: str, rows: Iterable[Sequence[object]]) -> list[str]:
+    """A Markdown table; `head`: the columns, with | between them."""
+    ruler = "|---" * (head.count("|") + 1) + "|"
+    return [f"| {head} |", ruler, *(f"| {' | '.join(map(str, row))} |" for row in rows)]
+
+
+def detailed(c: Claim) -> list[str]:
+    runs = " ".join(f"{value:+.3f}" for value in c.runs)
+    ours = f"{c.ours:+.3f} [{c.low:+.3f}, {c.high:+.3f}] {c.unit}"
+    return [f"{c.id}: {c.claim}", c.paper, ours, runs, f"**{c.verdict}**"]
+
+
+def number(value: float | None) -> str:
+    return "never" if value is None else f"{value:,.0f}"
+
+
+def planned(row: dict, most: str) -> list[str]:
+    def ratio(tokens: float) -> str:
+        return f"above {most}" if row["best_of_n_needs"] is None else f"{row['best_of_n_needs'] / tokens:.2f}"
+
+    served = [number(row["net_by_served"][str(count)]) for count in SERVED]
+    tokens = [number(row["tokens"]), number(row["net_tokens"]), number(row["best_of_n_needs"])]
+    ratios = [ratio(row["tokens"]), ratio(row["net_tokens"])]
+    start = [row["of"], row["budget"], row["grade"], f"{row['accuracy']:.3f}"]
+    return [*start, *tokens, *ratios, *served, number(row["break_even"])]
+
+
+def tables(f: Figures) -> list[str]:
+    most = list(f["best_of_n_tokens"])[-1]
+    lines = ["", "## Difficulty", ""]
+    lines += table(
+        "grade | Spearman with oracle | same bin | tokens a question | confusion (row: oracle bin)",
+        (
+            [
+                r["grade"],
+                f"{r['spearman']:.3f}",
+                f"{r['same_bin']:.2f}",
+                number(r["tokens"]),
+                " / ".join(" ".join(map(str, row)) for row in r["confusion"]),
+            ]
+            for r in f["difficulty"]
+        ),
+    )
+    lines += ["", "## Strategies at each budget", ""]
+    lines += table(
+        "budget | strategy | accuracy | by bin, easy to hard | tokens | of them computed | odd candidates "
+        "| odd winners",
+        (
+            [
+                r["budget"],
+                r["strategy"],
+                f"{r['accuracy']:.3f}",
+                two(r["by_bin"]),
+                number(r["tokens"]),
+                number(r["computed"]),
+                f"{r['odd_candidates']:.2f}",
+                f"{r['odd_winners']:.2f}",
+            ]
+            for r in f["strategies"]
+        ),
+    )
+    lines += ["", "## Best-of-N", ""]
+    lines += table(
+        " | ".join(["N", *f["best_of_n"], "tokens (weighted)"]),
+        (
+            [n, *(f"{curve[n]:.3f}" for curve in f["best_of_n"].values()), number(tokens)]
+            for n, tokens in f["best_of_n_tokens"].items()
+        ),
+    )
+    lines += [
+        "",
+        "## Compute-optimal, gross and net of difficulty",
+        "",
+        "Tokens a question. `needs`: what best-of-N weighted spends for the same accuracy. Net of its bin for every",
+        "question; calibration and the reviser's training are shared by the questions served. `break-even`: served",
+        "questions from which the plan is cheaper than best-of-N.",
+        "",
+    ]
+    lines += table(
+        "of | budget | bins | accuracy | gross | net | needs | ratio, gross | ratio, net | net at 10^2 | 10^4 | 10^6 "
+        "| break-even",
+        (planned(row, most) for row in f["compute_optimal"]),
+    )
+    fixed = ", ".join(f"{part} {tokens:,.0f}" for part, tokens in f["fixed"].items())
+    lines += ["", "## Paid once", "", f"In tokens of inference of the same FLOPs: {fixed}."]
+    if goal := f.get("goal"):
+        lines += [
+            "",
+            f"Best-of-64 weighted's accuracy at {goal['share']:.3f} of its tokens, by "
+            f"{' and '.join(goal['strategies'])} (chosen on the other half of the questions).",
+        ]
+    if best := f.get("best_ratio_by_bin"):
+        rows = ([budget, " ".join(name.split(":")[1] for name in names)] for budget, names in best.items())
+        lines += ["", "## Sequential to parallel", "", *table("budget | best ratio by oracle bin, easy to hard", rows)]
+    if attempts := f.get("pass@1_by_attempt"):
+        lines += ["", f"pass@1 along the longest chain: {two(attempts)}"]
+    lines += ["", "## Routing and capability, by round (claim 16)", ""]
+    lines += table(
+        "round | single samples, by fixed bin | compute-optimal (oracle bins) | added | plan, easiest bin first",
+        (
+            [r["round"], two(r["single"]), two(r["searched"]), two(added(r), "+"), ", ".join(r["plan"])]
+            for r in f["routing"]
+        ),
+    )
+    return lines

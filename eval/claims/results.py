@@ -1,0 +1,58 @@
+"""From rows of several runs to claims with an interval and a verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from eval.claims.rows import Row
+from flywheel.measure.stats import bootstrap_runs
+
+
+@dataclass(frozen=True)
+class Claim:
+    """`ours` with its 95% interval [low, high]; a row of claims.json."""
+
+    id: str
+    claim: str
+    paper: str
+    ours: float
+    low: float
+    high: float
+    verdict: str
+    unit: str
+    runs: list[float]  # each run alone
+    command: str
+
+
+def verdict(low: float, high: float, zero: float = 0.0) -> str:
+    """`holds` where the whole interval is above `zero`, `fails` where it is wholly below, else `undecided`."""
+    return "holds" if low > zero else "fails" if high < zero else "undecided"
+
+
+def spread(rows: Mapping[str, Row], own: Sequence[str], every: Sequence[str]) -> dict[str, Row]:
+    """Rows over the questions `own` as rows over `every`: NaN where they are silent."""
+    place, out = [every.index(question) for question in own], {}
+    for id, row in rows.items():
+        values = np.full(len(every), np.nan)
+        values[place] = row.values
+        out[id] = replace(row, values=values)
+    return out
+
+
+def combine(runs: Sequence[Mapping[str, Row]], command: str, seed: int = 0) -> list[Claim]:
+    """Each claim over all runs that speak of it; their rows are over the same questions in one order.
+
+    `ours` is the mean of the runs' own means, its interval a bootstrap over questions and runs.
+    """
+    claims = []
+    for id in dict.fromkeys(id for rows in runs for id in rows):
+        found = [row for rows in runs if (row := rows.get(id)) and not np.isnan(row.values).all()]
+        if found:
+            mean, low, high = bootstrap_runs([row.values for row in found], seed=seed)
+            decided, alone = verdict(low, high, found[0].zero), [float(np.nanmean(row.values)) for row in found]
+            first = found[0]
+            claims.append(Claim(id, first.claim, first.paper, mean, low, high, decided, first.unit, alone, command))
+    return claims

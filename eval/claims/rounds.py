@@ -1,0 +1,44 @@
+"""The rounds of one run, question by question: what the claims about distillation are computed from."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import numpy as np
+
+from eval.claims.study import BINS
+from eval.shared import answers
+from flywheel.measure.bins import fixed_bins
+from flywheel.runs.run import Run
+from flywheel.stages.shared import test_rates
+
+
+class Rounds:
+    """Arrays are over `questions`, those that the loop evaluates, in that order."""
+
+    def __init__(self, run: Run):
+        self.run, self.last = run, max(run.rounds)
+        self.questions = sorted(test_rates(run, 0))
+
+    def rates(self, round: int, purpose: str = "evaluate") -> np.ndarray:
+        found = test_rates(self.run, round, purpose)
+        return np.array([found[q] for q in self.questions])
+
+    @cached_property
+    def _answers(self) -> dict[str, dict[str, float]]:
+        return answers(self.run, 1)
+
+    @property
+    def search(self) -> str:
+        """Round 1's best-of-N weighted of the most samples."""
+        names = [m for m in self._answers if m.startswith("best_of_n_weighted@") and m[-1].isdigit()]
+        return max(names, key=lambda m: int(m.split("@")[1]))
+
+    def searched(self, method: str) -> np.ndarray:
+        return np.array([self._answers[method][q] for q in self.questions])
+
+    def gain_on_hardest(self) -> np.ndarray:
+        """Single samples after the last round less those of round 0 drawn anew; NaN outside fixed bin 5 of round 0."""
+        start = fixed_bins(test_rates(self.run, 0, "bin"), self.run.recipe.calibrate.edges)
+        hard = np.array([start[q] == BINS for q in self.questions])
+        return np.where(hard, self.rates(self.last) - self.rates(0), np.nan)

@@ -1,0 +1,207 @@
+"""How the rows of the claims are computed: of each id in claims.yaml its cases, and `ours` of a case.
+
+Everything is question by question; what a row says and the zero that decides it are in claims.yaml.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from eval.claims.rounds import Rounds
+from eval.claims.study import BINS, GRADES, Study
+from flywheel.search.adaptive import Adaptive
+from flywheel.search.beam import Beam
+from flywheel.search.best_of_n import BestOfN
+from flywheel.search.revise import Revise
+from flywheel.search.strategy import Strategy
+
+DATA = yaml.safe_load(Path(__file__).with_name("claims.yaml").read_text(encoding="utf-8"))
+NEARLY = 0.02  # accuracy: "matches" and "no worse" allow so much
+LOW = 16  # generations: a low budget
+Case = dict[str, Any]
+Ours = dict[str, tuple[str, Callable[..., np.ndarray]]]  # row id -> (its cases, by name; ours(subject, **case))
+
+
+@dataclass(frozen=True)
+class Row:
+    """A claim that the mean of `values` over questions is above `zero`; NaN questions do not count."""
+
+    claim: str
+    paper: str
+    values: np.ndarray
+    unit: str = "accuracy"
+    zero: float = 0.0
+
+
+def study_rows(study: Study) -> dict[str, Row]:
+    """By id, all rows that one run's draws can speak to, over `study.questions`."""
+    return rows(STUDY, study, study_cases(study))
+
+
+def round_rows(rounds: Rounds) -> dict[str, Row]:
+    """By id, the rows that the rounds of a run speak to, over `rounds.questions`."""
+    about = {"last": rounds.last, "count": len(rounds.questions), "search": rounds.search}
+    return rows(ROUNDS, rounds, {"once": [about]})
+
+
+def rows(ours: Ours, subject: Study | Rounds, cases: dict[str, list[Case]]) -> dict[str, Row]:
+    found = {}
+    for id, (name, compute) in ours.items():
+        said = {key: value for key, value in DATA["rows"][id].items() if key != "says"}
+        for case in cases[name]:
+            values = np.asarray(compute(subject, **case), dtype=float)
+            found[id.format(**case)] = Row(DATA["rows"][id]["says"].format(**case), values=values, **said)
+    return found
+
+
+PLANS = (
+    ("1", "search", (Beam,)),
+    ("2", "revisions", (Revise,)),
+    ("1+2", "of all strategies", (Beam, Revise, Adaptive)),
+)
+
+
+def study_cases(s: Study) -> dict[str, list[Case]]:
+    """The cases that a study's draws can speak to; none where a strategy was not tried."""
+    top, low = s.budgets[-1], s.budgets[0]
+    tried = {Adaptive, *(kind for kind in (Beam, Revise) if s.strategies(top, kind))}
+    plans = [
+        {"number": number, "title": title, "kinds": kinds, "budget": budget}
+        for number, title, kinds in PLANS
+        if tried >= set(kinds)
+        for budget in s.budgets
+    ]
+    every = [{"budget": budget, "beam": beam} for budget in s.budgets for beam in s.strategies(budget, Beam)]
+    beams = [case for case in every if not case["beam"].lookahead]
+    chains = [{"budget": budget} for budget in s.budgets if (budget, Revise(budget)) in s.tried]
+    parallel = [{**case, "how": how} for case in chains for how in ("weighted", "majority")]
+    ends = [{"low": low, "top": top}] if top > low else []
+    return {
+        "plans": plans,
+        "quarters": [{**case, "more": 4 * case["budget"]} for case in plans if 4 * case["budget"] in s.sizes],
+        "grades": [{**case, "grade": grade} for case in plans for grade in GRADES],
+        "rises": [{"fewer": fewer, "more": more} for fewer, more in pairwise(s.budgets) if Revise in tried],
+        "adaptives": [{"budget": b, "strategy": a} for b in s.budgets for a in s.strategies(b, Adaptive)],
+        "beams": beams,
+        "low beams": [case for case in beams if case["budget"] == low <= LOW],
+        "ends": ends,
+        "ends of beam": [case for case in ends if all((b, Beam(b, 4)) in s.tried for b in (low, top))],
+        "lookaheads": [{**c, "plain": Beam(c["budget"], min(4, c["budget"]))} for c in every if c["beam"].lookahead],
+        "longest chain": chains[-1:],
+        "long chain": [case for case in chains[-1:] if case["budget"] > 4],
+        "parallel": (parallel := [c for c in parallel if (c["budget"], Revise(1, c["budget"], c["how"])) in s.tried]),
+        "ratios": [case for case in parallel if case["how"] == "weighted"],
+        "hardest": [{"best": best_on_hardest(s)}],
+        "64": [{}] if 64 in s.sizes else [],
+    }
+
+
+def attempts(s: Study, budget: int) -> np.ndarray:
+    """questions x attempts of one chain, 1.0 where right."""
+    return np.array([tried.by_attempt for tried in s.tried[budget, Revise(budget)]], dtype=float)
+
+
+def lost(s: Study, budget: int) -> np.ndarray:
+    """The share of right attempts that the next one revises into a wrong one; NaN where none is right."""
+    before, after = attempts(s, budget)[:, :-1], attempts(s, budget)[:, 1:]
+    count = before.sum(axis=1)
+    return ((before == 1) & (after == 0)).sum(axis=1) / np.where(count, count, np.nan)
+
+
+def over_best_of_n(s: Study, budget: int, kinds: tuple[type[Strategy], ...], n: int) -> np.ndarray:
+    return s.plan(budget, kinds, "oracle").right - s.best_of_n(n, "weighted")
+
+
+def net(s: Study, budget: int, kinds: tuple[type[Strategy], ...], grade: str, **_) -> np.ndarray:
+    plan = s.plan(budget, kinds, grade)
+    return plan.right - s.at_tokens(plan.net.mean())
+
+
+def predicted_less_oracle(s: Study, budget: int, kinds: tuple[type[Strategy], ...], **_) -> np.ndarray:
+    return s.plan(budget, kinds, "predicted").right - s.plan(budget, kinds, "oracle").right + NEARLY
+
+
+def at_equal_tokens(s: Study, budget: int, strategy: Strategy) -> np.ndarray:
+    """Less best-of-N at the mean tokens of the strategy: for one that bins nothing, all that it costs."""
+    return s.row(budget, strategy) - s.at_tokens(s.row(budget, strategy, "tokens").mean())
+
+
+def at_equal_computed(s: Study, budget: int, beam: Beam) -> np.ndarray:
+    """Less best-of-N at the same mean of tokens that no prefix cache served."""
+    return s.row(budget, beam) - s.at_tokens(s.computed(budget, beam), computed=True)
+
+
+def sequential_gain(s: Study, budget: int, how: str) -> np.ndarray:
+    return s.row(budget, Revise(budget, 1, how)) - s.row(budget, Revise(1, budget, how))
+
+
+def best_ratio_gain(s: Study, budget: int, how: str) -> np.ndarray:
+    ratios = [r for r in s.strategies(budget, Revise) if r.select == how]
+    return s.best_of(ratios, budget) - s.row(budget, Revise(1, budget, how))
+
+
+def goal_share(s: Study) -> np.ndarray:
+    """Of best-of-64's tokens, what the cheapest strategy that reaches its accuracy spends."""
+    return s.cheapest(s.best_of_n(64, "weighted"))[1] / s.best_of_n_tokens(64, "weighted").mean()
+
+
+def best_on_hardest(s: Study) -> Strategy:
+    """What does best in bin 5: best-of-N of the whole pool, or a strategy at the largest budget."""
+    found = {BestOfN(s.sizes[-1]): s.best_of_n(s.sizes[-1], "weighted")}
+    found |= {strategy: s.row(b, strategy) for b, strategy in s.tried if b == s.budgets[-1]}
+    return max(found, key=lambda strategy: found[strategy][s.bins("oracle") == BINS].mean())
+
+
+STUDY: Ours = {
+    "{number}.gross@{budget}": ("plans", lambda s, budget, kinds, **_: over_best_of_n(s, budget, kinds, budget)),
+    "{number}.quarter@{budget}": (
+        "quarters",
+        lambda s, budget, kinds, more, **_: over_best_of_n(s, budget, kinds, more) + NEARLY,
+    ),
+    "{number}.net-{grade}@{budget}": ("grades", net),
+    "2.goes_on@{more}": (
+        "rises",
+        lambda s, fewer, more: over_best_of_n(s, more, (Revise,), more) - over_best_of_n(s, fewer, (Revise,), fewer),
+    ),
+    "3.{title}@{budget}": ("plans", predicted_less_oracle),
+    "4.low:{beam.name}": ("low beams", lambda s, budget, beam: s.row(budget, beam) - s.best_of_n(budget, "weighted")),
+    "4.tokens:{beam.name}": ("beams", lambda s, budget, beam: at_equal_tokens(s, budget, beam)),
+    "4.computed:{beam.name}": ("beams", at_equal_computed),
+    "4.bins3-4:{beam.name}": (
+        "beams",
+        lambda s, budget, beam: s.in_bins(s.row(budget, beam) - s.best_of_n(budget, "weighted"), 3, 4),
+    ),
+    "5.beam": (
+        "ends of beam",
+        lambda s, low, top: s.in_bins(s.row(low, Beam(low, 4)) - s.row(top, Beam(top, 4)), 1, 2),
+    ),
+    "5.best_of_n": (
+        "ends",
+        lambda s, low, top: s.in_bins(s.best_of_n(top, "weighted") - s.best_of_n(low, "weighted") + NEARLY, 1, 2),
+    ),
+    "6.{beam.name}": ("lookaheads", lambda s, budget, beam, plain: s.row(budget, plain) - s.row(budget, beam)),
+    "7.slope": ("long chain", lambda s, budget: attempts(s, budget)[:, 4:].mean(axis=1) - attempts(s, budget)[:, 0]),
+    "8.lost": ("longest chain", lost),
+    "8.selection": (
+        "longest chain",
+        lambda s, budget: s.row(budget, Revise(budget)) - s.row(budget, Revise(budget, 1, "last")),
+    ),
+    "9.{how}@{budget}": ("parallel", sequential_gain),
+    "10.ratio@{budget}": ("ratios", best_ratio_gain),
+    "10.easy@{budget}": ("ratios", lambda s, budget, how: s.in_bins(sequential_gain(s, budget, how) + NEARLY, 1, 2)),
+    "14.hardest": ("hardest", lambda s, best: 0.1 - s.in_bins(s.options()[best][0], BINS)),
+    "adaptive:{strategy.name}": ("adaptives", at_equal_tokens),
+    "goal.accuracy": ("64", lambda s: s.cheapest(s.best_of_n(64, "weighted"))[0] + NEARLY),
+    "goal.tokens": ("64", lambda s: 0.25 - goal_share(s)),
+}
+ROUNDS: Ours = {
+    "14.rounds": ("once", lambda r, **_: r.gain_on_hardest()),
+    "15.singles": ("once", lambda r, search, **_: r.rates(r.last) - r.searched(search)),
+}

@@ -1,0 +1,230 @@
+"""The draws of one run as arrays over its test questions: what the claims are computed from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+import numpy as np
+
+from eval.curves import SELECT, is_right
+from eval.draws import Difficult, Drawn, Tried
+from flywheel.errors import UserError
+from flywheel.measure.bins import quantile_bins
+from flywheel.search.best_of_n import BestOfN
+from flywheel.search.plan import Trial, held_out, most_right
+from flywheel.search.strategy import Strategy
+
+T = TypeVar("T")
+BINS = 5
+PROBE = 4  # samples
+GRADES = ("oracle", "predicted", "probe", "prompt", "label")  # of difficulty, by falling cost
+
+
+@dataclass(frozen=True)
+class Planned:
+    """Of each question under the plan that was chosen without it; `net`: tokens with its bin paid for."""
+
+    right: np.ndarray
+    tokens: np.ndarray
+    net: np.ndarray
+
+
+class Study:
+    """The draws of one run. Arrays are over `questions`, in that order; bins count from 1, the easiest.
+
+    Raises UserError where the parts are of different questions.
+    """
+
+    def __init__(self, difficult: Sequence[Difficult], drawn: Sequence[Drawn], tried: Sequence[Tried], seed: int = 0):
+        self.questions = sorted(d.question_id for d in difficult)
+        self.seed, by_id = seed, {d.question_id: d for d in difficult}
+        self.difficult = [by_id[q] for q in self.questions]
+        pools: dict[str, list[Drawn]] = {q: [] for q in self.questions}
+        for d in drawn:
+            pools[d.question_id].append(d)
+        self.pools = list(pools.values())
+        lengths = {len(pool) for pool in self.pools}
+        if len(lengths) != 1 or {t.question_id for t in tried} != set(self.questions):
+            raise UserError("the parts of this study are of different questions; draw them with the same --questions")
+        self.sizes = [2**i for i in range(20) if 2**i <= min(lengths)]  # of best-of-N
+        found: dict[tuple[int, Strategy], dict[str, Tried]] = {}
+        for t in tried:
+            found.setdefault((t.budget, t.strategy), {})[t.question_id] = t
+        self.tried = {key: [rows[q] for q in self.questions] for key, rows in found.items()}
+        self.budgets = sorted({budget for budget, _ in self.tried})
+        self.kept: dict[tuple, Any] = {}
+
+    def over(self, value: Callable[..., float], items: Sequence) -> np.ndarray:
+        return np.array([float(value(item)) for item in items])
+
+    def halves(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(places to choose on, places to score): each half of the questions once."""
+        order = np.random.default_rng(self.seed).permutation(len(self.questions))
+        yield order[::2], order[1::2]
+        yield order[1::2], order[::2]
+
+    def once(self, *key: object, make: Callable[[], T]) -> T:
+        """What `make` gives, computed once a key."""
+        if key not in self.kept:
+            self.kept[key] = make()
+        return self.kept[key]
+
+    # ---- best-of-N, from the pool ----
+
+    def best_of_n(self, n: int, select: str) -> np.ndarray:
+        """Accuracy of each question: the mean over the disjoint groups of n in its pool."""
+
+        def accuracy(pool: Sequence[Drawn]) -> float:
+            return np.mean([is_right(group, SELECT[select]) for group in groups(pool, n)])
+
+        return self.once("right", n, select, make=lambda: self.over(accuracy, self.pools))
+
+    def best_of_n_tokens(self, n: int, select: str, computed: bool = False) -> np.ndarray:
+        """Mean tokens of n samples of each question, over the groups of its pool; judged unless a majority decides.
+
+        `computed`: without what the prefix cache served.
+        """
+        judge = select != "majority"
+        cost = partial(spent, n=n, judge=judge, computed=computed)
+        return self.once("tokens", n, judge, computed, make=lambda: self.over(cost, self.pools))
+
+    def at_tokens(self, tokens: float, select: str = "weighted", computed: bool = False) -> np.ndarray:
+        """Best-of-N's accuracy of each question for so many tokens (`computed`: of those that no cache served).
+
+        Between the measured N on a log scale; NaN beyond the pool, where nothing is known.
+        """
+        grid = np.log([self.best_of_n_tokens(n, select, computed).mean() for n in self.sizes])
+        if np.log(tokens) > grid[-1]:
+            return np.full(len(self.questions), np.nan)
+        at = np.clip(np.log(tokens), grid[0], grid[-1])
+        high = int(np.clip(np.searchsorted(grid, at), 1, len(grid) - 1))
+        part = (at - grid[high - 1]) / (grid[high] - grid[high - 1])
+        below, above = (self.best_of_n(self.sizes[place], select) for place in (high - 1, high))
+        return (1 - part) * below + part * above
+
+    def tokens_for(self, accuracy: float, select: str = "weighted") -> float:
+        """Mean tokens at which best-of-N first reaches this mean accuracy, on a log scale; infinity beyond the pool."""
+        cost = [self.best_of_n_tokens(n, select).mean() for n in self.sizes]
+        right = [self.best_of_n(n, select).mean() for n in self.sizes]
+        place = next((i for i, reached in enumerate(right) if reached >= accuracy), None)
+        if not place:
+            return float("inf") if place is None else float(cost[0])
+        part = (accuracy - right[place - 1]) / (right[place] - right[place - 1])
+        return float(cost[place - 1] * (cost[place] / cost[place - 1]) ** part)
+
+    # ---- the other strategies ----
+
+    def row(self, budget: int, strategy: Strategy, what: str = "correct") -> np.ndarray:
+        return self.over(lambda tried: getattr(tried, what), self.tried[budget, strategy])
+
+    def computed(self, budget: int, strategy: Strategy) -> float:
+        """Mean tokens without what the prefix cache served."""
+        return float((self.row(budget, strategy, "tokens") - self.row(budget, strategy, "cached")).mean())
+
+    def strategies(self, budget: int, *kinds: type[Strategy]) -> list[Strategy]:
+        return [s for b, s in self.tried if b == budget and isinstance(s, kinds)]
+
+    def options(self) -> dict[Strategy, tuple[np.ndarray, np.ndarray]]:
+        """(accuracy, tokens) of all that was tried, best-of-N at every size included."""
+        hows = ("weighted", "majority")
+        bests = {
+            BestOfN(n, how): (self.best_of_n(n, how), self.best_of_n_tokens(n, how)) for n in self.sizes for how in hows
+        }
+        return bests | {s: (self.row(b, s), self.row(b, s, "tokens")) for b, s in self.tried}
+
+    def best_of(self, strategies: Sequence[Strategy], budget: int) -> np.ndarray:
+        """Accuracy of each question by the strategy that did best on the other half of the questions."""
+        rows, out = [self.row(budget, s) for s in strategies], np.zeros(len(self.questions))
+        for fit, use in self.halves():
+            out[use] = max(rows, key=lambda row: row[fit].mean())[use]
+        return out
+
+    def cheapest(self, target: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[Strategy]]:
+        """(accuracy less `target`, tokens, strategies): the cheapest that reaches `target` on the other half."""
+        options, chosen = self.options(), []
+        ahead, tokens = np.zeros(len(target)), np.zeros(len(target))
+        for fit, use in self.halves():
+            reach = {s: t[fit].mean() for s, (right, t) in options.items() if right[fit].mean() >= target[fit].mean()}
+            best = min(reach, key=reach.__getitem__)
+            right, spent = options[best]
+            ahead[use], tokens[use] = right[use] - target[use], spent[use]
+            chosen.append(best)
+        return ahead, tokens, chosen
+
+    # ---- difficulty and plans ----
+
+    def ease(self, grade: str) -> np.ndarray:
+        """What the grade says of each question: more is easier."""
+        return {
+            "oracle": lambda: self.over(lambda d: d.right / d.samples, self.difficult),
+            "predicted": lambda: self.over(lambda d: d.predicted, self.difficult),
+            "probe": lambda: self.over(lambda pool: np.mean([d.score for d in pool[:PROBE]]), self.pools),
+            "prompt": lambda: self.over(lambda d: -d.prompt_bin, self.difficult),
+            "label": lambda: self.over(lambda d: -d.level, self.difficult),
+        }[grade]()
+
+    def bins(self, grade: str) -> np.ndarray:
+        """Quantile bins; the prompt's own as it said them."""
+        if grade == "prompt":
+            return np.array([d.prompt_bin for d in self.difficult])
+        found = quantile_bins(dict(zip(self.questions, self.ease(grade))), BINS)
+        return np.array([found[q] for q in self.questions])
+
+    def in_bins(self, values: np.ndarray, *bins: int) -> np.ndarray:
+        """NaN outside these oracle bins."""
+        return np.where(np.isin(self.bins("oracle"), bins), values, np.nan)
+
+    def grade_tokens(self, grade: str) -> np.ndarray:
+        """What each question pays for its bin: never shared with others."""
+        return {
+            "oracle": lambda: self.over(lambda d: d.tokens, self.difficult),
+            "predicted": lambda: self.over(lambda d: d.predicted_tokens, self.difficult),
+            "probe": lambda: self.over(lambda pool: sum(d.cost + d.score_cost for d in pool[:PROBE]), self.pools),
+            "prompt": lambda: self.over(lambda d: d.prompt_tokens, self.difficult),
+            "label": lambda: np.zeros(len(self.questions)),
+        }[grade]()
+
+    def plan(self, budget: int, kinds: tuple[type[Strategy], ...], grade: str) -> Planned:
+        """Compute-optimal search (Snell et al., 3) of the strategies of `kinds` and best-of-N."""
+        return self.once("plan", budget, kinds, grade, make=lambda: self._plan(budget, kinds, grade))
+
+    def _plan(self, budget: int, kinds: tuple[type[Strategy], ...], grade: str) -> Planned:
+        options, trials = self.options(), []
+        bests = [BestOfN(budget, how) for how in ("weighted", "majority")]
+        for strategy in [*bests, *(s for kind in kinds for s in self.strategies(budget, kind))]:
+            for q, bin, right, tokens in zip(self.questions, self.bins(grade), *options[strategy]):
+                trials.append(Trial(q, int(bin), budget, strategy, right, 0, tokens))
+        fit = partial(most_right, models={}, bins=BINS)
+        served = {t.question_id: t for t in held_out(trials, fit, seed=self.seed)[budget]}
+        chosen = [served[q] for q in self.questions]
+        paid = self.grade_tokens(grade)
+        if grade == "probe":  # best-of-N takes the probe's samples for its first ones: they are paid once
+            for i, trial in enumerate(chosen):
+                if isinstance(trial.strategy, BestOfN):
+                    first = self.pools[i][: min(PROBE, budget)]
+                    paid[i] -= sum(d.cost + trial.strategy.judged * d.score_cost for d in first)
+        tokens = self.over(lambda t: t.tokens, chosen)
+        return Planned(self.over(lambda t: t.correct, chosen), tokens, tokens + paid)
+
+
+def groups(pool: Sequence[Drawn], n: int) -> list[Sequence[Drawn]]:
+    """The disjoint groups of n."""
+    return [pool[start : start + n] for start in range(0, len(pool) - n + 1, n)]
+
+
+def spent(pool: Sequence[Drawn], n: int, judge: bool, computed: bool) -> float:
+    """Mean tokens of a group of n. A group judges equal solutions once: equal are those of one answer and one score."""
+    first: dict[tuple, Drawn] = {}
+    for d in pool:
+        if d.score_cost:
+            first.setdefault((d.answer, d.score), d)
+    total = 0
+    for group in groups(pool, n):
+        total += sum(d.cost - (min(d.cached, d.cost) if computed else 0) for d in group)
+        if judge:
+            judged = {(d.answer, d.score) for d in group if d.answer is not None}
+            total += sum(first[key].score_cost for key in judged if key in first)
+    return total / (len(pool) // n)

@@ -1,0 +1,143 @@
+"""What `python -m eval study` draws of a run and leaves in RUN/studies/round_R/: its records, sizes and folders."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+from eval.shared import add_runs, folder, records
+from flywheel.errors import UserError
+from flywheel.runs.files import read_json, sha256, write_json
+from flywheel.runs.run import Run
+from flywheel.runs.shards import shard_dirs
+from flywheel.search.strategies import AnyStrategy
+
+BUDGETS = (4, 16, 64)  # generations, where none are named
+HEAD = "prompt_head"  # folder of the adapter that bins by the prompt alone
+
+
+@dataclass(frozen=True, slots=True)
+class Difficult:
+    """How hard one question is, by samples that score nothing else."""
+
+    question_id: str
+    right: int  # of `samples`
+    samples: int
+    predicted: float  # mean PRM score of the first of them
+    tokens: int  # of the samples
+    predicted_tokens: int  # of those that the PRM judged, with their judging
+    level: (
+        float  # as the problem set says: the laboratory's number of operations, MATH's level; 0 where it says nothing
+    )
+    prompt_bin: int  # as the prompt alone says (eval.studies.prompt_head), 1 the easiest
+    prompt_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """One judged sample. `shape`: what is odd about it, "" for an ordinary one."""
+
+    question_id: str
+    answer: str | None
+    score: float
+    correct: bool
+    cost: int
+    score_cost: int
+    cached: int
+    shape: str
+
+
+@dataclass(frozen=True, slots=True)
+class Tried:
+    """One strategy on one question."""
+
+    question_id: str
+    strategy: AnyStrategy
+    budget: int
+    correct: bool
+    tokens: int
+    cached: int  # of them, what the prefix cache served
+    odd: float  # share of the candidates of an odd shape
+    winner: str  # shape of the best candidate of the winning answer; "none" where no answer won
+    by_attempt: tuple[bool, ...] = ()  # which attempts of a single revision chain are right
+
+
+# ---- sizes and folders -------------------------------------------------------------------
+
+
+def add_sizes(parser: argparse.ArgumentParser, count: str = "+") -> None:
+    """The options that say which draws are meant; `study`, `claims` and `flops_matched` share them."""
+    add_runs(parser, count=count)
+    parser.add_argument("--questions", type=int, help="the first so many test questions (all)")
+    parser.add_argument("--oracle", type=int, default=512, help="samples that bin a question (%(default)s)")
+    parser.add_argument("--judged", type=int, default=64, help="of these, how many the PRM judges (%(default)s)")
+    parser.add_argument("--pool", type=int, default=256, help="judged samples for best-of-N (%(default)s)")
+    parser.add_argument("--budgets", type=int, nargs="+", default=list(BUDGETS), metavar="N", help="generations")
+
+
+def check_sizes(args: argparse.Namespace) -> None:
+    """Raises UserError."""
+    if not 1 <= args.judged <= args.oracle:
+        raise UserError(f"--judged {args.judged}: 1 to --oracle ({args.oracle}) wanted")
+    if wrong := [b for b in args.budgets if b & (b - 1) or not 1 <= b <= args.pool]:
+        raise UserError(
+            f"--budgets {wrong[0]}: a power of two, and at most --pool ({args.pool}), wanted:"
+            " best-of-N is read off the pool"
+        )
+
+
+def titles(args: argparse.Namespace) -> dict[str, str]:
+    """Part -> the folder of its draws. Sizes are in the name: other sizes are other draws."""
+    budgets = "_".join(map(str, sorted(args.budgets)))
+    tail = f"_first_{args.questions}" if args.questions else ""
+    names = (f"difficulty_{args.oracle}_{args.judged}", f"pool_{args.pool}", f"trials_{budgets}", f"adaptive_{budgets}")
+    return {name.partition("_")[0]: name + tail for name in names}
+
+
+def check_origin(directory: Path, run: Run, round: int) -> None:
+    """The models are those that a part was drawn with; a part without any draw takes them for its own.
+
+    Told by the sha256 of the manifests of the round's models and of the prompt's head. Raises UserError.
+    """
+    models = [
+        (round, "train_prm"),
+        (round, "choose_reviser"),
+        (round, "sample"),
+        *((r, "gate") for r in range(1, round)),
+    ]
+    files = [run.path(stage, r) / "manifest.json" for r, stage in models]
+    files.append(folder(run, round) / HEAD / "adapter" / "adapter_model.safetensors")
+    note, now = directory / "made_from.json", {str(path.relative_to(run.root)): sha256(path) for path in files}
+    if not shard_dirs(directory) and not note.is_file():
+        write_json(note, now)
+    was = read_json(note) or {}
+    if was != now:
+        changed = next(name for name in now if was.get(name) != now[name])
+        raise UserError(f"{directory}: drawn with another {changed}; remove {directory.parent} and draw again")
+
+
+def read_all(run: Run, args: argparse.Namespace) -> tuple[list[Difficult], list[Drawn], list[Tried]]:
+    """Everything that was drawn of a run. Raises UserError where a part is not finished."""
+    found: dict[str, list] = {}
+    for part, title in titles(args).items():
+        directory = folder(run, args.round) / title
+        if not (directory / "finished").is_file():
+            raise UserError(f"{directory}: not drawn; python -m eval study {run.root} --round {args.round} draws it")
+        check_origin(directory, run, args.round)
+        found[part] = records(directory, {"difficulty": Difficult, "pool": Drawn}.get(part, Tried))
+    return found["difficulty"], found["pool"], [*found["trials"], *found["adaptive"]]
+
+
+def largest(run: Run, args: argparse.Namespace) -> argparse.Namespace:
+    """`args` for the most questions of which every part is drawn, where they name no number."""
+    parent = folder(run, args.round)
+
+    def is_drawn(asked: argparse.Namespace) -> bool:
+        return all((parent / title / "finished").is_file() for title in titles(asked).values())
+
+    if args.questions or is_drawn(args):
+        return args
+    sizes = {int(path.parent.name.rpartition("_first_")[2]) for path in parent.glob("trials_*_first_*/finished")}
+    found = [argparse.Namespace(**{**vars(args), "questions": n}) for n in sorted(sizes, reverse=True)]
+    return next(filter(is_drawn, found), args)  # where nothing is whole, `read_all` says what is missing

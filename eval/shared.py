@@ -1,0 +1,196 @@
+"""What several studies share: where they keep their files, draws that resume, averages over runs, verifiers."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from flywheel.errors import UserError
+from flywheel.ledger import Ledger
+from flywheel.measure.stats import bootstrap_mean
+from flywheel.models.prm import aggregate, label_ids
+from flywheel.recipe import PrmSpec, TrainSpec
+from flywheel.records import Answered, Grade, ModelRef, Role, Solution, Split
+from flywheel.runs.files import read_table
+from flywheel.runs.run import Context, Run
+from flywheel.runs.shards import shard_dirs
+from flywheel.runs.stage import Input, Stage
+from flywheel.runs.worker import fill
+from flywheel.search.revise import Revise
+from flywheel.search.select import weighted
+from flywheel.stages.kit import Kit, kit, prompts_and_reader
+from flywheel.stages.shared import LAST_POLICY, answer_is_right, ids, search_models
+from flywheel.training import Job, PrmExample, train_prm
+from flywheel.training.checkpoints import Keep
+
+MODELS = (Input("train_prm"), Input("choose_reviser"), *LAST_POLICY)  # inputs of what a round's models draw
+AGGREGATES = ("last", "min", "product")
+
+
+def add_runs(parser: argparse.ArgumentParser, round: bool = True, count: str = "+") -> None:
+    parser.add_argument("runs", nargs=count, type=Run, metavar="RUN", help="directory of a finished run")
+    if round:
+        parser.add_argument("--round", type=int, default=1, metavar="R")
+
+
+# ---- draws -------------------------------------------------------------------------------
+
+
+def folder(run: Run, round: int) -> Path:
+    """Where the studies of a round keep draws and adapters: outside the rounds."""
+    return run.root / "studies" / f"round_{round}"
+
+
+def whole_test(run: Run) -> Run:
+    """The same run with all test questions of the problem set: more than its loop measures on."""
+    limits = {split: n for split, n in run.recipe.problems.limits.items() if split != Split.TEST}
+    problems = run.recipe.problems.model_copy(update={"limits": limits})
+    return Run(run.root, run.recipe.model_copy(update={"problems": problems}))
+
+
+def as_stage(run: Run, round: int, stage: Stage) -> Context:
+    """The run as one of its own stages saw it: what that computes from records can be computed again."""
+    return Context(run.recipe, run.root, round, stage)
+
+
+def draw(
+    run: Run,
+    round: int,
+    title: str,
+    models: Callable[[Context], Mapping[str, ModelRef]],
+    work: Callable[[Context, Kit, Sequence[str]], Iterator[object]],
+    split: Split = Split.TEST,
+    count: int | None = None,
+    chunk: int | None = None,
+) -> Path:
+    """Draw what is missing of `folder(run, round) / title` on the first `count` questions of `split`; its directory.
+
+    Shards are kept, so a killed study goes on where it stopped; several processes may share one.
+    """
+    stage = Stage(
+        title,
+        None,
+        MODELS,
+        items=lambda ctx: ids(ctx, split)[:count],
+        open=lambda ctx: kit(ctx, models(ctx), split),
+        work=work,
+        test_split=split is Split.TEST,
+    )
+    ctx = Context(run.recipe, run.root, round, stage)
+    ctx.dir = folder(run, round) / title
+    ctx.dir.mkdir(parents=True, exist_ok=True)
+    fill(ctx, chunk)
+    return ctx.dir
+
+
+def records(directory: Path, kind: type) -> list:
+    """All records of `kind` in the shards of `directory`; a chunk may have yielded none."""
+    tables = [shard / f"{kind.__name__}.parquet" for shard in shard_dirs(directory)]
+    return [row for table in tables if table.is_file() for row in read_table(table, kind)]
+
+
+def chains(
+    run: Run, round: int, split: Split, strategy: Revise, count: int | None = None, reviser: ModelRef | None = None
+) -> tuple[list[list[Solution]], dict[str, bool]]:
+    """Revision chains on a split, each in order, and which attempts are right; kept on disk.
+
+    `reviser`: another than the round's. `strategy` must not ask the PRM. Raises UserError where there is no reviser.
+    """
+
+    def models(ctx: Context) -> dict[str, ModelRef]:
+        if (ref := reviser or search_models(ctx).get(Role.REVISER)) is None:
+            raise UserError(f"{run.root}: round {round} has no reviser")
+        return {Role.REVISER: ref}
+
+    def work(ctx: Context, opened: Kit, questions: Sequence[str]) -> Iterator[object]:
+        searcher = opened.searcher(policy=False, prm=False)
+        yield from opened.search_all(questions, searcher, lambda question: strategy, f"r{round}/history")
+
+    title = f"chains_{split}_{strategy.length}x{strategy.chains}"
+    title += (f"_first_{count}" if count else "") + (f"_{reviser.name}" if reviser else "")
+    directory = draw(run, round, title, models, work, split, count)
+    found: dict[str, list[Solution]] = {}
+    for solution in records(directory, Solution):
+        found.setdefault(solution.draw, []).append(solution)
+    return list(found.values()), {grade.solution_id: grade.correct for grade in records(directory, Grade)}
+
+
+# ---- averages ----------------------------------------------------------------------------
+
+
+def over_runs(runs: Sequence[Mapping[str, float]]) -> list[float]:
+    """One number a question that all runs have, in the order of their ids: the mean over the runs."""
+    questions = sorted(set.intersection(*(set(run) for run in runs)))
+    return [float(np.mean([run[question] for run in runs])) for question in questions]
+
+
+def answers(run: Run, round: int) -> dict[str, dict[str, float]]:
+    """method -> question -> 1.0 where the answer of that round's search was right."""
+    found: dict[str, dict[str, float]] = {}
+    for row in run.read(Answered, "search", round):
+        found.setdefault(row.method, {})[row.question_id] = float(row.correct)
+    return found
+
+
+# ---- verifiers ---------------------------------------------------------------------------
+
+
+@dataclass
+class Verified:
+    """What verifiers of one run are worth: by name, the selection's accuracy by question, and within-question AUC."""
+
+    accuracy: dict[str, dict[str, float]] = field(default_factory=dict)
+    auc: dict[str, float | None] = field(default_factory=dict)
+
+    def add(
+        self,
+        name: str,
+        groups: Mapping[str, Sequence[Solution]],
+        values: Mapping[str, tuple[float, ...]],
+        right: Mapping[str, bool],
+    ) -> None:
+        """Best-of-N weighted over each question's group, by each aggregate of the step `values` (by solution id)."""
+        from flywheel.training.scores import within_question_auc
+
+        for how in AGGREGATES:
+            score = {id: aggregate(found, how) for id, found in values.items()}
+            self.accuracy[f"{name}:{how}"] = {
+                question: answer_is_right(
+                    weighted([s.answer for s in group], [score.get(s.id, 0.0) for s in group]), group, right
+                )
+                for question, group in groups.items()
+            }
+            rows = [(score[s.id], right[s.id], q) for q, group in groups.items() for s in group if s.id in score]
+            self.auc[f"{name}:{how}"] = within_question_auc(*zip(*rows)) if rows else None
+
+
+def verifier_figures(runs: Sequence[Verified]) -> dict:
+    """Accuracy with its 95% interval over questions, runs averaged question by question; AUC as the runs' mean."""
+    accuracy = {name: bootstrap_mean(over_runs([run.accuracy[name] for run in runs])) for name in runs[0].accuracy}
+    known = {name: [run.auc[name] for run in runs if run.auc[name] is not None] for name in runs[0].auc}
+    return {"accuracy": accuracy, "auc_within_question": {k: np.mean(v) if v else None for k, v in known.items()}}
+
+
+def job(run: Run, out: Path, spec: TrainSpec, keep: Keep, role: Role) -> Job:
+    """A study's training from the run's base, by its seed; adapter and checkpoints lie in `out`."""
+    out.mkdir(parents=True, exist_ok=True)
+    return Job(run.recipe.model, spec, out, run.recipe.seed, keep, role, Ledger(out.name, 0))
+
+
+def fit_prm(run: Run, out: Path, fit: Sequence[PrmExample], check: Sequence[PrmExample], spec: PrmSpec) -> str:
+    """Train a PRM from the run's base, kept in `out`; its adapter."""
+    labels = label_ids(prompts_and_reader(run)[0].tokenizer, run.recipe.prm.labels)
+    train_prm(fit, check, labels, job(run, out, spec, "best", Role.PRM))
+    return str(out / "adapter")
+
+
+def step_values(run: Run, adapter: str | None, examples: Sequence[PrmExample]) -> list[tuple[float, ...]]:
+    """The values that the base with `adapter` gives at the examples' reads."""
+    from flywheel.training.scores import score_all  # not before a study's --help is answered
+
+    labels = label_ids(prompts_and_reader(run)[0].tokenizer, run.recipe.prm.labels)
+    return score_all(run.recipe.model.base, adapter, examples, labels, ledger=Ledger("scores", 0))

@@ -1,0 +1,64 @@
+"""What does a policy answer at temperature 0?
+
+pass@1 is of samples at the recipe's temperature, as the paper's is. Served alone, a model would answer greedily,
+once: this is the figure that a user of the last policy sees, and the cheapest answer that a search has to beat.
+
+By round: the accuracy of the policy's greedy answers on all test questions of the problem set with its 95% interval
+(runs averaged question by question), each run's alone, the paired gain over round 0, and tokens an answer.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+import numpy as np
+
+from eval.shared import add_runs, over_runs, whole_test
+from flywheel.ledger import Ledger
+from flywheel.measure.stats import bootstrap_mean, paired_gain
+from flywheel.records import ModelRef, Role, Solution, Split
+from flywheel.runs.run import Run
+from flywheel.stages.kit import open_kit
+from flywheel.stages.shared import ids
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_runs(parser, round=False)
+
+
+def greedy(run: Run, model: ModelRef, questions: Sequence[str]) -> tuple[dict[str, float], float]:
+    """1.0 by question that `model` answers right at temperature 0; mean tokens of an answer, its prompt included."""
+    with open_kit(run, {Role.POLICY: model}, Split.TEST, ledger=Ledger("greedy", 0), seed=run.recipe.seed) as kit:
+
+        async def one(question: str) -> tuple[Solution, int]:
+            prompt, sampling = (
+                kit.prompts.solve(kit.problems[question].question),
+                kit.sampling(temperature=0.0, top_p=1.0),
+            )
+            [done] = await kit.engine().generate(prompt, sampling, purpose="greedy")
+            named = {"id": f"{question}/greedy", "question_id": question, "purpose": "greedy", "model": model.name}
+            return kit.reader.solution(done.tokens, done.finish, **named), len(prompt) + len(done.tokens) + done.eos
+
+        drawn = [found for _, found in kit.each(questions, one)]
+        grades = kit.grade([solution for solution, _ in drawn])
+    return {g.question_id: float(g.correct) for g in grades}, float(np.mean([tokens for _, tokens in drawn]))
+
+
+def measure(args: argparse.Namespace) -> dict:
+    runs, rows = [whole_test(run) for run in args.runs], []
+    first: list[float] = []
+    for r in range(min(max(run.rounds) for run in runs) + 1):
+        found, spent = zip(*(greedy(run, run.model(Role.POLICY, r), ids(run, Split.TEST)) for run in runs))
+        values = over_runs(found)
+        first = first or values
+        rows.append(
+            {
+                "round": r,
+                "accuracy": bootstrap_mean(values),
+                "runs": [np.mean(list(right.values())) for right in found],
+                "gain": paired_gain(first, values),
+                "tokens": np.mean(spent),
+            }
+        )
+    return {"questions": len(first), "rounds": rows}

@@ -1,0 +1,69 @@
+"""Does the loop turn? Several seeds of one recipe together.
+
+Every figure is averaged over the runs question by question (they share their test questions), and its interval is a
+bootstrap over questions; gains are paired. So the interval speaks of other questions, while the runs' own values,
+printed beside, show how much the seeds differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from eval.shared import add_runs, answers, over_runs
+from flywheel.measure.bins import fixed_bins, left_bin
+from flywheel.measure.stats import bootstrap_mean, paired_gain
+from flywheel.records import Split
+from flywheel.runs.run import Run
+from flywheel.stages.shared import test_rates
+
+Rates = Mapping[str, float]  # by question
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_runs(parser, round=False)
+
+
+def figure(runs: Sequence[Rates]) -> dict:
+    mean, low, high = bootstrap_mean(over_runs(runs))
+    return {"mean": mean, "ci": [low, high], "runs": [np.mean(list(run.values())) for run in runs]}
+
+
+def one_round(runs: Sequence[Run], r: int, rates: Sequence[Sequence[Rates]], starts: Sequence[dict[str, int]]) -> dict:
+    """`rates`: of each round, of each run; `starts`: the fixed bins of round 0 of each run."""
+    now, count = over_runs(rates[r]), len(runs[0].recipe.calibrate.edges) + 1
+    row: dict = {"round": r, "pass@1": figure(rates[r])}
+    if r:
+        row["gain_from_last_round"] = paired_gain(over_runs(rates[r - 1]), now)
+        row["gain_from_round_0"] = paired_gain(over_runs(rates[0]), now)
+        row["times_round_0"] = row["pass@1"]["mean"] / figure(rates[0])["mean"]
+        found = [answers(run, r) for run in runs]
+        row["search"] = {m: figure([f[m] for f in found]) for m in found[0] if all(m in f for f in found)}
+        measured = [run.figures("evaluate", r) for run in runs]
+        row["left_bin_5"] = [left_bin(m["migration"], count) for m in measured]
+        row["left_bin_5_by_resampling"] = [left_bin(m["migration_null"], count) for m in measured]
+        row["gate"] = [run.figures("gate", r)["passed"] for run in runs]
+        row["reviser"] = [run.figures("search", r).get("reviser") for run in runs]
+    inside = [
+        [rate for run, bins in zip(rates[r], starts) for q, rate in run.items() if bins[q] == b]
+        for b in range(1, count + 1)
+    ]
+    row["by_fixed_bin"] = [np.mean(group or [np.nan]) for group in inside]
+    return row
+
+
+def measure(args: argparse.Namespace) -> dict:
+    runs: list[Run] = args.runs
+    last = min(max(run.rounds) for run in runs)
+    rates = [[test_rates(run, r) for run in runs] for r in range(last + 1)]
+    starts = [fixed_bins(test_rates(run, 0, "bin"), runs[0].recipe.calibrate.edges) for run in runs]
+    out: dict = {"runs": [str(run.root) for run in runs], "questions": len(runs[0].problems(Split.TEST))}
+    out["rounds"] = [one_round(runs, r, rates, starts) for r in range(last + 1)]
+    if last:
+        names = out["rounds"][1]["search"]
+        best = next(m for m in names if m.startswith("best_of_n_weighted@") and not m.endswith("verifier"))
+        searched = over_runs([answers(run, 1)[best] for run in runs])
+        out[f"round_{last}_single_samples_over_round_1_{best}"] = paired_gain(searched, over_runs(rates[last]))
+    return out

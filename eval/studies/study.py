@@ -1,0 +1,235 @@
+"""Draw once what the claims are measured on: difficulty, samples, and every strategy on the test questions.
+
+With the policy, PRM and reviser that search in that round, on all test questions of the problem set:
+
+- difficulty: `--oracle` samples a question that only bin it; the PRM judges the first `--judged`;
+- pool: `--pool` judged samples a question, for every curve of best-of-N;
+- trials: beam, lookahead and the grid of revisions at each of `--budgets`;
+- adaptive: sampling that stops by itself.
+
+Chunks are kept in RUN/studies/round_R/, so a killed study goes on where it stopped, and a second one over the same
+draws is free. Processes share the chunks, one a core for a small model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import redirect_stdout
+from functools import partial
+from pathlib import Path
+
+from eval import draws
+from eval.draws import Difficult, Drawn, Tried, add_sizes, check_origin, titles
+from eval.shared import draw, folder, whole_test
+from eval.studies.prompt_head import bin_words
+from flywheel.errors import UserError
+from flywheel.models.engine import Sampling
+from flywheel.records import Candidate, ModelRef, Outcome, Problem, Role, Solution
+from flywheel.runs.processes import default_workers
+from flywheel.runs.run import Context, Run
+from flywheel.search.adaptive import Adaptive
+from flywheel.search.beam import Beam
+from flywheel.search.best_of_n import BestOfN
+from flywheel.search.revise import LONGEST, Revise
+from flywheel.search.run import search, search_all
+from flywheel.search.strategy import Strategy, judge
+from flywheel.stages.kit import Kit
+from flywheel.stages.shared import answer_is_right, search_models
+
+SURE = (0.99, 0.95, 0.9, 0.8, 0.7)  # of adaptive sampling: the surest first, which holds the others
+Asked = list[tuple[int, Strategy]]  # (budget, strategy)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_sizes(parser)
+    parser.add_argument("--chunk", type=int, default=20, help="questions to a shard (%(default)s)")
+
+
+# ---- strategies --------------------------------------------------------------------------
+
+
+def wanted(budgets: Sequence[int], reviser: bool) -> Asked:
+    """Beams of width 4 and sqrt, lookahead 1 and 3 at equal budget, ratios of sequential to parallel in powers of 4."""
+    out: Asked = []
+    for budget in sorted(budgets, reverse=True):
+        out += [(budget, Beam(budget, width)) for width in {min(4, budget), int(budget**0.5)}]
+        looks = [k for k in (1, 3) if budget >= 4 * (k + 1)]
+        out += [(budget, Beam(budget // (k + 1), min(4, budget // (k + 1)), lookahead=k)) for k in looks]
+        lengths = [4**i for i in range(10) if budget % 4**i == 0 and 4**i <= min(budget, LONGEST)] if reviser else []
+        selects = ("weighted", "majority", "last")
+        out += [(budget, Revise(length, budget // length, select)) for length in lengths for select in selects]
+    return list(dict.fromkeys(out))
+
+
+def stopping(budgets: Sequence[int], reviser: bool) -> Asked:
+    """Adaptive sampling by each maker and surety; of 4 it stops at its first step or is best-of-4."""
+    makers = ("policy", "reviser") if reviser else ("policy",)
+    large = sorted((b for b in budgets if b > 4), reverse=True)
+    return [(budget, Adaptive(budget, sure, maker)) for budget in large for maker in makers for sure in SURE]
+
+
+# ---- what is drawn -----------------------------------------------------------------------
+
+
+def shape(solution: Solution, usual: int | None) -> str:
+    """`repeated`: a step twice; `short` or `long`: other than the `usual` number of steps, where that is known."""
+    texts = [step.text.strip() for step in solution.steps]
+    if max(Counter(texts).values(), default=0) > 1:
+        return "repeated"
+    if usual is None or len(texts) == usual:
+        return ""
+    return "short" if len(texts) < usual else "long"
+
+
+def usual_steps(ctx: Context, text: str) -> int | None:
+    """The laboratory has one derivation a question: its operations, and the answer."""
+    if not (ctx.recipe.problems.step_checker or "").startswith("data.chain."):
+        return None
+    from data.chain.domain import parse_question
+
+    return len(parse_question(text)[1]) + 1
+
+
+def level(ctx: Context, problem: Problem) -> float:
+    """The first number in the label that the problem set carries; in the laboratory the number of steps."""
+    number = re.search(r"\d+", problem.level)
+    return float(number[0]) if number else float(usual_steps(ctx, problem.question.text) or 0)
+
+
+def difficulty(ctx: Context, kit: Kit, questions: Sequence[str], *, oracle: int, judged: int) -> Iterator[Difficult]:
+    words, searcher = bin_words(kit.prompts.tokenizer), kit.searcher(reviser=False)
+
+    async def one(id: str) -> tuple[Sequence[Candidate], Sequence[Candidate], int, int]:
+        question = kit.problems[id].question
+        drawn = await search(BestOfN(oracle, "majority"), question, searcher, tag=f"r{ctx.round}/oracle")
+        prompt = kit.prompts.solve(question)
+        [word] = await kit.engine("head").generate(prompt, Sampling(1, 0.0), purpose="head")
+        known = word.tokens and word.tokens[0] in words
+        bin = words.index(word.tokens[0]) + 1 if known else (len(words) + 1) // 2
+        return drawn.candidates, await judge(question, drawn.candidates[:judged], searcher.prm), bin, len(prompt) + 1
+
+    for question, (drawn, scored, bin, prompt_tokens) in kit.each(questions, one):
+        yield Difficult(
+            question,
+            right=sum(kit.correct(c.solution for c in drawn).values()),
+            samples=len(drawn),
+            predicted=sum(c.score for c in scored) / len(scored),
+            tokens=sum(c.cost for c in drawn),
+            predicted_tokens=sum(c.cost + c.score_cost for c in scored),
+            level=level(ctx, kit.problems[question]),
+            prompt_bin=bin,
+            prompt_tokens=prompt_tokens,
+        )
+
+
+def pool(ctx: Context, kit: Kit, questions: Sequence[str], *, size: int) -> Iterator[Drawn]:
+    searcher = kit.searcher(reviser=False)
+
+    async def one(id: str) -> Outcome:
+        return await search(BestOfN(size), kit.problems[id].question, searcher, tag=f"r{ctx.round}/pool")
+
+    for question, outcome in kit.each(questions, one):
+        usual = usual_steps(ctx, kit.problems[question].question.text)
+        right = kit.correct(c.solution for c in outcome.candidates)
+        for c in outcome.candidates:
+            s, cached = c.solution, c.cached + c.score_cached
+            yield Drawn(question, s.answer, c.score, right[s.id], c.cost, c.score_cost, cached, shape(s, usual))
+
+
+def trials(
+    ctx: Context, kit: Kit, questions: Sequence[str], *, budgets: Sequence[int], which: Callable[..., Asked]
+) -> Iterator[Tried]:
+    searcher = kit.searcher(reviser=Role.REVISER in search_models(ctx))
+    asked = which(budgets, searcher.reviser is not None)
+
+    async def one(id: str) -> list[tuple[int, Strategy, Outcome]]:
+        return await search_all(asked, kit.problems[id].question, searcher, tag=f"r{ctx.round}/study")
+
+    for question, outcomes in kit.each(questions, one):
+        usual = usual_steps(ctx, kit.problems[question].question.text)
+        right = kit.correct({c.solution.id: c.solution for _, _, o in outcomes for c in o.candidates}.values())
+        for budget, strategy, o in outcomes:
+            solutions = [c.solution for c in o.candidates]
+            winners = [c for c in o.candidates if o.answer is not None and c.solution.answer == o.answer]
+            best = max(winners, key=lambda c: c.score, default=None)
+            one_chain = isinstance(strategy, Revise) and strategy.chains == 1
+            yield Tried(
+                question,
+                strategy,
+                budget,
+                correct=bool(answer_is_right(o.answer, solutions, right)),
+                tokens=o.tokens,
+                cached=o.cached,
+                odd=sum(bool(shape(s, usual)) for s in solutions) / len(solutions),
+                winner=shape(best.solution, usual) if best else "none",
+                by_attempt=tuple(right[s.id] for s in solutions) if one_chain else (),
+            )
+
+
+# ---- processes ---------------------------------------------------------------------------
+
+
+def head_adapter(run: Run, round: int) -> Path:
+    return folder(run, round) / draws.HEAD / "adapter"
+
+
+def models(ctx: Context) -> dict[str, ModelRef]:
+    head = ModelRef("prompt_head", ctx.recipe.model.base, str(head_adapter(ctx, ctx.round)))
+    return {**search_models(ctx), "head": head}
+
+
+def draw_all(args: argparse.Namespace, cores: Sequence[int] | None) -> None:
+    """Draw all parts of all runs, beside other processes that do the same."""
+    if cores:
+        os.sched_setaffinity(0, cores)
+    works = {
+        "difficulty": partial(difficulty, oracle=args.oracle, judged=args.judged),
+        "pool": partial(pool, size=args.pool),
+        "trials": partial(trials, budgets=args.budgets, which=wanted),
+        "adaptive": partial(trials, budgets=args.budgets, which=stopping),
+    }
+    with redirect_stdout(sys.stderr):
+        for run in args.runs:
+            for part, title in titles(args).items():
+                directory = folder(run, args.round) / title
+                if (directory / "finished").is_file():
+                    continue
+                directory.mkdir(parents=True, exist_ok=True)
+                check_origin(directory, run, args.round)
+                draw(whole_test(run), args.round, title, models, works[part], count=args.questions, chunk=args.chunk)
+                (directory / "finished").touch()
+                print(f"{directory}: drawn", flush=True)
+
+
+def measure(args: argparse.Namespace) -> dict:
+    draws.check_sizes(args)
+    for run in args.runs:
+        if not (head_adapter(run, args.round) / "adapter_model.safetensors").is_file():
+            # in a process of its own: a training sets threads and memory that engines want otherwise
+            command = [sys.executable, "-m", "eval", "prompt_head", str(run.root), "--round", str(args.round)]
+            subprocess.run(command, check=True, stdout=sys.stderr)
+    cores, recipe = sorted(os.sched_getaffinity(0)), args.runs[0].recipe
+    count = min(len(cores), recipe.engine.workers or default_workers(recipe.model.base, len(cores)))
+    shares = [cores[i::count] if count > 1 else None for i in range(count)]
+    spawn = multiprocessing.get_context("spawn")
+    others = [spawn.Process(target=draw_all, args=(args, share)) for share in shares[1:]]
+    for process in others:
+        process.start()
+    try:
+        draw_all(args, shares[0])
+    except BaseException:
+        for process in others:
+            process.terminate()
+        raise
+    for process in others:
+        process.join()
+    if failed := sum(process.exitcode != 0 for process in others):
+        raise UserError(f"{failed} of the study's processes failed; what is drawn is kept")
+    return {"drawn": [str(folder(run, args.round) / title) for run in args.runs for title in titles(args).values()]}

@@ -1,0 +1,88 @@
+"""Is the Monte Carlo PRM worth having? Best-of-n weighted by four verifiers over the very same test samples.
+
+None (majority), the un-finetuned base, the round's Monte Carlo PRM, and a PRM trained in the same way on true step
+labels (the ceiling that label noise leaves; in the laboratory every step can be told right or wrong). Several runs
+(seeds) are averaged question by question; intervals are a bootstrap over questions.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from eval.shared import AGGREGATES, Verified, add_runs, fit_prm, folder, over_runs, step_values, verifier_figures
+from flywheel.measure.stats import paired_gain
+from flywheel.models.prm import encode
+from flywheel.records import Solution, Split, StepValues
+from flywheel.runs.run import Run
+from flywheel.search.select import majority
+from flywheel.stages.kit import prompts_and_reader
+from flywheel.stages.shared import answer_is_right, test_grades, test_solutions
+from flywheel.stages.train_prm import example
+from flywheel.training import PrmExample
+from flywheel.training.examples import targets
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_runs(parser)
+
+
+def true_prm(run: Run, r: int) -> str:
+    """Train on the solutions that the round labelled, with true labels (right so far: 1, else 0); the adapter."""
+    from data.chain.domain import right_so_far
+
+    prompts, _ = prompts_and_reader(run)
+    problems = {p.id: p for p in run.problems(Split.TRAIN)}
+    solutions = {s.id: s for s in run.read(Solution, "sample", r)}
+    rows = list(run.read(StepValues, "label", r))
+    held = set(sorted({row.question_id for row in rows})[:: max(1, round(1 / run.recipe.label.validation))])
+    fit, check = [], []
+    for row in rows:
+        solution, problem = solutions[row.solution_id], problems[row.question_id]
+        truth = right_so_far(problem.question.text, [step.text.strip() for step in solution.steps])
+        values, weights = targets(tuple(map(float, truth)), 1.0, run.recipe.prm.target)
+        (check if problem.id in held else fit).append(example(prompts, problem, solution, values, weights))
+    return fit_prm(run, folder(run, r) / "verifier_true_steps", fit, check, run.recipe.prm)
+
+
+def judge(run: Run, r: int) -> Verified:
+    """The verifiers on the samples of policy r - 1."""
+    prompts, _ = prompts_and_reader(run)
+    problems = {p.id: p for p in run.problems(Split.TEST)}
+    pool = test_solutions(run, r - 1)
+    right = {g.solution_id: g.correct for group in test_grades(run, r - 1).values() for g in group}
+    distinct: dict[tuple[str, tuple[int, ...]], PrmExample] = {}  # equal samples are scored once
+    for solution in (s for group in pool.values() for s in group if s.answer is not None):
+        key = (solution.question_id, solution.tokens)
+        if key not in distinct:
+            tokens, reads = encode(prompts, problems[solution.question_id].question, solution.steps)
+            distinct[key] = PrmExample(tuple(tokens), tuple(reads), (0.0,) * len(reads), question_id=key[0])
+    k, found = len(next(iter(pool.values()))), Verified()
+    found.accuracy[f"majority@{k}"] = {
+        question: answer_is_right(majority([s.answer for s in group]), group, right) for question, group in pool.items()
+    }
+    for name, adapter in {
+        "base": None,
+        "monte_carlo": str(run.path("train_prm", r) / "adapter"),
+        "true_steps": true_prm(run, r),
+    }.items():
+        scored = dict(zip(distinct, step_values(run, adapter, list(distinct.values()))))
+        keys = {s.id: (s.question_id, s.tokens) for group in pool.values() for s in group}
+        # every sample, not every distinct one: that is what selection sees
+        found.add(name, pool, {id: scored[key] for id, key in keys.items() if key in scored}, right)
+    return found
+
+
+def measure(args: argparse.Namespace) -> dict:
+    runs = [judge(run, args.round) for run in args.runs]
+    chosen = args.runs[0].recipe.prm.aggregate
+    by_name = {name: over_runs([run.accuracy[name] for run in runs]) for name in runs[0].accuracy}
+    vote, ours = by_name[next(iter(by_name))], by_name[f"monte_carlo:{chosen}"]
+    return {
+        "runs": len(runs),
+        "questions": len(vote),
+        "aggregate": chosen,
+        **verifier_figures(runs),
+        "monte_carlo_over_majority": paired_gain(vote, ours),
+        "monte_carlo_over_base": {how: paired_gain(by_name[f"base:{how}"], ours) for how in AGGREGATES},
+        "true_steps_over_monte_carlo": paired_gain(ours, by_name[f"true_steps:{chosen}"]),
+    }
