@@ -25,7 +25,6 @@ from flywheel.search.select import weighted
 from flywheel.stages.kit import Kit, kit, prompts_and_reader
 from flywheel.stages.shared import LAST_POLICY, answer_is_right, ids, search_models
 from flywheel.training import Job, PrmExample, train_prm
-from flywheel.training.checkpoints import Keep
 
 MODELS = (Input("train_prm"), Input("choose_reviser"), *LAST_POLICY)  # inputs of what a round's models draw
 AGGREGATES = ("last", "min", "product")
@@ -175,7 +174,7 @@ def verifier_figures(runs: Sequence[Verified]) -> dict:
     return {"accuracy": accuracy, "auc_within_question": {k: np.mean(v) if v else None for k, v in known.items()}}
 
 
-def job(run: Run, out: Path, spec: TrainSpec, keep: Keep, role: Role) -> Job:
+def job(run: Run, out: Path, spec: TrainSpec, keep: str, role: Role) -> Job:
     """A study's training from the run's base, by its seed; adapter and checkpoints lie in `out`."""
     out.mkdir(parents=True, exist_ok=True)
     return Job(run.recipe.model, spec, out, run.recipe.seed, keep, role, Ledger(out.name, 0))

@@ -21,8 +21,6 @@ from flywheel.models.steps import Reader
 from flywheel.recipe import Loader, Recipe, RecipeError, known_keys, parse
 from flywheel.records import (
     Answered,
-    Beam,
-    BestOfN,
     Candidate,
     Difficulty,
     Finish,
@@ -31,19 +29,34 @@ from flywheel.records import (
     Outcome,
     Problem,
     Question,
-    Revise,
+    SampleScores,
     Solution,
     Step,
     StepValues,
 )
 from flywheel.runs.files import read_table, write_table
+from flywheel.search.beam import Beam
+from flywheel.search.best_of_n import BestOfN
 from flywheel.search.plan import Trial, held_out, most_right
+from flywheel.search.revise import Revise
 from flywheel.search.select import weighted
 from tests import micro
 
 # ---- records and shards ------------------------------------------------------------------
 
-RECORDS = [Solution, Grade, StepValues, Difficulty, Harvested, Answered, Problem, Trial, Candidate, Outcome]
+RECORDS = [
+    Solution,
+    Grade,
+    StepValues,
+    SampleScores,
+    Difficulty,
+    Harvested,
+    Answered,
+    Problem,
+    Trial,
+    Candidate,
+    Outcome,
+]
 finite = st.floats(allow_nan=False, allow_infinity=False)
 numbers = st.integers(-(2**40), 2**40)
 tokens = st.lists(st.integers(0, 2**31), max_size=5).map(tuple)
@@ -131,7 +144,7 @@ def test_steps_are_a_partition_of_the_tokens(ids):
     assert all(step.tokens[-1] in READER.ends for step in steps[:-1])
     trimmed = READER.trim(ids)
     assert list(trimmed) == ids[: len(trimmed)] and READER.trim(trimmed) == trimmed
-    solution = READER.solution(ids, Finish.STOP, id="s", question_id="q", origin="")
+    solution = READER.solution(ids, Finish.STOP, id="s", question_id="q", purpose="", model="")
     assert solution.tokens == trimmed and solution.text == "".join(step.text for step in solution.steps)
 
 

@@ -4,7 +4,7 @@ Straight off the model, with transformers alone (no flywheel): graded difficulty
 by chance (2), knows more when checking (3), small (8); and, as a first look at (4), the answers that
 majority and the model's own marks select.  Intervals are 95% percentile bootstraps over questions.
 With ``--run RUN [RUN ...]`` (finished runs, seeds of one recipe) it prints properties 4 to 7 instead:
-the verifiers (eval.verifiers), beam against best-of-n by bin, revision by attempt, and the loop (eval.seeds).
+the verifiers (`python -m eval verifiers`), beam against best-of-n by bin, revision by attempt, and the loop (`python -m eval seeds`).
 """
 
 from __future__ import annotations
@@ -251,8 +251,9 @@ def beam_over_best_of_n(readers: list) -> dict:
     bins; only beams that cost no more than its largest budget are compared so.
     """
     from flywheel.measure.stats import bootstrap_mean
-    from flywheel.records import Beam, BestOfN
-    from flywheel.search.plan import Trial, name
+    from flywheel.search.beam import Beam
+    from flywheel.search.best_of_n import BestOfN
+    from flywheel.search.plan import Trial
 
     groups = {"all": range(1, 6), "bins 1-2": (1, 2), "bins 3-5": (3, 4, 5), **{f"bin {b}": (b,) for b in range(1, 6)}}
     gains: dict[str, dict[str, dict[str, list[float]]]] = {}
@@ -277,7 +278,7 @@ def beam_over_best_of_n(readers: list) -> dict:
                     )
                     pairs["equal tokens"] = [(1 - share, low), (share, high)]
                 for how, mix in pairs.items():
-                    at = gains.setdefault(f"{name(beam)}, {how}", {}).setdefault(group, defaultdict(list))
+                    at = gains.setdefault(f"{beam.name}, {how}", {}).setdefault(group, defaultdict(list))
                     for q in inside:
                         at[q].append(trials[beam][q].correct - sum(weight * trials[s][q].correct for weight, s in mix))
     return {
@@ -291,17 +292,14 @@ def beam_over_best_of_n(readers: list) -> dict:
 
 def over_runs(runs: list[Path]) -> dict:
     """Properties 4 to 7, from finished runs; test questions but for 5, which is on the calibration questions."""
-    from eval import seeds, verifiers
-    from flywheel.recipe import load as load_recipe
+    from eval.studies import seeds, verifiers
+    from flywheel.runs.run import Run
 
-    loop = seeds.study(runs)
+    opened = argparse.Namespace(runs=[Run(run) for run in runs], round=1)
+    loop = seeds.measure(opened)
     first = loop["rounds"][1]
-    found = {
-        "4_verifiers": verifiers.report(
-            [verifiers.study(run, 1) for run in runs], load_recipe(runs[0] / "recipe.yaml").prm.aggregate
-        )
-    }
-    found["5_beam_over_best_of_n_weighted"] = beam_over_best_of_n([seeds.context(run, 1) for run in runs])
+    found = {"4_verifiers": verifiers.measure(opened)}
+    found["5_beam_over_best_of_n_weighted"] = beam_over_best_of_n(opened.runs)
     found["6_reviser"] = dict(enumerate(first["reviser"]))
     found["7_loop"] = {
         f"round {row['round']}": {k: v for k, v in row.items() if k not in ("search", "reviser", "round")}

@@ -8,7 +8,6 @@ import re
 
 import numpy as np
 import pytest
-from flywheel.training.prm import PrmExample
 
 from eval import pictures
 from eval.claims import other_studies, rows, summary
@@ -30,6 +29,7 @@ from flywheel.search.adaptive import Adaptive
 from flywheel.search.beam import Beam
 from flywheel.search.best_of_n import BestOfN
 from flywheel.search.revise import Revise
+from flywheel.training import PrmExample
 
 EASY, HARD = [f"q{i:02d}" for i in range(40)], [f"q{i:02d}" for i in range(40, 100)]  # two bins, and three
 BEAM = Beam(4, 4)

@@ -9,48 +9,41 @@ import pytest
 from data.chain.check import beam_over_best_of_n
 from flywheel.errors import UserError
 from flywheel.recipe import TrainSpec, load
-from flywheel.records import Beam, BestOfN, Difficulty, Finish, ModelRef, Problem, Question, Role, Solution, Split, Step
+from flywheel.records import Finish, ModelRef, Problem, Question, Role, Solution, Split, Step
+from flywheel.search.beam import Beam
+from flywheel.search.best_of_n import BestOfN
 from flywheel.search.plan import Trial
 from flywheel.stages import label
-from flywheel.stages.kit import preflight, start, votes
+from flywheel.stages.kit import preflight
+from flywheel.stages.shared import start, votes
 
 
-def solution(id: str, text: str, origin: str = "best_of_n:policy_0", parent: str | None = None) -> Solution:
-    return Solution(id, "q", (Step(text, (1,)),), Finish.STOP, "7", origin, parent)
-
-
-def counted(solutions: list[Solution]) -> dict[str, int]:
-    return dict(votes(solutions, {s.id: s.parent for s in solutions}))
+def solution(id: str, text: str, draw: str | None = None) -> Solution:
+    return Solution(id, "q", (Step(text, (1,)),), Finish.STOP, "7", "sample", "policy_0", draw or id)
 
 
 def test_independent_draws_are_votes_and_spacing_is_not_another_trace():
-    assert counted([solution("q/s/0", "3 +4 =7"), solution("q/s/1", "3  +4 =7\n"), solution("q/s/2", "4 +3 =7")]) == {
+    assert votes([solution("q/s/0", "3 +4 =7"), solution("q/s/1", "3  +4 =7\n"), solution("q/s/2", "4 +3 =7")]) == {
         "3 +4 =7": 2,
         "4 +3 =7": 1,
     }
 
 
 def test_a_revision_chain_repeating_itself_is_one_vote():
-    chain = [
-        solution("q/r/0", "a", "revise:reviser_1"),
-        solution("q/r/1", "a", "revise:reviser_1", "q/r/0"),
-        solution("q/r/2", "a", "revise:reviser_1", "q/r/1"),
-    ]
-    assert counted(chain) == {"a": 1}
-    assert counted([*chain, solution("q/r/3", "a", "revise:reviser_1")]) == {"a": 2}
+    chain = [solution("q/r/0", "a"), solution("q/r/1", "a", "q/r/0"), solution("q/r/2", "a", "q/r/0")]
+    assert votes(chain) == {"a": 1}
+    assert votes([*chain, solution("q/r/3", "a")]) == {"a": 2}
 
 
 def test_a_beam_search_is_one_vote_however_many_beams_agree():
-    beams = [solution(f"q/r1/beam/{i}", "a", "beam:4:2:policy_0") for i in range(4)]
-    assert counted(beams) == {"a": 1}
-    assert counted([*beams, solution("q/r2/beam/0", "a", "beam:4:2:policy_0"), solution("q/s/0", "a")]) == {"a": 3}
+    beams = [solution(f"q/r1/beam/{i}", "a", "q/r1/beam") for i in range(4)]
+    assert votes(beams) == {"a": 1}
+    assert votes([*beams, solution("q/r2/beam/0", "a", "q/r2/beam"), solution("q/s/0", "a")]) == {"a": 3}
 
 
 def test_questions_that_are_sometimes_right_are_labelled_first(monkeypatch):
     rates = {f"q{i}": rate for i, rate in enumerate([0.0, 0.1, 0.5, 0.95, 1.0, 0.05])}
-    monkeypatch.setattr(
-        label, "difficulties", lambda ctx: {q: Difficulty(q, rate, 16, 1, 1) for q, rate in rates.items()}
-    )
+    monkeypatch.setattr(label, "sampled_rates", lambda ctx: rates)
 
     def asked(count: int, prefer: tuple[float, float] = (0.1, 0.95)) -> list[str]:
         ctx = SimpleNamespace(

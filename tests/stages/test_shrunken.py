@@ -8,8 +8,8 @@ from data import shrunken
 from flywheel import recipe
 from flywheel.models.prompts import Prompts
 from flywheel.models.steps import Reader, one_token
+from flywheel.problems import sources as problems
 from flywheel.problems.grading import Grader
-from flywheel.problems.sources import sources as problems
 from flywheel.records import Finish, Split, Verdict
 
 
@@ -66,7 +66,9 @@ def test_a_planted_text_is_cut_into_its_lines_with_steps_that_end_inside_bpe_tok
     prompt = prompts.solve(problem.question)
     assert tokenizer.decode(prompt).endswith("on the last line.<|im_end|>\n<|im_start|>assistant\n")
     text = "3 + 4 = 7.\n7 - 2 = 5.\nThe answer is \\boxed{5}."
-    solution = reader.solution(tokenizer.encode(text), Finish.STOP, id="s", question_id=problem.id, origin="test")
+    solution = reader.solution(
+        tokenizer.encode(text), Finish.STOP, id="s", question_id=problem.id, purpose="test", model="test"
+    )
     assert [step.text for step in solution.steps] == text.splitlines(keepends=True) and solution.answer == "5"
     assert tokenizer.decode(solution.steps[0].tokens[-1]) == ".\n"
     _, reads = prompts.check(problem.question, solution.steps)
@@ -97,7 +99,9 @@ def test_the_trained_model_is_right_often_but_not_always(tmp_path):
             pairs.append(
                 (
                     problem,
-                    reader.solution(tokens, finish, id=f"{problem.id}/{i}", question_id=problem.id, origin="test"),
+                    reader.solution(
+                        tokens, finish, id=f"{problem.id}/{i}", question_id=problem.id, purpose="test", model="test"
+                    ),
                 )
             )
     with Grader(made.problems) as grader:
