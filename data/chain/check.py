@@ -4,7 +4,8 @@ Straight off the model, with transformers alone (no flywheel): graded difficulty
 by chance (2), knows more when checking (3), small (8); and, as a first look at (4), the answers that
 majority and the model's own marks select.  Intervals are 95% percentile bootstraps over questions.
 With ``--run RUN [RUN ...]`` (finished runs, seeds of one recipe) it prints properties 4 to 7 instead:
-the verifiers (`python -m eval verifiers`), beam against best-of-n by bin, revision by attempt, and the loop (`python -m eval seeds`).
+the verifiers (`python -m eval verifiers`), beam against best-of-n by bin, revision by attempt, and the loop
+(`python -m eval seeds`).
 """
 
 from __future__ import annotations

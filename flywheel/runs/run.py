@@ -51,7 +51,9 @@ class Run:
         found = {}
         for path in self.root.glob("round_*/*/manifest.json"):
             if match := re.fullmatch(r"round_(\d+)", path.parts[-3]):
-                found[int(match[1]), path.parts[-2]] = self.manifest(path.parts[-2], int(match[1]))
+                made = self.manifest(path.parts[-2], int(match[1]))
+                if made["stage"] == path.parts[-2]:  # else: a copy that somebody made of a stage
+                    found[made["round"], made["stage"]] = made
         return dict(sorted(found.items(), key=lambda item: (item[0][0], item[1]["place"])))
 
     @property
