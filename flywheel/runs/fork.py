@@ -12,38 +12,45 @@ from flywheel.recipe import Recipe
 from flywheel.runs import manifest
 from flywheel.runs.files import fence, sync_dir
 from flywheel.runs.shards import shard_dirs
-from flywheel.runs.stage import Scheduled
+from flywheel.runs.stage import At, Scheduled
 
 
-def fork(old: Path, new: Path, recipe: Recipe, sources: dict[str, str], plan: Sequence[Scheduled]) -> list[str]:
+def fork(
+    old: Path, new: Path, recipe: Recipe, sources: dict[str, str], plan: Sequence[Scheduled], dry: bool = False
+) -> list[str]:
     """Give `new` every finished stage of `old` that `recipe` would make alike: same fingerprint, whole files.
 
     Files are linked, not copied, where the file system allows it: a finished stage is never written again. A stage
     that `new` already has is left alone, so a fork that was interrupted goes on. Returns a line a stage: taken over,
-    or made anew and why. Raises UserError where a file of `old` is damaged.
+    or made anew and why; with `dry` nothing else is done. Raises UserError where a file of `old` is damaged.
     """
-    lines = []
+    lines, taken = [], set()
     for scheduled in plan:
         directory, name = manifest.stage_dir(new, *scheduled.at), manifest.name_of(scheduled.at)
         if manifest.load(new, *scheduled.at) or shard_dirs(directory):
             lines.append(f"{name}: already here")
-        elif why := made_anew(old, new, recipe, sources, scheduled):
+        elif why := made_anew(old, new, recipe, sources, scheduled, taken):
             lines.append(f"{name}: made anew ({why})")
         else:
-            take_over(manifest.stage_dir(old, *scheduled.at), directory)
+            taken.add(scheduled.at)
+            if not dry:
+                take_over(manifest.stage_dir(old, *scheduled.at), directory)
             lines.append(f"{name}: taken over")
     return lines
 
 
-def made_anew(old: Path, new: Path, recipe: Recipe, sources: dict[str, str], scheduled: Scheduled) -> str:
-    """Why `old`'s stage cannot be taken over; empty if it can."""
+def made_anew(
+    old: Path, new: Path, recipe: Recipe, sources: dict[str, str], scheduled: Scheduled, taken: set[At]
+) -> str:
+    """Why `old`'s stage cannot be taken over; empty if it can. `taken`: stages that are `old`'s own."""
     made = manifest.load(old, *scheduled.at)
     if made is None:
         return f"not finished in {old}"
     for at in scheduled.reads:
-        if manifest.load(new, *at) is None:
+        if at not in taken and manifest.load(new, *at) is None:
             return f"it reads {manifest.name_of(at)}, which is made anew"
-    if found := manifest.difference(made["fingerprint"], manifest.fingerprint(new, recipe, sources, scheduled)):
+    inputs = old if taken.issuperset(scheduled.reads) else new
+    if found := manifest.difference(made["fingerprint"], manifest.fingerprint(inputs, recipe, sources, scheduled)):
         key, was, now = found
         return f"{key} was {was!r}, is {now!r}"
     return ""

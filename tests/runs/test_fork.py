@@ -21,9 +21,12 @@ def lines(output: str) -> dict[str, str]:
 
 def test_a_fork_takes_over_what_the_change_does_not_touch_and_makes_the_rest(finished):
     before = len(finished.logged("sample:"))
+    dry = finished.run("--fork", "toy", "--name", "longer", "--round", "2", "--set", "distill.epochs=9", "--dry-run")
+    assert dry.returncode == 0 and not (finished.runs / "longer").exists()
     done = finished.run("--fork", "toy", "--name", "longer", "--round", "2", "--set", "distill.epochs=9")
     assert done.returncode == 0, done.stderr
     said = lines(done.stdout)
+    assert lines(dry.stdout) == said
     assert [s for s in said if said[s] == "taken over"] == ["round_0/evaluate", "round_1/sample", "round_1/label"]
     assert said["round_1/distill"] == "made anew (distill.epochs was 3.0, is 9.0)"
     assert said["round_1/gate"].startswith("made anew (")
