@@ -14,11 +14,13 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from flywheel.errors import UserError
 from flywheel.records import Role
-from flywheel.report.card import card
-from flywheel.runs.run import Run
+
+if TYPE_CHECKING:
+    from flywheel.runs.run import Run
 
 HARVEST_COLUMNS = ("question_id", "question", "solution", "answer", "bin", "round", "votes")
 
@@ -57,6 +59,8 @@ def _fill(run: Run, round: int, out: Path) -> None:
         _copy_adapter(source, out / "adapters" / role, base)
     _merge(base, adapters.get(Role.POLICY), out / "policy")
     rows = _harvest(run, round, out / "harvest")
+    from flywheel.report.card import card  # not before --help is answered
+
     (out / "README.md").write_text(card(run, round, adapters, rows), encoding="utf-8")
 
 
@@ -111,6 +115,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--round", type=int, help="the models after this round (default: the last finished one)")
     args = parser.parse_args(argv)
     try:
+        from flywheel.runs.run import Run  # not before --help is answered
+
         print(f"exported to {export(Run(args.run), args.out, args.round)}")
     except UserError as error:
         print(f"flywheel: {error}", file=sys.stderr)

@@ -67,7 +67,7 @@ def test_a_recipe_is_a_file_or_the_name_of_one_that_ships(tmp_path, monkeypatch)
         ),
         (
             "calibrate.strategies=[{kind: best_of_n, max_budget: 4}]",
-            "calibrate.strategies: best_of_n is missing at budget 64;",
+            "calibrate.strategies: best_of_n is missing at budget 16;",
         ),
         ("label.rollout=8", "label.rollout: unknown key; did you mean label.rollouts?"),
     ],

@@ -73,7 +73,7 @@ def hostile(kind: str, r: random.Random, canary: Path) -> str:
 
 
 def pair(name: str, gold: str, answer: str) -> tuple[Problem, Solution]:
-    solution = Solution(f"{name}/0", name, (), Finish.STOP, answer, "hostile")
+    solution = Solution(f"{name}/0", name, (), Finish.STOP, answer, "hostile", "none", f"{name}/0")
     return Problem(Question(name, "?"), gold, Split.TRAIN), solution
 
 

@@ -26,7 +26,7 @@ def spec(**keys) -> ProblemSpec:
 
 
 def pair(gold: str, answer: str | None, finish: Finish = Finish.STOP) -> tuple[Problem, Solution]:
-    solution = Solution(f"s-{answer}"[:20], "q", (), finish, answer, "test")
+    solution = Solution(f"s-{answer}"[:20], "q", (), finish, answer, "test", "test", "s")
     return Problem(Question("q", "?"), gold, Split.TRAIN), solution
 
 

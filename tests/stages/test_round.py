@@ -90,7 +90,7 @@ def test_the_summary_has_every_figure_that_it_promises(finished):
 
 def test_the_ledger_of_the_run_is_the_sum_of_its_stages(finished):
     """The summary's tokens are those of the manifests, and a stage's are those of its shards' rows."""
-    from flywheel.runs.history import History
+    from flywheel.runs.run import Run
 
     from flywheel.ledger import total
     from flywheel.runs.files import read_rows
@@ -101,7 +101,7 @@ def test_the_ledger_of_the_run_is_the_sum_of_its_stages(finished):
     for path in run.glob("round_*/*/manifest.json"):
         found = json.loads(path.read_text())
         assert found["tokens"] == by_stage.get((str(found["round"]), found["stage"]), 0), path
-    assert sum(by_stage.values()) == sum(spent.tokens for _, spent in total(History.of(run).ledger, "role"))
+    assert sum(by_stage.values()) == sum(spent.tokens for _, spent in total(Run(run).ledger_rows, "role"))
 
 
 def test_test_questions_enter_no_stage_but_those_that_measure(finished):
