@@ -90,10 +90,9 @@ def test_the_summary_has_every_figure_that_it_promises(finished):
 
 def test_the_ledger_of_the_run_is_the_sum_of_its_stages(finished):
     """The summary's tokens are those of the manifests, and a stage's are those of its shards' rows."""
-    from flywheel.runs.run import Run
-
     from flywheel.ledger import total
     from flywheel.runs.files import read_rows
+    from flywheel.runs.run import Run
 
     run, _ = finished
     rows = [row for path in run.rglob("ledger*.parquet") for row in read_rows(path)]
