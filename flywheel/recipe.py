@@ -66,7 +66,7 @@ class ModelSpec(Spec):
 
 
 class EngineSpec(Spec):
-    # `vllm`, or module:function of another engine (see `flywheel.models.weights.open_backend`)
+    # `vllm`, or module:function of another engine (see `flywheel.models.backend.open_backend`)
     kind: Annotated[str, Field(pattern=r"^(vllm|[\w.]+:\w+)$")] = "vllm"
     # How LoRA adapters are served. merged: each is merged into the base, one engine a model; runtime: one engine
     # serves the base with all its adapters; auto: merged on a CPU, runtime on a GPU.

@@ -40,7 +40,7 @@ Line = tuple[tuple[int, ...], float, bool]  # token ids, weight, right
 
 
 def open_backend(spec: EngineSpec, models: Mapping[str, ModelRef], ledger: Ledger, seed: int, scratch: Path) -> Backend:
-    """See `flywheel.models.weights.open_backend`. Adapters are not read; the model's name enters the draws."""
+    """See `flywheel.models.backend.open_backend`. Adapters are not read; the model's name enters the draws."""
     devices = [ScriptedDevice(ref.base, (seed, str(role), ref.name), spec.max_running) for role, ref in models.items()]
     engines = {
         role: ServedModel(role, ref.name, device.parameters, spec.max_model_len, device, ledger)

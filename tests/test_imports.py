@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -78,6 +79,11 @@ def test_imports_point_down(module):
     for name in imported(MODULES[module], module):
         if name.startswith("flywheel."):
             assert rank(name) >= rank(module), f"{module} imports {name}, which is above it"
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    graph = {module: imported(path, module) & MODULES.keys() - {module} for module, path in MODULES.items()}
+    list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError, with the circle
 
 
 @pytest.mark.parametrize("module", MODULES)

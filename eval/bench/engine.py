@@ -18,8 +18,9 @@ import time
 from pathlib import Path
 
 from flywheel.ledger import Ledger
+from flywheel.models.backend import open_backend
 from flywheel.models.engine import Sampling
-from flywheel.models.weights import load_tokenizer, open_backend
+from flywheel.models.weights import load_tokenizer
 from flywheel.recipe import EngineSpec
 from flywheel.records import ModelRef, Role
 

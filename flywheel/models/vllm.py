@@ -52,7 +52,7 @@ LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM takes as max_lora_
 
 
 def open_backend(spec: EngineSpec, models: Mapping[str, ModelRef], ledger: Ledger, seed: int, scratch: Path) -> Backend:
-    """See `flywheel.models.weights.open_backend`."""
+    """See `flywheel.models.backend.open_backend`."""
     on_cpu = current_platform.is_cpu()
     if on_cpu:
         vllm_cpu.prepare_process()

@@ -1,40 +1,19 @@
-"""Load models, tokenizers and adapters, merge an adapter into its base, and open the engines that serve them."""
+"""Load models, tokenizers and adapters; merge an adapter into its base; make a judge of it."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
 
 from flywheel.errors import UserError
-from flywheel.ledger import Ledger
-from flywheel.models.driver import Backend
-from flywheel.problems.grading import load_function
-from flywheel.recipe import EngineSpec
 from flywheel.records import ModelRef
 
 
 class NotAModel(UserError, ValueError):
     """A path or name that holds no model, no tokenizer or no adapter."""
-
-
-def open_backend(spec: EngineSpec, models: Mapping[str, ModelRef], ledger: Ledger, seed: int, scratch: Path) -> Backend:
-    """Open an engine for each role (or other key) of `models`; the ledger's rows carry the key.
-
-    Keys with the same base, adapter and labels share one engine; so do all keys of a base where its
-    adapters are served at run time (`engine.adapters`). `scratch`: a directory for merged weights,
-    needed only while the engines start. The caller closes the backend. Raises NotAModel for a path
-    that is no model, ValueError if the recipe and the model do not fit, EngineDied if an engine does
-    not start.
-    """
-    if spec.kind == "vllm":
-        from flywheel.models.vllm import open_backend as opener
-    else:
-        opener = load_function(spec.kind, "engine.kind")
-    return opener(spec, models, ledger, seed, scratch)
 
 
 def load_tokenizer(base: str):

@@ -11,12 +11,13 @@ from typing import TypeVar
 
 from flywheel.errors import UserError
 from flywheel.ledger import Ledger
+from flywheel.models.backend import open_backend
 from flywheel.models.driver import Backend
 from flywheel.models.engine import Engine, Sampling
 from flywheel.models.prm import Prm, label_ids
 from flywheel.models.prompts import Prompts
 from flywheel.models.steps import Reader
-from flywheel.models.weights import check_length, load_tokenizer, open_backend
+from flywheel.models.weights import check_length, load_tokenizer
 from flywheel.problems.grading import Grader
 from flywheel.recipe import Recipe
 from flywheel.records import Grade, ModelRef, Problem, Question, Role, Solution, Split

@@ -11,9 +11,9 @@ import torch
 
 from flywheel.errors import EngineDied, TooLong
 from flywheel.ledger import Ledger, total
+from flywheel.models.backend import open_backend
 from flywheel.models.engine import Sampling
 from flywheel.models.vllm_cpu import RunSeed
-from flywheel.models.weights import open_backend
 from flywheel.recipe import EngineSpec
 from flywheel.records import Finish, ModelRef, Role
 from tests import micro

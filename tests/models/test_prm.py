@@ -9,10 +9,11 @@ import torch
 
 from flywheel.errors import TooLong
 from flywheel.ledger import Ledger
+from flywheel.models.backend import open_backend
 from flywheel.models.prm import Prm, aggregate, encode
 from flywheel.models.prompts import Prompts
 from flywheel.models.steps import Reader
-from flywheel.models.weights import load_merged, open_backend
+from flywheel.models.weights import load_merged
 from flywheel.recipe import EngineSpec, PromptSpec
 from flywheel.records import ModelRef, Question, Role
 from tests import micro

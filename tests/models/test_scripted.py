@@ -9,8 +9,9 @@ import pytest
 
 from flywheel.errors import EngineDied
 from flywheel.ledger import Ledger
+from flywheel.models.backend import open_backend
 from flywheel.models.engine import Sampling
-from flywheel.models.weights import load_tokenizer, open_backend
+from flywheel.models.weights import load_tokenizer
 from flywheel.recipe import EngineSpec
 from flywheel.records import Finish, ModelRef, Role
 from tests import micro

@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from flywheel.errors import EngineDied
 from flywheel.ledger import Ledger
-from flywheel.models.weights import NotAModel, load_merged, load_tokenizer, open_backend, parameters
+from flywheel.models.backend import open_backend
+from flywheel.models.weights import NotAModel, load_merged, load_tokenizer, parameters
 from flywheel.recipe import EngineSpec
 from flywheel.records import ModelRef, Role
 from flywheel.training.scores import forward_values
