@@ -144,7 +144,8 @@ def load_recipe(args: argparse.Namespace) -> Recipe:
     loaded = recipe.load(path, overrides)
     folder = path.resolve().parent
     root = folder.parent if folder.name == "recipes" else folder
-    for project in (root, SHARE):  # a recipe may name functions of its project (checkers); a fork's lies in a run
+    # a recipe may name functions of its project (checkers); a fork's lies in a run
+    for project in (root, SHARE, Path.cwd()):
         if str(project) not in sys.path:
             # those that ship come first: the current directory may hold a package `data` too
             sys.path.insert(0 if project == SHARE else len(sys.path), str(project))

@@ -1,7 +1,7 @@
 """The recipe: every choice of a run, typed and strict, from YAML and command-line overrides.
 
 Unknown keys fail and name the nearest known one. A stage's fingerprint holds the sections
-that it reads (`SECTIONS`), so a change elsewhere does not invalidate finished work.
+that it reads (`Stage.sections`), so a change elsewhere does not invalidate finished work.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The nouns of the project: frozen dataclasses, standard library only.
 
 Everything that a stage writes to disk is one of these records; everything that a
-strategy, a training or a study takes is made of them. `run.py` turns them into
+strategy, a training or a study takes is made of them. `runs/files.py` turns them into
 parquet rows and back.
 """
 

@@ -229,6 +229,7 @@ def add_round(path: Path, r: int, refused: tuple[int, ...] = ()) -> None:
                     pa.Table.from_pylist(ledger.take()), folder / "shards" / f"{shard:05d}" / "ledger.parquet"
                 )
         manifest = {
+            "format": 2,
             "stage": stage,
             "round": r,
             "place": i,

@@ -27,8 +27,10 @@ def fork(
     lines, taken = [], set()
     for scheduled in plan:
         directory, name = manifest.stage_dir(new, *scheduled.at), manifest.name_of(scheduled.at)
-        if manifest.load(new, *scheduled.at) or shard_dirs(directory):
+        if (here := manifest.load(new, *scheduled.at)) or shard_dirs(directory):
             lines.append(f"{name}: already here")
+            if here and here == manifest.load(old, *scheduled.at):
+                taken.add(scheduled.at)
         elif why := made_anew(old, new, recipe, sources, scheduled, taken):
             lines.append(f"{name}: made anew ({why})")
         else:

@@ -99,8 +99,8 @@ class Loop:
             self.check_model()  # before anything is written: what is wrong can then still be mended
         if not self.args.dry_run:
             self.open_run()
-        self.fork(sources)
         manifest.check_recipe(self.run, self.recipe)
+        self.fork(sources)
         manifest.check_run(self.run, self.recipe, sources, self.plan(reached))
         plan = self.plan(self.args.round)
         print(overview(self.recipe, self.run, plan, counts, self.ranks.world), flush=True)
@@ -167,7 +167,7 @@ class Loop:
         """With --fork, take over what the run named there has finished and this recipe would make alike."""
         if self.args.fork:
             print(f"{self.run} forks {self.args.fork}:")
-            plan = self.plan(self.args.round)
+            plan = self.plan(max(self.args.round, manifest.last_round(self.args.fork)))
             for line in fork(self.args.fork, self.run, self.recipe, sources, plan, dry=self.args.dry_run):
                 print(f"  {line}", flush=True)
 

@@ -21,6 +21,7 @@ from flywheel.runs.stage import At, Scheduled
 FORMAT = 2  # of records, shards and manifests: another one cannot be continued
 MANIFEST, FINGERPRINT = "manifest.json", "fingerprint.json"
 SCRATCH = ("trainer",)  # a training's own checkpoints: not part of what the stage made
+MODEL_FILES = (".json", ".safetensors", ".model", ".txt", ".jinja")  # of a base: weights, config, tokenizer, template
 UNLISTED = (MANIFEST, FINGERPRINT, "claims.lock")
 PATHS = ("model.base", "problems.path")  # what the files hold counts, not where they lie
 
@@ -78,9 +79,7 @@ def source_files(recipe: Recipe) -> dict[str, str]:
                 f"model.base: {base} has no *.safetensors; pickled weights (.bin, .pt) can run code and are not loaded:"
                 " convert them with save_pretrained"
             )
-        files = {
-            f"model.base/{p.name}": p for p in sorted(base.iterdir()) if p.suffix in (".json", ".safetensors", ".model")
-        }
+        files = {f"model.base/{p.name}": p for p in sorted(base.iterdir()) if p.suffix in MODEL_FILES}
     elif base.is_absolute() or base.exists() or recipe.model.base.count("/") != 1:
         raise UserError(f"model.base: {base} is not a model directory, nor the name of one on the Hub (owner/name)")
     else:
@@ -156,8 +155,12 @@ def check_recipe(run: Path, recipe: Recipe) -> None:
 
 
 def load(run: Path, round: int, stage: str) -> dict[str, Any] | None:
-    """None while the stage is not finished. Raises Damaged."""
-    return read_json(stage_dir(run, round, stage) / MANIFEST)
+    """None while the stage is not finished. Raises Damaged, and Changed for a stage of another version's run."""
+    path = stage_dir(run, round, stage) / MANIFEST
+    found = read_json(path)
+    if found is not None and found.get("format") != FORMAT:
+        raise Changed(f"{path}: of format {found.get('format')}, made by another version; this one reads {FORMAT}")
+    return found
 
 
 def seal(

@@ -81,7 +81,8 @@ class Run:
     def ledger_rows(self) -> list[dict]:
         """All ledger rows that are on disk, those of an unfinished stage's shards included."""
         paths = [*self.root.glob("round_*/*/shards/*/ledger.parquet"), *self.root.glob("round_*/*/ledger*.parquet")]
-        return [row for path in sorted(paths) for row in read_rows(path)]
+        written = [p for p in sorted(paths) if not any(part.startswith(".") for part in p.relative_to(self.root).parts)]
+        return [row for path in written for row in read_rows(path)]
 
     def harvest(self, round: int) -> Path | None:
         """The parquet of one round's harvest, if it kept anything."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from flywheel.models.prm import Prm, label_ids
 from flywheel.models.prompts import Prompts
 from flywheel.models.steps import Reader
 from flywheel.models.weights import check_length, load_tokenizer
-from flywheel.problems.grading import Grader
+from flywheel.problems.grading import Grader, load_function
 from flywheel.recipe import Recipe
 from flywheel.records import Grade, ModelRef, Problem, Question, Role, Solution, Split
 from flywheel.runs.run import Context, Run
@@ -37,7 +38,7 @@ def prompts_and_reader(run: Run) -> tuple[Prompts, Reader]:
 
 
 def preflight(recipe: Recipe) -> None:
-    """Find what a stage would find hours later: words that are no tokens, a template, a model too short.
+    """Find what a stage would find hours later: words that are no tokens, a template, a model too short, a checker.
 
     Raises UserError.
     """
@@ -48,8 +49,14 @@ def preflight(recipe: Recipe) -> None:
         prompts.solve(Question("preflight", "1"))
         label_ids(tokenizer, recipe.prm.labels)
         check_length(recipe.model.base, recipe.engine.max_model_len)
-    except ValueError as error:
+    except (ValueError, re.error) as error:
         raise UserError(str(error)) from None
+    for name, key in (
+        (recipe.problems.checker, "problems.checker"),
+        (recipe.problems.step_checker, "problems.step_checker"),
+    ):
+        if name:
+            load_function(name, key)
 
 
 @dataclass

@@ -96,7 +96,7 @@ class OneQuestion:
         """
         k, n = len(pool), self.spec.budget
         length = max(n, self.spec.revise_attempts)
-        methods = {f"beam@{n}": self.by(Beam(n))}
+        methods = {f"beam@{n}": self.by(Beam(n, min(4, n)))}
         if self.searcher.reviser:
             methods[f"revise@{length}"] = self.by(Revise(length))
         methods[f"compute_optimal@{n}_oracle"] = self.by(self.plan.strategy(oracle_bin, n))

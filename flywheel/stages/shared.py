@@ -114,7 +114,7 @@ def trace(solution: Solution) -> str:
 
 def votes(right: Iterable[Solution]) -> Counter[str]:
     """trace -> how many independent draws gave it, of the `right` solutions (`Solution.draw`)."""
-    return Counter(text for text, _ in {(trace(s), s.draw) for s in right})
+    return Counter(text for text, _ in dict.fromkeys((trace(s), s.draw) for s in right))
 
 
 def harvested(ctx: Context, rounds: range) -> list[Harvested]:

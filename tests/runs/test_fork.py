@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 
 import pytest
 from toy import Project, finish
@@ -55,3 +56,31 @@ def test_a_fork_of_damaged_work_is_refused(finished):
 def test_a_fork_wants_a_run_and_a_name(finished):
     assert "--name" in finished.run("--fork", "toy").stderr
     assert "no run of that name" in finished.run("--fork", "nowhere", "--name", "x").stderr
+
+
+def test_a_fork_into_a_run_of_another_recipe_is_refused_before_anything_is_taken_over(finished):
+    assert finished.run("--name", "other", "--round", "0").returncode == 0
+    done = finished.run("--fork", "toy", "--name", "other", "--round", "1", "--set", "distill.epochs=9")
+    assert done.returncode == 1 and "distill.epochs" in done.stderr
+    assert not (finished.runs / "other" / "round_1").exists()
+
+
+def test_a_dry_fork_of_a_half_made_one_says_what_is_left(finished):
+    assert finished.run("--fork", "toy", "--name", "half", "--round", "0").returncode == 0
+    for left in ("round_1/distill", "round_1/gate", "round_1/evaluate", "round_2"):  # as a kill leaves it
+        shutil.rmtree(finished.runs / "half" / left)
+    dry = finished.run("--fork", "toy", "--name", "half", "--round", "2", "--dry-run")
+    assert dry.returncode == 0, dry.stderr
+    said = lines(dry.stdout)
+    assert said["round_1/label"] == "already here" and said["round_1/distill"] == said["round_2/gate"] == "taken over"
+
+
+def test_a_run_of_another_version_is_named(finished):
+    path = finished.stage(2, "gate") / "manifest.json"
+    kept = path.read_text()
+    try:
+        path.write_text(kept.replace('"format": 2', '"format": 1'))
+        done = finished.run("--round", "2")
+        assert done.returncode == 1 and "of format 1, made by another version" in done.stderr
+    finally:
+        path.write_text(kept)

@@ -41,6 +41,11 @@ def test_a_beam_search_is_one_vote_however_many_beams_agree():
     assert votes([*beams, solution("q/r2/beam/0", "a", "q/r2/beam"), solution("q/s/0", "a")]) == {"a": 3}
 
 
+def test_votes_are_in_the_order_of_the_draws_so_ties_do_not_go_by_chance():
+    texts = [f"{i}" for i in range(50)]
+    assert [text for text, _ in votes(solution(f"q/s/{t}", t) for t in texts).most_common()] == texts
+
+
 def test_questions_that_are_sometimes_right_are_labelled_first(monkeypatch):
     rates = {f"q{i}": rate for i, rate in enumerate([0.0, 0.1, 0.5, 0.95, 1.0, 0.05])}
     monkeypatch.setattr(label, "sampled_rates", lambda ctx: rates)
