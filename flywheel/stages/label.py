@@ -85,7 +85,7 @@ async def roll_out(ctx: Context, kit: Kit, question: str, prefix: Tokens) -> lis
 
 
 def work(ctx: Context, kit: Kit, questions: Sequence[str]) -> Iterator[object]:
-    """Step values of the chosen solutions. Grading follows all rollouts, so that a slow check never idles the engine."""
+    """Step values of the chosen solutions. Grading follows all rollouts, so a slow check never idles the engine."""
     picked = {question: chosen(ctx, question) for question in questions}
 
     async def one(question: str) -> dict[Tokens, list[Solution]]:
