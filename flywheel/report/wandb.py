@@ -57,7 +57,7 @@ def _write_or_fall_back(run: Run, patience: float) -> str:
 
 
 def write(run: Run, mode: str, patience: float) -> str:
-    """Write the history in this process; returns a line that says where. Raises what wandb raises."""
+    """Write the history in this process; returns a line that says where. Passes on exceptions of wandb."""
     # not available as settings: print nothing, report no errors, keep temporary tables out of the home directory
     folder = run.root / "wandb"
     os.environ |= {"WANDB_SILENT": "true", "WANDB_ERROR_REPORTING": "false", "WANDB_DATA_DIR": str(folder.resolve())}

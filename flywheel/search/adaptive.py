@@ -55,7 +55,7 @@ class Adaptive(Strategy):
         return f"adaptive to {self.n}\n{self.maker} {self.sure:g}"
 
     async def run(self, question: Question, searcher: Searcher, tag: str) -> Sequence[Candidate]:
-        """Sample `step` solutions at a time, judge them, and stop when the vote is decided or `n` are drawn."""
+        """Sample `step` solutions at a time, score them, and stop when the vote is decided or there are `n`."""
         revising = self.maker == Role.REVISER
         prompt = searcher.prompts.revise(question, []) if revising else searcher.prompts.solve(question)
         made: list[Candidate] = []

@@ -188,7 +188,7 @@ def _options(trials: Sequence[Trial], bin: int, bins: int, budget: int, score: C
 
 
 def _lenders(trials: Sequence[Trial], bin: int, bins: int) -> list[int]:
-    """The bin and as many neighbours, nearest first, as it takes to hold ENOUGH questions together."""
+    """The bin, followed by its nearest neighbours until all together have ENOUGH questions."""
     sizes = {b: len({t.question_id for t in trials if t.bin == b}) for b in range(1, bins + 1)}
     used = [bin]
     for distance in range(1, bins):

@@ -18,8 +18,8 @@ async def search(
 ) -> Outcome:
     """Search by `strategy` and select an answer. Solution ids are `question/tag/number`, so `tag` must be unique.
 
-    At most `limit` tokens are spent. A search that needs more is cut off and answers with its finished solutions: by
-    the strategy's selection if any of them was scored, else (or if that selects none) by majority. Raises ValueError
+    At most `limit` tokens are spent. A search that needs more is cut off and answers with its finished solutions, by
+    the strategy's selection; if that selects none, or needs scores and there are none, by majority. Raises ValueError
     if `searcher` lacks a model that the strategy needs, and TooLong if the question does not fit the model.
     """
     if not searcher.can(strategy):
