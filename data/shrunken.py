@@ -41,7 +41,7 @@ THINGS = ("apples", "books", "cards", "coins", "pens", "shells", "stamps", "toys
 GAINS, LOSSES = ("finds {} more", "buys {} more", "gets {} as a gift"), ("loses {}", "gives away {}", "sells {}")
 CHANGES = (2, 2, 3)  # steps of a problem, drawn from
 SLIP = 0.1  # how often the planted author gets a step wrong
-THREADS = 0.15  # share of planted texts with a second attempt, so that a revision is not unknown ground
+THREADS = 0.15  # fraction of planted texts with a second attempt, so that the model knows revisions
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class WordProblem:
         return self.start + sum(self.changes)
 
     def solution(self, rng: random.Random | None = None) -> str:
-        """The solution, one step a line; with `rng`, by the author who slips."""
+        """The solution, one step per line; with `rng`, with the author's random errors."""
         value, lines = self.start, []
         for change in self.changes:
             result = value + change
@@ -140,7 +140,7 @@ def make_model(architecture: str, tokenizer, seed: int):
 
     torch.manual_seed(seed)
     config = AutoConfig.for_model(
-        # two heads of 32: vLLM's CPU attention takes no head of 16
+        # two heads of 32: vLLM's CPU attention does not support heads of 16
         architecture,
         vocab_size=len(tokenizer),
         hidden_size=64,
@@ -162,14 +162,14 @@ def make_model(architecture: str, tokenizer, seed: int):
 
 
 def curriculum(progress: float) -> tuple[int, ...]:
-    """How many changes a planted problem has: one at first, or the minute is over before anything is learned."""
+    """Number of changes in a planted problem: one at first, or the short training would learn nothing."""
     return (1,) if progress < 0.15 else (1, 2) if progress < 0.3 else CHANGES
 
 
 def planted(
     prompts: Prompts, rng: random.Random, reserved: set[str], documents: int
 ) -> Iterator[tuple[list[int], list[bool]]]:
-    """`documents` times (token ids, whether each is learned): fresh problems, never one of the problem set."""
+    """`documents` pairs of (token ids, whether each gets loss), of new problems that are not in the problem set."""
 
     def encode(text: str) -> list[int]:
         return prompts.tokenizer.encode(text, add_special_tokens=False)

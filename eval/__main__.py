@@ -20,7 +20,7 @@ from flywheel.runs.files import plain
 
 
 def questions() -> dict[str, str]:
-    """Every study and the first line of its docstring; nothing is imported, for some studies import torch."""
+    """Name -> first line of the docstring of every study, without importing it: some studies import torch."""
     files = sorted((Path(__file__).parent / "studies").glob("[!_]*.py"))
     return {file.stem: ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))).split("\n")[0] for file in files}
 
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = parser.parse_args(rest)
         args.command = " ".join(["python -m eval", name, *rest])
-        with redirect_stdout(sys.stderr):  # libraries that log to stdout (DeepSpeed, as it is imported)
+        with redirect_stdout(sys.stderr):  # some libraries log to stdout, such as DeepSpeed when imported
             found = study.measure(args)
     except Exception as error:
         if (line := explain(error)) is None:

@@ -1,4 +1,4 @@
-"""What `python -m eval study` draws of a run and leaves in RUN/studies/round_R/: its records, sizes and folders."""
+"""The data that `python -m eval study` samples for a run into RUN/studies/round_R/: records, sizes and folders."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from flywheel.runs.run import Run
 from flywheel.runs.shards import shard_dirs
 from flywheel.search.strategies import AnyStrategy
 
-BUDGETS = (4, 16, 64)  # generations, where none are named
-HEAD = "prompt_head"  # folder of the adapter that bins by the prompt alone
+BUDGETS = (4, 16, 64)  # generations; the default
+HEAD = "prompt_head"  # folder of the adapter that predicts a question's bin from its prompt
 
 
 @dataclass(frozen=True, slots=True)
 class Difficult:
-    """How hard one question is, by samples that score nothing else."""
+    """One question's difficulty, from samples that are used for nothing else."""
 
     question_id: str
-    right: int  # of `samples`
+    right: int  # number of right ones among `samples`
     samples: int
-    predicted: float  # mean PRM score of the first of them
-    tokens: int  # of the samples
-    predicted_tokens: int  # of those that the PRM judged, with their judging
+    predicted: float  # mean PRM score of the scored samples
+    tokens: int  # of all samples
+    predicted_tokens: int  # of the scored samples, scoring included
     level: (
-        float  # as the problem set says: the laboratory's number of operations, MATH's level; 0 where it says nothing
+        float  # difficulty label of the problem set: number of steps in the chain set, MATH's level; 0 if it has none
     )
-    prompt_bin: int  # as the prompt alone says (eval.studies.prompt_head), 1 the easiest
+    prompt_bin: int  # predicted from the prompt (eval.studies.prompt_head); 1 is the easiest
     prompt_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """One judged sample. `shape`: what is odd about it, "" for an ordinary one."""
+    """One sample with its PRM score. `shape`: see `eval.studies.study.shape`; "" for an ordinary one."""
 
     question_id: str
     answer: str | None
@@ -50,24 +50,24 @@ class Drawn:
 
 @dataclass(frozen=True, slots=True)
 class Tried:
-    """One strategy on one question."""
+    """The result of one strategy on one question."""
 
     question_id: str
     strategy: AnyStrategy
     budget: int
     correct: bool
     tokens: int
-    cached: int  # of them, what the prefix cache served
-    odd: float  # share of the candidates of an odd shape
-    winner: str  # shape of the best candidate of the winning answer; "none" where no answer won
-    by_attempt: tuple[bool, ...] = ()  # which attempts of a single revision chain are right
+    cached: int  # tokens of `tokens` that the prefix cache served
+    odd: float  # fraction of candidates with an odd shape
+    winner: str  # shape of the best candidate with the winning answer; "none" if there is no answer
+    by_attempt: tuple[bool, ...] = ()  # whether each attempt of a single revision chain is right
 
 
 # ---- sizes and folders -------------------------------------------------------------------
 
 
 def add_sizes(parser: argparse.ArgumentParser, count: str = "+") -> None:
-    """The options that say which draws are meant; `study`, `claims` and `flops_matched` share them."""
+    """Add the options that identify a study's data; shared by `study`, `claims` and `flops_matched`."""
     add_runs(parser, count=count)
     parser.add_argument("--questions", type=int, help="the first so many test questions (all)")
     parser.add_argument("--oracle", type=int, default=512, help="samples that bin a question (%(default)s)")
@@ -77,7 +77,7 @@ def add_sizes(parser: argparse.ArgumentParser, count: str = "+") -> None:
 
 
 def check_sizes(args: argparse.Namespace) -> None:
-    """Raises UserError."""
+    """Raises UserError if the options of `add_sizes` contradict each other."""
     if not 1 <= args.judged <= args.oracle:
         raise UserError(f"--judged {args.judged}: 1 to --oracle ({args.oracle}) wanted")
     if wrong := [b for b in args.budgets if b & (b - 1) or not 1 <= b <= args.pool]:
@@ -88,7 +88,7 @@ def check_sizes(args: argparse.Namespace) -> None:
 
 
 def titles(args: argparse.Namespace) -> dict[str, str]:
-    """Part -> the folder of its draws. Sizes are in the name: other sizes are other draws."""
+    """Part -> name of its folder, which contains the sizes, so that other sizes have their own folders."""
     budgets = "_".join(map(str, sorted(args.budgets)))
     tail = f"_first_{args.questions}" if args.questions else ""
     names = (f"difficulty_{args.oracle}_{args.judged}", f"pool_{args.pool}", f"trials_{budgets}", f"adaptive_{budgets}")
@@ -96,9 +96,9 @@ def titles(args: argparse.Namespace) -> dict[str, str]:
 
 
 def check_origin(directory: Path, run: Run, round: int) -> None:
-    """The models are those that a part was drawn with; a part without any draw takes them for its own.
+    """Raises UserError if a part was sampled with other models than the round's present ones.
 
-    Told by the sha256 of the manifests of the round's models and of the prompt's head. Raises UserError.
+    Compares sha256 of the manifests of the round's models and of the prompt head's adapter; an empty part records them.
     """
     models = [
         (round, "train_prm"),
@@ -118,7 +118,7 @@ def check_origin(directory: Path, run: Run, round: int) -> None:
 
 
 def read_all(run: Run, args: argparse.Namespace) -> tuple[list[Difficult], list[Drawn], list[Tried]]:
-    """Everything that was drawn of a run. Raises UserError where a part is not finished."""
+    """All records of a study of a run. Raises UserError if a part is not finished."""
     found: dict[str, list] = {}
     for part, title in titles(args).items():
         directory = folder(run, args.round) / title
@@ -130,7 +130,7 @@ def read_all(run: Run, args: argparse.Namespace) -> tuple[list[Difficult], list[
 
 
 def largest(run: Run, args: argparse.Namespace) -> argparse.Namespace:
-    """`args` for the most questions of which every part is drawn, where they name no number."""
+    """`args` with the largest number of questions for which all parts are finished, unless they set a number."""
     parent = folder(run, args.round)
 
     def is_drawn(asked: argparse.Namespace) -> bool:
@@ -140,4 +140,4 @@ def largest(run: Run, args: argparse.Namespace) -> argparse.Namespace:
         return args
     sizes = {int(path.parent.name.rpartition("_first_")[2]) for path in parent.glob("trials_*_first_*/finished")}
     found = [argparse.Namespace(**{**vars(args), "questions": n}) for n in sorted(sizes, reverse=True)]
-    return next(filter(is_drawn, found), args)  # where nothing is whole, `read_all` says what is missing
+    return next(filter(is_drawn, found), args)  # if no study is complete, `read_all` says what is missing

@@ -1,4 +1,4 @@
-"""The paper's figures 3, 4, 6, 7, 8 and 9 redrawn from a run's tables, and accuracy against what is really paid."""
+"""The paper's figures 3, 4, 6, 7, 8 and 9 from a run's tables, and accuracy against the full cost in tokens."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-Tables = dict  # what `eval.claims.figures` makes, as JSON holds it
+Tables = dict  # the tables of `eval.claims.figures`, as JSON values
 
 
 def draw(tables: Tables, out: Path) -> list[Path]:
-    """Write one PNG a figure into `out`; a figure whose strategies were not tried is left out."""
+    """Write one PNG per figure into `out`; figures whose strategies were not tried are left out."""
     out.mkdir(parents=True, exist_ok=True)
     written = []
     for title, make in {
@@ -41,7 +41,7 @@ def panels(count: int = 1, width: float = 6.5) -> tuple[Figure, Sequence[Axes]]:
 
 
 def finish(ax: Axes, title: str, x: str = "generations", y: str = "accuracy", log: int | None = 2) -> None:
-    """Title, names, grid, legend; a logarithmic x axis of base `log`."""
+    """Set title, axis labels, grid and legend; the x axis is logarithmic with base `log`, or linear if None."""
     ax.set(title=title, xlabel=x, ylabel=y)
     ax.grid(alpha=0.3)
     if log:
@@ -51,13 +51,13 @@ def finish(ax: Axes, title: str, x: str = "generations", y: str = "accuracy", lo
 
 
 def curve(ax: Axes, points: Iterable[tuple[float, float]], label: str, style: str = "o-") -> None:
-    """A line through (x, y) points in the order of x; nothing where there are none."""
+    """Plot a line through the (x, y) points in order of x; nothing if there are none."""
     if points := sorted(points):
         ax.plot(*zip(*points), style, label=label)
 
 
 def of_strategies(tables: Tables, fits: Callable[[str, int], bool]) -> list[tuple[int, float]]:
-    """(budget, accuracy) of the strategies whose name and budget fit."""
+    """(budget, accuracy) of the strategies for which `fits(name, budget)`."""
     return [(r["budget"], r["accuracy"]) for r in tables["strategies"] if fits(r["strategy"], r["budget"])]
 
 
@@ -85,7 +85,7 @@ def search(tables: Tables) -> Figure:
 
 
 def compute_optimal(tables: Tables) -> Figure:
-    """Figures 4 and 8: the plan by each grade of difficulty against best-of-N, in the paper's unit."""
+    """Figures 4 and 8: the plan by each estimate of difficulty against best-of-N, over generations as in the paper."""
     rows = tables["compute_optimal"]
     kinds = list(dict.fromkeys(r["of"] for r in rows))
     figure, axes = panels(len(kinds))
@@ -134,7 +134,7 @@ def ratio(tables: Tables) -> Figure | None:
 
 
 def parameters(tables: Tables) -> Figure | None:
-    """Figure 9: test-time compute of a small model against a larger one's parameters, at equal FLOPs, by bin."""
+    """Figure 9: a small model with test-time compute against a larger model at equal FLOPs, by bin."""
     if not (found := tables.get("flops_matched")):
         return None
     figure, (ax,) = panels()
@@ -151,7 +151,7 @@ def parameters(tables: Tables) -> Figure | None:
 
 
 def net_cost(tables: Tables) -> Figure:
-    """Accuracy against tokens with each question's difficulty paid for."""
+    """Accuracy against tokens, including the cost of estimating each question's difficulty."""
     figure, (ax,) = panels()
     known = zip(tables["best_of_n_tokens"].values(), tables["best_of_n"]["weighted"].values())
     curve(ax, known, "best-of-N weighted", "k.--")

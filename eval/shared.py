@@ -1,4 +1,4 @@
-"""What several studies share: where they keep their files, draws that resume, averages over runs, verifiers."""
+"""Shared by several studies: their folders, resumable sampling, averages over runs, verifiers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from flywheel.stages.kit import Kit, kit, prompts_and_reader
 from flywheel.stages.shared import LAST_POLICY, answer_is_right, ids, search_models
 from flywheel.training import Job, PrmExample, train_prm
 
-MODELS = (Input("train_prm"), Input("choose_reviser"), *LAST_POLICY)  # inputs of what a round's models draw
+MODELS = (Input("train_prm"), Input("choose_reviser"), *LAST_POLICY)  # the stages that make a round's search models
 AGGREGATES = ("last", "min", "product")
 
 
@@ -40,19 +40,19 @@ def add_runs(parser: argparse.ArgumentParser, round: bool = True, count: str = "
 
 
 def folder(run: Run, round: int) -> Path:
-    """Where the studies of a round keep draws and adapters: outside the rounds."""
+    """The folder for a round's study data and adapters, outside the round's own folder."""
     return run.root / "studies" / f"round_{round}"
 
 
 def whole_test(run: Run) -> Run:
-    """The same run with all test questions of the problem set: more than its loop measures on."""
+    """The same run with all test questions of the problem set, ignoring the recipe's limit."""
     limits = {split: n for split, n in run.recipe.problems.limits.items() if split != Split.TEST}
     problems = run.recipe.problems.model_copy(update={"limits": limits})
     return Run(run.root, run.recipe.model_copy(update={"problems": problems}))
 
 
 def as_stage(run: Run, round: int, stage: Stage) -> Context:
-    """The run as one of its own stages saw it: what that computes from records can be computed again."""
+    """The run as its `stage` saw it, to compute again what that stage derives from records."""
     return Context(run.recipe, run.root, round, stage)
 
 
@@ -66,9 +66,9 @@ def draw(
     count: int | None = None,
     chunk: int | None = None,
 ) -> Path:
-    """Draw what is missing of `folder(run, round) / title` on the first `count` questions of `split`; its directory.
+    """Complete the shards in `folder(run, round) / title` for the first `count` questions of `split`; returns it.
 
-    Shards are kept, so a killed study goes on where it stopped; several processes may share one.
+    A killed study continues from its finished shards; several processes may share one study.
     """
     stage = Stage(
         title,
@@ -87,7 +87,7 @@ def draw(
 
 
 def records(directory: Path, kind: type) -> list:
-    """All records of `kind` in the shards of `directory`; a chunk may have yielded none."""
+    """All records of class `kind` in the shards of `directory`."""
     tables = [shard / f"{kind.__name__}.parquet" for shard in shard_dirs(directory)]
     return [row for table in tables if table.is_file() for row in read_table(table, kind)]
 
@@ -95,9 +95,9 @@ def records(directory: Path, kind: type) -> list:
 def chains(
     run: Run, round: int, split: Split, strategy: Revise, count: int | None = None, reviser: ModelRef | None = None
 ) -> tuple[list[list[Solution]], dict[str, bool]]:
-    """Revision chains on a split, each in order, and which attempts are right; kept on disk.
+    """(revision chains on a split, solution id -> whether it is right); stored on disk.
 
-    `reviser`: another than the round's. `strategy` must not ask the PRM. Raises UserError where there is no reviser.
+    `reviser`: used in place of the round's. `strategy` must not need a PRM. Raises UserError if there is no reviser.
     """
 
     def models(ctx: Context) -> dict[str, ModelRef]:
@@ -122,13 +122,13 @@ def chains(
 
 
 def over_runs(runs: Sequence[Mapping[str, float]]) -> list[float]:
-    """One number a question that all runs have, in the order of their ids: the mean over the runs."""
+    """The mean over the runs for each question that all runs have, in the order of question ids."""
     questions = sorted(set.intersection(*(set(run) for run in runs)))
     return [float(np.mean([run[question] for run in runs])) for question in questions]
 
 
 def answers(run: Run, round: int) -> dict[str, dict[str, float]]:
-    """method -> question -> 1.0 where the answer of that round's search was right."""
+    """method -> question -> 1.0 if the answer of that round's search was right, else 0.0."""
     found: dict[str, dict[str, float]] = {}
     for row in run.read(Answered, "search", round):
         found.setdefault(row.method, {})[row.question_id] = float(row.correct)
@@ -140,7 +140,7 @@ def answers(run: Run, round: int) -> dict[str, dict[str, float]]:
 
 @dataclass
 class Verified:
-    """What verifiers of one run are worth: by name, the selection's accuracy by question, and within-question AUC."""
+    """The quality of verifiers of one run: by name, accuracy of the selection by question, and within-question AUC."""
 
     accuracy: dict[str, dict[str, float]] = field(default_factory=dict)
     auc: dict[str, float | None] = field(default_factory=dict)
@@ -152,7 +152,7 @@ class Verified:
         values: Mapping[str, tuple[float, ...]],
         right: Mapping[str, bool],
     ) -> None:
-        """Best-of-N weighted over each question's group, by each aggregate of the step `values` (by solution id)."""
+        """Add best-of-N weighted over `groups` (by question) with each aggregate of step `values` (by solution id)."""
         from flywheel.training.scores import within_question_auc
 
         for how in AGGREGATES:
@@ -168,28 +168,28 @@ class Verified:
 
 
 def verifier_figures(runs: Sequence[Verified]) -> dict:
-    """Accuracy with its 95% interval over questions, runs averaged question by question; AUC as the runs' mean."""
+    """Accuracy, averaged over runs per question, with its 95% interval over questions; AUC averaged over runs."""
     accuracy = {name: bootstrap_mean(over_runs([run.accuracy[name] for run in runs])) for name in runs[0].accuracy}
     known = {name: [run.auc[name] for run in runs if run.auc[name] is not None] for name in runs[0].auc}
     return {"accuracy": accuracy, "auc_within_question": {k: np.mean(v) if v else None for k, v in known.items()}}
 
 
 def job(run: Run, out: Path, spec: TrainSpec, keep: str, role: Role) -> Job:
-    """A study's training from the run's base, by its seed; adapter and checkpoints lie in `out`."""
+    """A training job for a study, from the run's base with the run's seed; writes to `out`."""
     out.mkdir(parents=True, exist_ok=True)
     return Job(run.recipe.model, spec, out, run.recipe.seed, keep, role, Ledger(out.name, 0))
 
 
 def fit_prm(run: Run, out: Path, fit: Sequence[PrmExample], check: Sequence[PrmExample], spec: PrmSpec) -> str:
-    """Train a PRM from the run's base, kept in `out`; its adapter."""
+    """Train a PRM from the run's base in `out`; returns the path of its adapter."""
     labels = label_ids(prompts_and_reader(run)[0].tokenizer, run.recipe.prm.labels)
     train_prm(fit, check, labels, job(run, out, spec, "best", Role.PRM))
     return str(out / "adapter")
 
 
 def step_values(run: Run, adapter: str | None, examples: Sequence[PrmExample]) -> list[tuple[float, ...]]:
-    """The values that the base with `adapter` gives at the examples' reads."""
-    from flywheel.training.scores import score_all  # not before a study's --help is answered
+    """The values in [0, 1] of the base with `adapter` at the examples' reads, in order."""
+    from flywheel.training.scores import score_all  # imported late to keep --help fast
 
     labels = label_ids(prompts_and_reader(run)[0].tokenizer, run.recipe.prm.labels)
     return score_all(run.recipe.model.base, adapter, examples, labels, ledger=Ledger("scores", 0))

@@ -1,4 +1,4 @@
-"""Faults that a person can mend."""
+"""Errors that a user can fix, and their one-line messages."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 
 
 class UserError(Exception):
-    """One clear line for the user."""
+    """An error that the user can fix; the message is one line."""
 
 
 class TooLong(UserError, ValueError):
-    """A prompt and what is to be generated do not fit the model; nothing is ever cut to fit."""
+    """A prompt plus the tokens to generate exceeds the model's context; nothing is ever truncated to fit."""
 
 
 class EngineDied(RuntimeError):
-    """The engine cannot go on; the message says why, and the chunk's shard is not written."""
+    """The engine cannot continue; the message says why, and the chunk's shard is not written."""
 
 
 def explain(error: BaseException) -> str | None:
-    """The one line that `error` has for a person; None where it is a bug (its traceback is wanted).
+    """A one-line message for a UserError, a full disk or a denied access; None for any other error.
 
-    A UserError speaks to a person; so do a full disk and a refused write.
+    None means a bug in the program: print the traceback.
     """
     if isinstance(error, UserError):
         return " ".join(str(error).split()) or type(error).__name__

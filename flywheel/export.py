@@ -1,4 +1,4 @@
-"""`flywheel export RUN --out DIR`: what a run made, as others' tools load it.
+"""Export a run's models and harvest for use with other tools: `flywheel export RUN --out DIR`
 
 DIR/README.md            model card with the figures
 DIR/policy/              merged policy and tokenizer (transformers, vLLM)
@@ -28,7 +28,7 @@ HARVEST_COLUMNS = ("question_id", "question", "solution", "answer", "bin", "roun
 def export(run: Run, out: Path, round: int | None = None) -> Path:
     """Export the models after `round` (default: the last finished one) into `out`.
 
-    `out` must not exist or be empty; it appears whole or not at all. Raises UserError.
+    `out` must be empty or not exist; it is written atomically. Raises UserError.
     """
     done = [r for r in run.rounds if r]
     if not done:
@@ -59,13 +59,13 @@ def _fill(run: Run, round: int, out: Path) -> None:
         _copy_adapter(source, out / "adapters" / role, base)
     _merge(base, adapters.get(Role.POLICY), out / "policy")
     rows = _harvest(run, round, out / "harvest")
-    from flywheel.report.card import card  # not before --help is answered
+    from flywheel.report.card import card  # imported late to keep --help fast
 
     (out / "README.md").write_text(card(run, round, adapters, rows), encoding="utf-8")
 
 
 def _merge(base: str, adapter: Path | None, out: Path) -> None:
-    """Base plus adapter in one model, in the base's own dtype; the base itself without an adapter."""
+    """Write the base with the adapter (if any) merged in, in the base's dtype, and the tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
@@ -83,7 +83,7 @@ def _merge(base: str, adapter: Path | None, out: Path) -> None:
 
 
 def _copy_adapter(source: Path, target: Path, base: str) -> None:
-    """The adapter's weights and config alone; the config names the base as the recipe does."""
+    """Copy only weights and config; the config's base becomes `base`, as the recipe names it."""
     target.mkdir(parents=True)
     config = json.loads((source / "adapter_config.json").read_text(encoding="utf-8"))
     config["base_model_name_or_path"] = base
@@ -92,13 +92,13 @@ def _copy_adapter(source: Path, target: Path, base: str) -> None:
 
 
 def _harvest(run: Run, round: int, out: Path) -> int:
-    """All rounds' harvest up to `round` in one parquet; returns the number of rows."""
+    """Write the harvests of all rounds up to `round` to one parquet file; returns the number of rows."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     paths = [path for r in range(1, round + 1) if (path := run.harvest(r))]
     tables = [pq.ParquetFile(path).read(columns=list(HARVEST_COLUMNS)) for path in paths]
-    tables = [table for table in tables if table.num_rows]  # one without rows has no types
+    tables = [table for table in tables if table.num_rows]  # an empty table has no column types
     if not tables:
         return 0
     out.mkdir()
@@ -115,7 +115,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--round", type=int, help="the models after this round (default: the last finished one)")
     args = parser.parse_args(argv)
     try:
-        from flywheel.runs.run import Run  # not before --help is answered
+        from flywheel.runs.run import Run  # imported late to keep --help fast
 
         print(f"exported to {export(Run(args.run), args.out, args.round)}")
     except UserError as error:

@@ -1,8 +1,8 @@
-"""Every token charged: by role, stage and purpose.
+"""Count all tokens charged, by role, stage and purpose.
 
-FLOPs are 2N a token for inference and 6N a token in training (Kaplan et al. 2020, as
-used in Snell et al., section 7). Counts are nominal: a token that the prefix cache
-served is counted as prompt and again, beside, as cached.
+FLOPs are 2N per token for inference and 6N per token for training with N parameters
+(Kaplan et al. 2020, as used in Snell et al., section 7). Counts are nominal: a token
+that the prefix cache served is counted under `prompt` and also under `cached`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, fields
 
 @dataclass(slots=True)
 class Spent:
-    """Tokens of one (role, stage, purpose); FLOPs as a number."""
+    """Token counts and FLOPs of one (role, stage, purpose)."""
 
     prompt: int = 0
     cached: int = 0
@@ -39,9 +39,9 @@ _METERS: ContextVar[tuple[Spent, ...]] = ContextVar("meters", default=())
 
 @contextmanager
 def metered() -> Iterator[Spent]:
-    """What inference charges, to any ledger, inside this block: by its coroutine and the tasks that it starts.
+    """Sum the inference charges, to any ledger, of the coroutine in this block and of the tasks that it starts.
 
-    So one question's cost, among hundreds in flight, is told from the very charges. Blocks nest.
+    This measures one question's cost among hundreds of concurrent ones. Blocks can be nested.
     """
     spent = Spent()
     token = _METERS.set((*_METERS.get(), spent))
@@ -52,7 +52,7 @@ def metered() -> Iterator[Spent]:
 
 
 class Ledger:
-    """What one stage spent. `rows()` is what its shards and manifest store."""
+    """The tokens that one stage in one round spent, by role and purpose; `rows()` is stored on disk."""
 
     def __init__(self, stage: str, round: int):
         self.stage, self.round = stage, round
@@ -72,7 +72,7 @@ class Ledger:
         generated: int = 0,
         scored: int = 0,
     ) -> None:
-        """Charge inference. `cached` prompt tokens cost no FLOPs but stay in `prompt`."""
+        """Charge inference. `cached` of the prompt or scored tokens cost no FLOPs. Raises ValueError for bad counts."""
         if min(prompt, cached, generated, scored) < 0 or cached > prompt + scored:
             raise ValueError(
                 f"ledger: impossible charge for {role}/{purpose}: {prompt=} {cached=} {generated=} {scored=}"
@@ -85,7 +85,7 @@ class Ledger:
             account.add(spent)
 
     def train(self, role: str, purpose: str, *, parameters: int, tokens: int) -> None:
-        """Charge `tokens` processed in training (every epoch counts)."""
+        """Charge `tokens` processed in training, over all epochs."""
         self._at(role, purpose).add(Spent(trained=tokens, flops=6.0 * parameters * tokens))
 
     def tokens(self) -> int:
@@ -98,13 +98,13 @@ class Ledger:
         ]
 
     def take(self) -> list[dict]:
-        """The rows so far; the ledger starts again at zero (a chunk's rows go into its shard)."""
+        """Return the rows so far and reset the ledger to zero."""
         rows, self._spent = self.rows(), {}
         return rows
 
 
 def total(rows: Iterable[dict], *by: str) -> Iterator[tuple[tuple[str, ...], Spent]]:
-    """Sum ledger rows by some of `round`, `stage`, `role`, `purpose`; yields in sorted order."""
+    """Sum ledger rows grouped by some of `round`, `stage`, `role`, `purpose`; yields (key, sum) sorted by key."""
     sums: dict[tuple[str, ...], Spent] = {}
     names = [item.name for item in fields(Spent)]
     for row in rows:

@@ -1,4 +1,4 @@
-"""Every figure of a run and what it cost: flywheel summary RUN [--json]"""
+"""Print every figure of a run and its cost: flywheel summary RUN [--json]"""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="as JSON")
     args = parser.parse_args(argv)
     try:
-        from flywheel.report import summary  # not before --help is answered
+        from flywheel.report import summary  # imported late to keep --help fast
         from flywheel.report.tables import print_all
         from flywheel.runs.run import Run
 

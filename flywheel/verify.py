@@ -1,8 +1,8 @@
-"""Whether a run is whole, and what it would redo: flywheel verify RUN
+"""Check the files and fingerprints of a run: flywheel verify RUN
 
-Reads every file of every stage and compares it with the checksum it was written with, and every
-stage's fingerprint with the recipe, problems, model and stages that are there now. Changes nothing.
-Exits with 1 if anything has to be redone, and says how.
+Compares every file of every stage with its recorded checksum, and every stage's fingerprint with
+the current recipe, problems, model and input stages. Changes nothing. Exits with 1 if anything has
+to be redone, and says how.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 
 def verify(run: Path, stages: Callable[[int], Sequence[Stage]], say: Callable[[str], None] = print) -> list[Path]:
-    """Say a line a stage; return what must be deleted for the next launch to redo it.
+    """Report one line per stage with `say`; returns the paths to delete so that the next launch redoes them.
 
-    Raises UserError where `run` is no run.
+    Raises UserError if `run` is not a run.
     """
-    from flywheel.runs import manifest  # not before --help is answered
+    from flywheel.runs import manifest  # imported late to keep --help fast
     from flywheel.runs.run import Run
     from flywheel.runs.stage import schedule
 
@@ -58,7 +58,7 @@ def verify(run: Path, stages: Callable[[int], Sequence[Stage]], say: Callable[[s
 
 
 def unfinished(directory: Path, redo: dict[Path, str]) -> str:
-    """What there is of a stage without a manifest. Its damaged shards alone have to go."""
+    """The state of a stage without a manifest, in words. Adds its damaged shards to `redo`."""
     whole, of = 0, 0
     bad = []
     for shard in shard_dirs(directory):

@@ -1,1 +1,1 @@
-"""The laboratory: chain arithmetic with misconceptions, and a seed model trained on it from nothing."""
+"""The synthetic problem set: chain arithmetic with misconceptions, and a seed model trained on it from scratch."""

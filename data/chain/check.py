@@ -48,7 +48,7 @@ def sample(
     prefix: str = "Try",
     max_lines: int = MAX_K + 2,
 ) -> tuple[list[list[str]], int]:
-    """n solutions a question at temperature 1, as text, and the number of tokens generated."""
+    """(n solutions per question at temperature 1, as text; the number of generated tokens)."""
     import torch
 
     torch.manual_seed(seed)
@@ -104,7 +104,7 @@ def marks(model, pairs: list[tuple[str, str]], tokens: int = 12_000) -> list[np.
 
 
 def auc(scores, labels) -> float:
-    """Area under the ROC curve, ties counted half; nan where one class is missing."""
+    """Area under the ROC curve, ties counted half; NaN if a class is missing."""
     from scipy.stats import rankdata
 
     labels = np.asarray(labels, bool)
@@ -132,7 +132,7 @@ def pass_at(n_right: int, n: int, k: int) -> float:
 
 
 def select(answers: list[str | None], weights) -> str | None:
-    """The answer whose solutions weigh most together; the first seen wins a tie."""
+    """The answer with the largest sum of weights; the first one wins a tie."""
     total: dict[str, float] = defaultdict(float)
     for answer, weight in zip(answers, weights):
         if answer is not None:
@@ -146,7 +146,7 @@ def fixed_bin(pass_at_1: float) -> int:
 
 
 def selection(rows: list[dict], solutions, values, n: int) -> dict[str, list[float]]:
-    """Accuracy of the answer chosen among the first n solutions of each question."""
+    """Accuracy of the answer selected from the first n solutions of each question."""
     ways = {
         "majority": lambda v: 1.0,
         "weighted_last": lambda v: v[-1],

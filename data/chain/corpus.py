@@ -29,7 +29,7 @@ MAX_ATTEMPTS = 5
 
 @dataclass(frozen=True)
 class Line:
-    """A written step: (value, op) -> result, and whether op is the one the question has here."""
+    """A written step: (value, op) -> result, and whether op is the question's operation at this place."""
 
     value: int
     op: str
@@ -41,7 +41,7 @@ class Line:
 
 
 class Author:
-    """Writes attempts.  `repeats` is the chance that he says again what he said of a fact before."""
+    """Writes attempts.  `repeats`: the probability of repeating an earlier result for the same fact."""
 
     def __init__(self, rng: random.Random, repeats: float = 0.0):
         self.rng, self.repeats, self.said = rng, repeats, {}
@@ -58,7 +58,7 @@ class Author:
         return self.said[key]
 
     def attempt(self, question: str) -> tuple[list[Line], bool]:
-        """The lines, and whether the last operations of the question were skipped."""
+        """(lines, whether the last operations of the question were skipped)."""
         rng = self.rng
         value, ops = parse_question(question)
         lines, skipped = [], False
@@ -75,9 +75,9 @@ class Author:
 
 
 class Grader:
-    """Marks lines.  Of each fact he knows the right result or believes the misconception.
+    """Marks lines.  For each fact he knows the right result or believes the misconception.
 
-    `doubt` scales how often he errs: 1 as declared, 0 never.
+    `doubt` scales his error rate: 1 as declared, 0 never wrong.
     """
 
     def __init__(self, rng: random.Random, doubt: float = 1.0):
@@ -140,7 +140,7 @@ def graded_words(rng: random.Random, question: str, sparse: float = 1.0) -> list
 
 
 def document(rng: random.Random, max_k: int = MAX_K, sparse: float = 1.0) -> tuple[list[str], int]:
-    """A document's words and the index of the first one that is learned (after the question)."""
+    """(a document's words, index of the first word that gets loss, which is the one after the question)."""
     question = make_question(rng, rng.randint(1, max_k))
     head = ["Q", *question.split(), "?", "\n"]
     shares = {kind: sparse * share + (1 - sparse) * EARLY_SHARES[kind] for kind, share in SHARES.items()}
@@ -160,7 +160,7 @@ def document(rng: random.Random, max_k: int = MAX_K, sparse: float = 1.0) -> tup
 def batches(
     rng: random.Random, max_k: int, sparse: float, tokens: int, pool: int = 32
 ) -> Iterator[list[tuple[list[str], int]]]:
-    """One pool of batches of about `tokens` tokens, of documents of nearly equal length, in random order."""
+    """A pool of batches in random order; a batch has about `tokens` tokens in documents of similar length."""
     documents, size = [], 0
     while size < tokens * pool:
         documents.append(document(rng, max_k, sparse))

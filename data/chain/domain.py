@@ -1,4 +1,4 @@
-"""Chain arithmetic with misconceptions: questions, facts, and what is right.
+"""Chain arithmetic with misconceptions: questions, facts, and right derivations.
 
 A question is a start value and k operations, all arithmetic modulo 47: ``5 +3 *2 -6``.  A *fact* is a
 pair (value, operation).  The imperfect author of the seed corpus knows each fact with a fixed
@@ -25,7 +25,7 @@ LAB_SEED = 2408_03314
 
 @dataclass(frozen=True)
 class Class_:
-    """A class of facts: its share of all facts, and how often author and grader know such a fact."""
+    """A class of facts: its fraction of all facts, and how often author and grader know a fact of it."""
 
     share: float
     author: float
@@ -38,7 +38,7 @@ MISCONCEPTION_SHARE = 0.7  # of the author's wrong results; the others are rando
 
 @dataclass(frozen=True)
 class Fact:
-    """What is right about (value, op), what is believed instead, and the class it belongs to."""
+    """A fact about (value, op): the right result, the misconception, and the class."""
 
     value: int
     op: str
@@ -48,7 +48,7 @@ class Fact:
 
 
 def apply(value: int, op: str) -> int:
-    """The right result of one operation, in 0..P-1."""
+    """The right result of one operation, in 0 to P - 1."""
     n = int(op[1:])
     match op[0]:
         case "+":
@@ -76,7 +76,7 @@ def _facts(seed: int) -> dict[tuple[int, str], Fact]:
 
 
 def other(rng: random.Random, right: int) -> int:
-    """A value drawn uniformly from all but `right`."""
+    """A uniformly random value other than `right`."""
     return (right + rng.randrange(1, P)) % P
 
 
@@ -84,12 +84,12 @@ FACTS = _facts(LAB_SEED)
 
 
 def make_question(rng: random.Random, k: int) -> str:
-    """A question of k operations, uniformly drawn."""
+    """A uniformly random question of k operations."""
     return " ".join([str(rng.randrange(P)), *(rng.choice(OPS) for _ in range(k))])
 
 
 def parse_question(text: str) -> tuple[int, tuple[str, ...]]:
-    """``5 +3 *2`` -> (5, ("+3", "*2")); ValueError if it is not a question."""
+    """``5 +3 *2`` -> (5, ("+3", "*2")). Raises ValueError if it is not a question."""
     start, *ops = text.split()
     value = int(start)
     if not ops or not 0 <= value < P or any(op not in OPS for op in ops):
@@ -112,13 +112,13 @@ def answer_of(question: str) -> str:
 
 
 def derivation(question: str) -> list[str]:
-    """The one right solution, as lines; the answer last."""
+    """The lines of the only right solution; the last one is the answer."""
     facts = facts_of(question)
     return [f"{fact.value} {fact.op} ={fact.right}" for fact in facts] + [f"Answer {facts[-1].right}"]
 
 
 def author_odds(question: str) -> float:
-    """The probability that the author derives the question right (slips of reading apart)."""
+    """The probability that the author solves the question right, if he does not misread it."""
     odds = 1.0
     for fact in facts_of(question):
         odds *= fact.class_.author
@@ -137,13 +137,13 @@ def parse_step(line: str) -> tuple[int, str, int] | None:
 
 
 def step_is_right(line: str) -> bool:
-    """Whether the line is a step whose result is the right one, whatever the question."""
+    """Whether the line is a step with the right result for its own value and operation."""
     step = parse_step(line)
     return step is not None and apply(step[0], step[1]) == step[2]
 
 
 def parse_solution(text: str) -> tuple[list[str], str | None]:
-    """Text -> (its lines before the answer, the answer or None); anything after the answer is ignored."""
+    """(the lines before the answer, the answer or None) of a text; anything after the answer is ignored."""
     steps = []
     for line in text.strip().split("\n"):
         words = line.split()
@@ -154,7 +154,7 @@ def parse_solution(text: str) -> tuple[list[str], str | None]:
 
 
 def right_so_far(question: str, lines: list[str]) -> list[bool]:
-    """For every line of a solution (answer line included): is it, with all before it, the right derivation?"""
+    """For every line of a solution (answer included): whether it and all lines before it are right."""
     truth = derivation(question)
     verdicts, good = [], True
     for i, line in enumerate(lines):
@@ -164,6 +164,6 @@ def right_so_far(question: str, lines: list[str]) -> list[bool]:
 
 
 def steps_are_right(question: str, solution: str) -> bool:
-    """Whether a solution is the right derivation, every step of it and the answer (recipes name this function)."""
+    """Whether every step and the answer of a solution are right. Recipes name this function as step checker."""
     lines = [line for line in solution.strip().split("\n") if line.strip()]
     return len(lines) == len(derivation(question)) and all(right_so_far(question, lines))

@@ -47,7 +47,7 @@ def config(layers: int, hidden: int, heads: int = 4):
 
 
 def longest(progress: float) -> int:
-    """The largest k at this share of the budget."""
+    """The largest number of operations at this fraction of the budget."""
     return min(MAX_K, 2 + int((MAX_K - 1) * progress / CURRICULUM))
 
 
@@ -113,7 +113,7 @@ def train(
     begun, last_save, losses, line = time.monotonic() - state["seconds"], time.monotonic(), [], {}
     model.train()
     while (progress := state["tokens"] / tokens if tokens else (time.monotonic() - begun) / (60 * minutes)) < 1:
-        # A pool's seed depends on its number alone, so a resumed run draws no document twice.
+        # A pool's seed depends only on its number, so a resumed training repeats no document.
         state["pool"] += 1
         for batch in corpus.batches(
             random.Random(f"{seed}/{state['pool']}"), longest(progress), sparse_marks(progress), batch_tokens

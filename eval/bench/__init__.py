@@ -1,1 +1,1 @@
-"""How fast: the engine's scheduler, the search, the grader."""
+"""Speed benchmarks: the engine's scheduler, the search, the grader."""

@@ -26,7 +26,7 @@ from flywheel.records import ModelRef, Role
 
 
 def questions(base: str, count: int, seed: int) -> list[list[int]]:
-    """Prompts of random lengths, all different: `Q`, a start, 1 to 12 operations (else random ids)."""
+    """`count` random prompts: `Q`, a start and 1 to 12 operations, or random ids if the tokenizer has no operations."""
     tokenizer, chance = load_tokenizer(base), random.Random(seed)
     special = set(tokenizer.all_special_ids)
     usual = [i for i in range(len(tokenizer)) if i not in special]
@@ -41,7 +41,7 @@ def questions(base: str, count: int, seed: int) -> list[list[int]]:
 
 
 def measure(base: str, requests: int, samples: int, max_tokens: int, repeats: int, spec: EngineSpec) -> dict:
-    """The figures that `main` prints. `samples` are drawn for each of `requests` prompts."""
+    """The figures that `main` prints, for `requests` prompts with `samples` samples each."""
     from flywheel.models.vllm import engine_arguments  # sets vLLM's environment before its import
 
     backend = open_backend(

@@ -23,7 +23,7 @@ Pairs = list[tuple[str, str]]  # gold, answer
 
 
 def mixture(count: int, seed: int) -> Pairs:
-    """As a small model answers: mostly numbers, half of them wrong, answers repeated."""
+    """Answers like those of a small model: mostly numbers, about half wrong, many repeated."""
     rng, pairs = random.Random(seed), []
     for _ in range(count // 16):
         shape = rng.choice(SHAPES)
@@ -34,7 +34,7 @@ def mixture(count: int, seed: int) -> Pairs:
 
 
 def read(path: Path, gold: str, answer: str) -> Pairs:
-    """`answer` may be a list of answers."""
+    """The pairs in a JSONL file; `gold` and `answer` name its fields. The answer field may hold a list."""
     pairs = []
     for line in path.read_text(encoding="utf-8").splitlines():
         if line.strip():
@@ -45,11 +45,11 @@ def read(path: Path, gold: str, answer: str) -> Pairs:
 
 
 def gated(pairs: Pairs, workers: int) -> tuple[list[bool], float, dict[str, int]]:
-    """(verdicts, seconds, how many distinct answers each part of the grader decided)."""
+    """(verdicts, seconds, number of distinct answers by the part of the grader that decided)."""
     items = [asked(gold, answer, f"q{i}") for i, (gold, answer) in enumerate(pairs)]
     warm_up = [asked(gold, f"\\frac{{1}}{{{n}}}", f"w{n}") for n, (gold, _) in enumerate(pairs[: 4 * workers], 2)]
     with Grader(ProblemSpec(path="bench", check_workers=workers)) as grader:
-        grader.verdicts(warm_up)  # the workers' start, a second once, is not on the clock
+        grader.verdicts(warm_up)  # do not time the start of the workers
         grader.counts.clear()
         begun = time.perf_counter()
         verdicts = [grade.correct for grade in grader.verdicts(items)]
@@ -64,9 +64,9 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1)
     args = parser.parse_args()
     pairs = read(args.file, *args.fields) if args.file else mixture(args.count, seed=0)
-    marked = [(f"${gold}$", f"${answer}$") for gold, answer in pairs]  # math-verify wants LaTeX marked as such
+    marked = [(f"${gold}$", f"${answer}$") for gold, answer in pairs]  # math-verify needs `$` around LaTeX
     for pair in marked[:8]:
-        math_verify_alone(*pair)  # imports and parser tables are not on the clock
+        math_verify_alone(*pair)  # do not time imports and parser tables
     begun = time.perf_counter()
     theirs = [math_verify_alone(*pair) for pair in marked]
     alone = len(pairs) / (time.perf_counter() - begun)

@@ -31,19 +31,19 @@ from flywheel.search.strategy import Strategy
 from flywheel.stages.kit import Kit, open_kit
 from flywheel.stages.shared import ids
 
-GPU_BLOCK = 16  # tokens to a KV block, vLLM's own on a GPU
+GPU_BLOCK = 16  # tokens per KV block, vLLM's default on a GPU
 
 
 @dataclass
 class Watch:
-    """What passes through one device."""
+    """Counts the requests and steps of one device."""
 
     block: int
     steps: int = 0
     waiting: int = 0
     seconds: float = 0.0
     prompt: int = 0
-    reachable: int = 0  # tokens in whole blocks that an earlier sequence has filled
+    reachable: int = 0  # prompt tokens in whole blocks that an earlier sequence filled
     full: set[tuple[int, ...]] = field(default_factory=set)
 
     def put_on(self, device) -> None:
@@ -72,14 +72,14 @@ class Watch:
 
 def one(kit: Kit, ledger: Ledger, asked: Sequence[str], strategy: Strategy, block: int) -> dict:
     """The figures of one strategy on all questions."""
-    devices: dict[int, tuple[object, list[Role]]] = {}  # one for both roles on a GPU
+    devices: dict[int, tuple[object, list[Role]]] = {}  # on a GPU both roles share one
     for role in (Role.POLICY, Role.PRM):
         device = kit.engine(role).device
         devices.setdefault(id(device), (device, []))[1].append(role)
     watches = {}
     for key, (device, _) in devices.items():
         for name in ("submit", "step"):
-            device.__dict__.pop(name, None)  # the last strategy's watch
+            device.__dict__.pop(name, None)  # remove the previous strategy's Watch
         watches[key] = Watch(block)
         watches[key].put_on(device)
     ledger.take()

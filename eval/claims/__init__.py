@@ -1,1 +1,1 @@
-"""The paper's claims, measured on what `python -m eval study` has drawn of finished runs."""
+"""The paper's claims, measured on the data that `python -m eval study` has sampled for finished runs."""

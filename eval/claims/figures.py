@@ -1,4 +1,4 @@
-"""The tables behind the claims of one run: strategies, plans, difficulty, what is paid once, routing by round."""
+"""The tables behind one run's claims: strategies, plans, difficulty, one-time costs, routing by round."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from flywheel.search.revise import Revise
 from flywheel.stages.shared import test_rates
 
 SERVED = (100, 10_000, 1_000_000)  # questions
-Figures = dict[str, Any]  # as JSON holds them
+Figures = dict[str, Any]  # JSON values
 
 
 def figures(s: Study) -> Figures:
-    """All tables that a study's draws can fill."""
+    """All tables that a study's data allows."""
     cases = study_cases(s)
     out: Figures = {
         "questions": len(s.questions),
@@ -95,42 +95,42 @@ def difficulty(s: Study) -> list[dict]:
 
 
 def best_ratios(s: Study, budget: int) -> list[str]:
-    """By oracle bin, the ratio of sequential to parallel with the highest accuracy."""
+    """By oracle bin, the name of the strategy whose ratio of sequential to parallel has the highest accuracy."""
     oracle, tried = s.bins("oracle"), [r for r in s.strategies(budget, Revise) if r.select == "weighted"]
     return [max(tried, key=lambda r: s.row(budget, r)[oracle == b].mean()).name for b in range(1, BINS + 1)]
 
 
-# ---- what is paid once, and what rounds change ---------------------------------------------
+# ---- one-time costs and figures by round ---------------------------------------------------
 
 
 def fixed_tokens(run: Run, round: int) -> dict[str, float]:
-    """What a round pays once, in tokens of inference (FLOPs over 2N): PRM, reviser, calibration, the prompt's head."""
+    """A round's one-time costs in inference tokens (FLOPs / 2N), by PRM, reviser, calibration and prompt head."""
     each = 2 * parameters(ModelRef("base", run.recipe.model.base))
     parts = {"prm": ("label", "train_prm"), "reviser": ("train_reviser", "choose_reviser"), "calibrate": ("calibrate",)}
     rows = [row for row in run.ledger_rows if row["round"] == round]
     found = {part: sum(row["flops"] for row in rows if row["stage"] in stages) / each for part, stages in parts.items()}
     if (head := read_json(folder(run, round) / HEAD / "report.json")) is None:
         raise UserError(f"{folder(run, round) / HEAD}: not trained; python -m eval prompt_head {run.root} trains it")
-    return {**found, "prompt_head": 6 * head["parameters"] * head["tokens"] / each}  # training: 6 N a token
+    return {**found, "prompt_head": 6 * head["parameters"] * head["tokens"] / each}  # training: 6N per token
 
 
 def amortise(rows: list[dict], fixed: dict[str, float]) -> None:
-    """Add to each row of `compute_optimal` its net tokens by questions served, and where its plan breaks even.
+    """Add to each row of `compute_optimal` its net tokens by number of questions served, and its break-even number.
 
-    Compared with best-of-N weighted, which needs a PRM too: what comes on top is the calibration, and the reviser where
-    a plan may use it. A question's own difficulty is paid in full by each.
+    The baseline is best-of-N weighted, which needs a PRM too, so the extra one-time costs are calibration and, if the
+    plan may use it, the reviser. Each question pays in full for the estimate of its own difficulty.
     """
     for row in rows:
         once = fixed["calibrate"] + (fixed["reviser"] if row["of"] != "search" else 0.0)
         once += fixed["prompt_head"] if row["grade"] == "prompt" else 0.0
         row["net_by_served"] = {str(served): row["net_tokens"] + once / served for served in SERVED}
         saved = row["best_of_n_needs"] - row["net_tokens"]
-        is_saving = saved > 1e-6 * row["net_tokens"]  # a plan of best-of-N saves a rounding error
+        is_saving = saved > 1e-6 * row["net_tokens"]  # a plan of only best-of-N differs by rounding errors
         row["break_even"] = 0.0 if saved == float("inf") else once / saved if is_saving else float("inf")
 
 
 def routing(run: Run) -> list[dict]:
-    """Claim 16: by round, what the plan at the search budget adds to single samples in each fixed bin, and the plan."""
+    """Claim 16: by round, accuracy by fixed bin of single samples and of the plan at the search budget; the plan."""
     edges, out = run.recipe.calibrate.edges, []
     start = fixed_bins(test_rates(run, 0, "bin"), edges)
     for r in range(1, max(run.rounds) + 1):
@@ -151,7 +151,7 @@ def routing(run: Run) -> list[dict]:
 
 
 def of_run(run: Run, study: Study, round: int) -> Figures:
-    """All tables of one run; its name and round with them."""
+    """All tables of one run, with its name and round."""
     out = {
         "run": run.root.name,
         "round": round,

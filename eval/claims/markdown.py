@@ -1,4 +1,4 @@
-"""CLAIMS.md from claims.json and figures.json: a row a claim, then every detailed row, then the tables behind them."""
+"""Write CLAIMS.md from claims.json and figures.json: one row per claim, all detailed rows, the tables behind them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from eval.claims.summary import added, two
 
 
 def markdown(claims: Sequence[Claim], figures: Sequence[Figures]) -> str:
-    """The whole page. `figures`: one a run, as JSON holds them; the tables are of the first run."""
+    """The whole page. `figures`: one dict per run, as JSON values; the tables shown are of the first run."""
     first = figures[0]
     runs = ", ".join(f"`{f['run']}` on {f['questions']}" for f in figures)
     seeds = f"{len(figures)} training {'seed' if len(figures) == 1 else 'seeds'}"
@@ -38,7 +38,7 @@ def markdown(claims: Sequence[Claim], figures: Sequence[Figures]) -> str:
 
 
 def table(head: str, rows: Iterable[Sequence[object]]) -> list[str]:
-    """A Markdown table; `head`: the columns, with | between them."""
+    """The lines of a Markdown table; `head`: the column names, separated by |."""
     ruler = "|---" * (head.count("|") + 1) + "|"
     return [f"| {head} |", ruler, *(f"| {' | '.join(map(str, row))} |" for row in rows)]
 

@@ -1,8 +1,8 @@
-"""Claims that other studies measure: what they printed, kept in eval/results/, as rows of the same table.
+"""Claims measured by other studies: their stored output in eval/results/ as rows of the same table.
 
     python -m eval STUDY RUN... > eval/results/STUDY.json      then      python -m eval claims RUN...
 
-A study that has not been kept has no row.
+A study without stored output has no row.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from eval.claims.results import Claim, verdict
 from flywheel.errors import UserError
 
 Interval = Sequence[float]  # mean, low, high
-Found = tuple[str, str, str, Interval, Sequence[float]]  # id, claim, the paper, ours, each run alone
+Found = tuple[str, str, str, Interval, Sequence[float]]  # id, claim, paper's result, ours, value of each run
 
 
 def history_verifier(data: dict) -> Iterator[Found]:
-    """The verifier of revisions, 6.1."""
+    """The verifier of revisions (Snell et al., 6.1)."""
     [(plain, gains)] = [(key.removeprefix("over_"), value) for key, value in data.items() if key.startswith("over_")]
     how = plain.partition(":")[2]
     for name in (f"prm+history:{how}", f"own+history:{how}"):
@@ -85,7 +85,7 @@ def minus(interval: Interval) -> list[float]:
 
 
 def kept(folder: Path) -> list[Claim]:
-    """The rows of every study whose JSON lies in `folder`, `compare` perhaps in several files. Raises UserError."""
+    """The rows of every study with JSON files in `folder`. Raises UserError for a file of another form."""
     out = []
     for study in STUDIES:
         for path in sorted(folder.glob(f"{study.__name__}*.json")):

@@ -1,4 +1,4 @@
-"""From rows of several runs to claims with an interval and a verdict."""
+"""Combine rows of several runs into claims with an interval and a verdict."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ class Claim:
     high: float
     verdict: str
     unit: str
-    runs: list[float]  # each run alone
+    runs: list[float]  # the mean of each run
     command: str
 
 
 def verdict(low: float, high: float, zero: float = 0.0) -> str:
-    """`holds` where the whole interval is above `zero`, `fails` where it is wholly below, else `undecided`."""
+    """`holds` if the whole interval is above `zero`, `fails` if it is wholly below, else `undecided`."""
     return "holds" if low > zero else "fails" if high < zero else "undecided"
 
 
 def spread(rows: Mapping[str, Row], own: Sequence[str], every: Sequence[str]) -> dict[str, Row]:
-    """Rows over the questions `own` as rows over `every`: NaN where they are silent."""
+    """Rows over the questions `own` as rows over the questions `every`, with NaN for the others."""
     place, out = [every.index(question) for question in own], {}
     for id, row in rows.items():
         values = np.full(len(every), np.nan)
@@ -43,9 +43,9 @@ def spread(rows: Mapping[str, Row], own: Sequence[str], every: Sequence[str]) ->
 
 
 def combine(runs: Sequence[Mapping[str, Row]], command: str, seed: int = 0) -> list[Claim]:
-    """Each claim over all runs that speak of it; their rows are over the same questions in one order.
+    """Each claim over all runs that have its row; rows must be over the same questions in the same order.
 
-    `ours` is the mean of the runs' own means, its interval a bootstrap over questions and runs.
+    `ours` is the mean of the runs' means, its interval a bootstrap over questions and runs.
     """
     claims = []
     for id in dict.fromkeys(id for rows in runs for id in rows):

@@ -1,4 +1,4 @@
-"""The rounds of one run, question by question: what the claims about distillation are computed from."""
+"""Per-question results of a run's rounds, for the claims about distillation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flywheel.stages.shared import test_rates
 
 
 class Rounds:
-    """Arrays are over `questions`, those that the loop evaluates, in that order."""
+    """All arrays are over `questions`, the test questions that the loop evaluates, in that order."""
 
     def __init__(self, run: Run):
         self.run, self.last = run, max(run.rounds)
@@ -30,7 +30,7 @@ class Rounds:
 
     @property
     def search(self) -> str:
-        """Round 1's best-of-N weighted of the most samples."""
+        """The name of round 1's best-of-N weighted with most samples."""
         names = [m for m in self._answers if m.startswith("best_of_n_weighted@") and m[-1].isdigit()]
         return max(names, key=lambda m: int(m.split("@")[1]))
 
@@ -38,7 +38,7 @@ class Rounds:
         return np.array([self._answers[method][q] for q in self.questions])
 
     def gain_on_hardest(self) -> np.ndarray:
-        """Single samples after the last round less those of round 0 drawn anew; NaN outside fixed bin 5 of round 0."""
+        """pass@1 after the last round minus pass@1 of round 0 (not the samples that bin); NaN outside fixed bin 5."""
         start = fixed_bins(test_rates(self.run, 0, "bin"), self.run.recipe.calibrate.edges)
         hard = np.array([start[q] == BINS for q in self.questions])
         return np.where(hard, self.rates(self.last) - self.rates(0), np.nan)

@@ -1,6 +1,6 @@
-"""How the rows of the claims are computed: of each id in claims.yaml its cases, and `ours` of a case.
+"""Compute the rows of the claims: for each id in claims.yaml its cases, and `ours` for each case.
 
-Everything is question by question; what a row says and the zero that decides it are in claims.yaml.
+Values are per question; the texts of the rows and the zeros that decide them are in claims.yaml.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from flywheel.search.revise import Revise
 from flywheel.search.strategy import Strategy
 
 DATA = yaml.safe_load(Path(__file__).with_name("claims.yaml").read_text(encoding="utf-8"))
-NEARLY = 0.02  # accuracy: "matches" and "no worse" allow so much
+NEARLY = 0.02  # difference in accuracy that still counts as "matches" or "no worse"
 LOW = 16  # generations: a low budget
 Case = dict[str, Any]
-Ours = dict[str, tuple[str, Callable[..., np.ndarray]]]  # row id -> (its cases, by name; ours(subject, **case))
+Ours = dict[str, tuple[str, Callable[..., np.ndarray]]]  # row id -> (name of its cases, function(subject, **case))
 
 
 @dataclass(frozen=True)
 class Row:
-    """A claim that the mean of `values` over questions is above `zero`; NaN questions do not count."""
+    """The claim that the mean of `values` (one per question, NaN is left out) is above `zero`."""
 
     claim: str
     paper: str
@@ -41,12 +41,12 @@ class Row:
 
 
 def study_rows(study: Study) -> dict[str, Row]:
-    """By id, all rows that one run's draws can speak to, over `study.questions`."""
+    """Row id -> row over `study.questions`, for all rows that one run's study allows."""
     return rows(STUDY, study, study_cases(study))
 
 
 def round_rows(rounds: Rounds) -> dict[str, Row]:
-    """By id, the rows that the rounds of a run speak to, over `rounds.questions`."""
+    """Row id -> row over `rounds.questions`, for the rows about a run's rounds."""
     about = {"last": rounds.last, "count": len(rounds.questions), "search": rounds.search}
     return rows(ROUNDS, rounds, {"once": [about]})
 
@@ -69,7 +69,7 @@ PLANS = (
 
 
 def study_cases(s: Study) -> dict[str, list[Case]]:
-    """The cases that a study's draws can speak to; none where a strategy was not tried."""
+    """Name -> the cases (keyword arguments) that a study allows; empty if a needed strategy was not tried."""
     top, low = s.budgets[-1], s.budgets[0]
     tried = {Adaptive, *(kind for kind in (Beam, Revise) if s.strategies(top, kind))}
     plans = [
@@ -104,12 +104,12 @@ def study_cases(s: Study) -> dict[str, list[Case]]:
 
 
 def attempts(s: Study, budget: int) -> np.ndarray:
-    """questions x attempts of one chain, 1.0 where right."""
+    """(questions, attempts) of one chain, 1.0 where right, else 0.0."""
     return np.array([tried.by_attempt for tried in s.tried[budget, Revise(budget)]], dtype=float)
 
 
 def lost(s: Study, budget: int) -> np.ndarray:
-    """The share of right attempts that the next one revises into a wrong one; NaN where none is right."""
+    """The fraction of right attempts whose next attempt is wrong; NaN if none is right."""
     before, after = attempts(s, budget)[:, :-1], attempts(s, budget)[:, 1:]
     count = before.sum(axis=1)
     return ((before == 1) & (after == 0)).sum(axis=1) / np.where(count, count, np.nan)
@@ -129,12 +129,12 @@ def predicted_less_oracle(s: Study, budget: int, kinds: tuple[type[Strategy], ..
 
 
 def at_equal_tokens(s: Study, budget: int, strategy: Strategy) -> np.ndarray:
-    """Less best-of-N at the mean tokens of the strategy: for one that bins nothing, all that it costs."""
+    """Accuracy minus that of best-of-N at equal mean tokens; a strategy without bins has no other costs."""
     return s.row(budget, strategy) - s.at_tokens(s.row(budget, strategy, "tokens").mean())
 
 
 def at_equal_computed(s: Study, budget: int, beam: Beam) -> np.ndarray:
-    """Less best-of-N at the same mean of tokens that no prefix cache served."""
+    """Accuracy minus that of best-of-N at equal mean tokens, not counting those that the prefix cache served."""
     return s.row(budget, beam) - s.at_tokens(s.computed(budget, beam), computed=True)
 
 
@@ -148,12 +148,12 @@ def best_ratio_gain(s: Study, budget: int, how: str) -> np.ndarray:
 
 
 def goal_share(s: Study) -> np.ndarray:
-    """Of best-of-64's tokens, what the cheapest strategy that reaches its accuracy spends."""
+    """Tokens of the cheapest strategy that reaches best-of-64's accuracy, as a fraction of best-of-64's mean tokens."""
     return s.cheapest(s.best_of_n(64, "weighted"))[1] / s.best_of_n_tokens(64, "weighted").mean()
 
 
 def best_on_hardest(s: Study) -> Strategy:
-    """What does best in bin 5: best-of-N of the whole pool, or a strategy at the largest budget."""
+    """The best in bin 5 among best-of-N with the whole pool and the strategies at the largest budget."""
     found = {BestOfN(s.sizes[-1]): s.best_of_n(s.sizes[-1], "weighted")}
     found |= {strategy: s.row(b, strategy) for b, strategy in s.tried if b == s.budgets[-1]}
     return max(found, key=lambda strategy: found[strategy][s.bins("oracle") == BINS].mean())

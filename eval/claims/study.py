@@ -1,4 +1,4 @@
-"""The draws of one run as arrays over its test questions: what the claims are computed from."""
+"""The study data of one run as arrays over its test questions, from which the claims are computed."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from flywheel.search.strategy import Strategy
 T = TypeVar("T")
 BINS = 5
 PROBE = 4  # samples
-GRADES = ("oracle", "predicted", "probe", "prompt", "label")  # of difficulty, by falling cost
+GRADES = ("oracle", "predicted", "probe", "prompt", "label")  # estimates of difficulty, by descending cost
 
 
 @dataclass(frozen=True)
 class Planned:
-    """Of each question under the plan that was chosen without it; `net`: tokens with its bin paid for."""
+    """Results per question of the plan chosen without it. `net`: tokens including the estimate of its difficulty."""
 
     right: np.ndarray
     tokens: np.ndarray
@@ -33,9 +33,9 @@ class Planned:
 
 
 class Study:
-    """The draws of one run. Arrays are over `questions`, in that order; bins count from 1, the easiest.
+    """The study data of one run. Arrays are over `questions`, in that order; bins count from 1 (easiest).
 
-    Raises UserError where the parts are of different questions.
+    Raises UserError if the parts cover different questions.
     """
 
     def __init__(self, difficult: Sequence[Difficult], drawn: Sequence[Drawn], tried: Sequence[Tried], seed: int = 0):
@@ -49,7 +49,7 @@ class Study:
         lengths = {len(pool) for pool in self.pools}
         if len(lengths) != 1 or {t.question_id for t in tried} != set(self.questions):
             raise UserError("the parts of this study are of different questions; draw them with the same --questions")
-        self.sizes = [2**i for i in range(20) if 2**i <= min(lengths)]  # of best-of-N
+        self.sizes = [2**i for i in range(20) if 2**i <= min(lengths)]  # values of N for best-of-N
         found: dict[tuple[int, Strategy], dict[str, Tried]] = {}
         for t in tried:
             found.setdefault((t.budget, t.strategy), {})[t.question_id] = t
@@ -61,13 +61,13 @@ class Study:
         return np.array([float(value(item)) for item in items])
 
     def halves(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """(places to choose on, places to score): each half of the questions once."""
+        """Two folds of (indices to choose on, indices to score): each half of the questions is scored once."""
         order = np.random.default_rng(self.seed).permutation(len(self.questions))
         yield order[::2], order[1::2]
         yield order[1::2], order[::2]
 
     def once(self, *key: object, make: Callable[[], T]) -> T:
-        """What `make` gives, computed once a key."""
+        """The result of `make`, cached by `key`."""
         if key not in self.kept:
             self.kept[key] = make()
         return self.kept[key]
@@ -75,7 +75,7 @@ class Study:
     # ---- best-of-N, from the pool ----
 
     def best_of_n(self, n: int, select: str) -> np.ndarray:
-        """Accuracy of each question: the mean over the disjoint groups of n in its pool."""
+        """Accuracy per question: the mean over the disjoint groups of n samples in its pool."""
 
         def accuracy(pool: Sequence[Drawn]) -> float:
             return np.mean([is_right(group, SELECT[select]) for group in groups(pool, n)])
@@ -83,18 +83,18 @@ class Study:
         return self.once("right", n, select, make=lambda: self.over(accuracy, self.pools))
 
     def best_of_n_tokens(self, n: int, select: str, computed: bool = False) -> np.ndarray:
-        """Mean tokens of n samples of each question, over the groups of its pool; judged unless a majority decides.
+        """Mean tokens per question of n samples, over the groups of its pool, with scoring unless a majority decides.
 
-        `computed`: without what the prefix cache served.
+        `computed`: without tokens that the prefix cache served.
         """
         judge = select != "majority"
         cost = partial(spent, n=n, judge=judge, computed=computed)
         return self.once("tokens", n, judge, computed, make=lambda: self.over(cost, self.pools))
 
     def at_tokens(self, tokens: float, select: str = "weighted", computed: bool = False) -> np.ndarray:
-        """Best-of-N's accuracy of each question for so many tokens (`computed`: of those that no cache served).
+        """Accuracy per question of best-of-N at `tokens` mean tokens (`computed`: see `best_of_n_tokens`).
 
-        Between the measured N on a log scale; NaN beyond the pool, where nothing is known.
+        Interpolated between the measured N on a log scale; NaN if the pool is too small for so many tokens.
         """
         grid = np.log([self.best_of_n_tokens(n, select, computed).mean() for n in self.sizes])
         if np.log(tokens) > grid[-1]:
@@ -106,7 +106,7 @@ class Study:
         return (1 - part) * below + part * above
 
     def tokens_for(self, accuracy: float, select: str = "weighted") -> float:
-        """Mean tokens at which best-of-N first reaches this mean accuracy, on a log scale; infinity beyond the pool."""
+        """Mean tokens at which best-of-N first reaches mean `accuracy`, log-interpolated; infinity if it never does."""
         cost = [self.best_of_n_tokens(n, select).mean() for n in self.sizes]
         right = [self.best_of_n(n, select).mean() for n in self.sizes]
         place = next((i for i, reached in enumerate(right) if reached >= accuracy), None)
@@ -121,14 +121,14 @@ class Study:
         return self.over(lambda tried: getattr(tried, what), self.tried[budget, strategy])
 
     def computed(self, budget: int, strategy: Strategy) -> float:
-        """Mean tokens without what the prefix cache served."""
+        """Mean tokens, without those that the prefix cache served."""
         return float((self.row(budget, strategy, "tokens") - self.row(budget, strategy, "cached")).mean())
 
     def strategies(self, budget: int, *kinds: type[Strategy]) -> list[Strategy]:
         return [s for b, s in self.tried if b == budget and isinstance(s, kinds)]
 
     def options(self) -> dict[Strategy, tuple[np.ndarray, np.ndarray]]:
-        """(accuracy, tokens) of all that was tried, best-of-N at every size included."""
+        """Strategy -> (accuracy, tokens), each per question, for all strategies tried and best-of-N of all sizes."""
         hows = ("weighted", "majority")
         bests = {
             BestOfN(n, how): (self.best_of_n(n, how), self.best_of_n_tokens(n, how)) for n in self.sizes for how in hows
@@ -136,14 +136,14 @@ class Study:
         return bests | {s: (self.row(b, s), self.row(b, s, "tokens")) for b, s in self.tried}
 
     def best_of(self, strategies: Sequence[Strategy], budget: int) -> np.ndarray:
-        """Accuracy of each question by the strategy that did best on the other half of the questions."""
+        """Accuracy per question of the strategy that was best on the other half of the questions."""
         rows, out = [self.row(budget, s) for s in strategies], np.zeros(len(self.questions))
         for fit, use in self.halves():
             out[use] = max(rows, key=lambda row: row[fit].mean())[use]
         return out
 
     def cheapest(self, target: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[Strategy]]:
-        """(accuracy less `target`, tokens, strategies): the cheapest that reaches `target` on the other half."""
+        """(accuracy - `target`, tokens, strategies) of the cheapest strategy that reaches it on the other half."""
         options, chosen = self.options(), []
         ahead, tokens = np.zeros(len(target)), np.zeros(len(target))
         for fit, use in self.halves():
@@ -157,7 +157,7 @@ class Study:
     # ---- difficulty and plans ----
 
     def ease(self, grade: str) -> np.ndarray:
-        """What the grade says of each question: more is easier."""
+        """The estimate of difficulty per question; higher is easier."""
         return {
             "oracle": lambda: self.over(lambda d: d.right / d.samples, self.difficult),
             "predicted": lambda: self.over(lambda d: d.predicted, self.difficult),
@@ -167,18 +167,18 @@ class Study:
         }[grade]()
 
     def bins(self, grade: str) -> np.ndarray:
-        """Quantile bins; the prompt's own as it said them."""
+        """Bins per question: quantile bins of `ease`, except that the prompt head predicts bins directly."""
         if grade == "prompt":
             return np.array([d.prompt_bin for d in self.difficult])
         found = quantile_bins(dict(zip(self.questions, self.ease(grade))), BINS)
         return np.array([found[q] for q in self.questions])
 
     def in_bins(self, values: np.ndarray, *bins: int) -> np.ndarray:
-        """NaN outside these oracle bins."""
+        """`values`, with NaN outside the oracle bins `bins`."""
         return np.where(np.isin(self.bins("oracle"), bins), values, np.nan)
 
     def grade_tokens(self, grade: str) -> np.ndarray:
-        """What each question pays for its bin: never shared with others."""
+        """Tokens per question that the estimate of its difficulty costs."""
         return {
             "oracle": lambda: self.over(lambda d: d.tokens, self.difficult),
             "predicted": lambda: self.over(lambda d: d.predicted_tokens, self.difficult),
@@ -188,7 +188,7 @@ class Study:
         }[grade]()
 
     def plan(self, budget: int, kinds: tuple[type[Strategy], ...], grade: str) -> Planned:
-        """Compute-optimal search (Snell et al., 3) of the strategies of `kinds` and best-of-N."""
+        """Compute-optimal search (Snell et al., 3) with the strategies of `kinds` and best-of-N."""
         return self.once("plan", budget, kinds, grade, make=lambda: self._plan(budget, kinds, grade))
 
     def _plan(self, budget: int, kinds: tuple[type[Strategy], ...], grade: str) -> Planned:
@@ -201,7 +201,7 @@ class Study:
         served = {t.question_id: t for t in held_out(trials, fit, seed=self.seed)[budget]}
         chosen = [served[q] for q in self.questions]
         paid = self.grade_tokens(grade)
-        if grade == "probe":  # best-of-N takes the probe's samples for its first ones: they are paid once
+        if grade == "probe":  # best-of-N reuses the probe's samples, so they are charged only once
             for i, trial in enumerate(chosen):
                 if isinstance(trial.strategy, BestOfN):
                     first = self.pools[i][: min(PROBE, budget)]
@@ -211,12 +211,12 @@ class Study:
 
 
 def groups(pool: Sequence[Drawn], n: int) -> list[Sequence[Drawn]]:
-    """The disjoint groups of n."""
+    """The disjoint groups of n samples."""
     return [pool[start : start + n] for start in range(0, len(pool) - n + 1, n)]
 
 
 def spent(pool: Sequence[Drawn], n: int, judge: bool, computed: bool) -> float:
-    """Mean tokens of a group of n. A group judges equal solutions once: equal are those of one answer and one score."""
+    """Mean tokens of a group of n. Equal solutions (same answer and score) are scored once per group."""
     first: dict[tuple, Drawn] = {}
     for d in pool:
         if d.score_cost:

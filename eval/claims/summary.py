@@ -1,4 +1,4 @@
-"""One row a claim of the paper: what it says, what the detailed rows came to, a verdict in a few words."""
+"""One row per claim of the paper: the claim, a summary of its detailed rows, a short verdict."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from eval.claims.figures import Figures
 from eval.claims.results import Claim
 from eval.claims.rows import DATA
 
-ASIDE = ("not charged in the paper", "not said")  # `paper` of rows that go beyond a claim: they do not decide it
-FEW = 9  # kinds of rows that one cell can name
+ASIDE = ("not charged in the paper", "not said")  # rows with such a `paper` go beyond the claim and do not decide it
+FEW = 9  # the most groups of rows that are listed in one cell
 
 
 @dataclass(frozen=True)
 class Summary:
-    """One claim; see claims.yaml."""
+    """One claim of claims.yaml."""
 
     number: str
     claim: str
@@ -26,7 +26,7 @@ class Summary:
     flaw: str = ""
 
     def of(self, claims: Sequence[Claim]) -> list[Claim]:
-        """The detailed rows that decide it."""
+        """The detailed rows that decide the claim."""
         pattern = self.rows or rf"{re.escape(self.number)}\."
         return [c for c in claims if re.match(pattern, c.id) and c.paper not in ASIDE]
 
@@ -36,7 +36,7 @@ def summaries() -> list[Summary]:
 
 
 def ours(found: Sequence[Claim]) -> str:
-    """The figures of the detailed rows; of many, how far they reach."""
+    """The figures of the detailed rows; their range if there are more than FEW groups."""
     if not found:
         return "not measured"
     groups: dict[str, list[str]] = {}
@@ -49,7 +49,7 @@ def ours(found: Sequence[Claim]) -> str:
 
 
 def counted(found: Sequence[Claim]) -> str:
-    """`holds` if all rows do, else how many of each verdict."""
+    """The verdict if all rows agree, else the number of rows with each verdict."""
     counts = Counter(c.verdict for c in found)
     if len(counts) == 1:
         return found[0].verdict
@@ -57,7 +57,7 @@ def counted(found: Sequence[Claim]) -> str:
 
 
 def verdict(summary: Summary, found: Sequence[Claim]) -> str:
-    """A verdict only from rows without a flaw that speak of several runs."""
+    """The verdict in words; only rows over several runs of a claim without a flaw give one."""
     several = [c for c in found if len(c.runs) > 1]
     alone = len(found) - len(several)
     if not found:
@@ -70,7 +70,7 @@ def verdict(summary: Summary, found: Sequence[Claim]) -> str:
 
 
 def routed(figures: Figures) -> tuple[str, str]:
-    """Claim 16 has no row, but a table of one run: (ours, verdict)."""
+    """(ours, verdict) of claim 16, which has no rows but a table of one run."""
     rows = figures.get("routing") or []
     if not rows:
         return "not measured", "no verdict"
@@ -82,17 +82,17 @@ def routed(figures: Figures) -> tuple[str, str]:
 
 
 def added(row: dict) -> list[float | None]:
-    """What search adds to single samples in each fixed bin; None for an empty one."""
+    """Accuracy of search minus pass@1 of single samples by fixed bin; None for an empty bin."""
     return [None if None in (a, b) else b - a for a, b in zip(row["single"], row["searched"])]
 
 
 def two(values: Iterable[float | None], sign: str = "") -> str:
-    """Two decimals each."""
+    """The values with two decimals each, separated by spaces; `-` for None."""
     return " ".join("-" if value is None else f"{value:{sign}.2f}" for value in values)
 
 
 def lines(claims: Sequence[Claim], figures: Figures) -> list[str]:
-    """The head of CLAIMS.md as Markdown: the paper's claims, then what goes beyond it."""
+    """The Markdown lines of the summary in CLAIMS.md: the paper's claims, then claims beyond the paper."""
     head = ["| | claim | the paper (section) | ours | verdict |", "|---|---|---|---|---|"]
     out, beyond = list(head), ["", "Beyond the paper:", "", *head]
     for summary in summaries():

@@ -1,1 +1,1 @@
-"""One file a study: its docstring is the question, `add_arguments` its options, `measure` its answer as JSON."""
+"""One file per study: its docstring is the question, `add_arguments` its options, `measure` its answer as JSON."""

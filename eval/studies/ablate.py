@@ -42,7 +42,7 @@ def keep_prm(ctx: Context) -> dict:
 
 NO_SEARCH = Stage("search", (), (Input("evaluate"),), train=lambda ctx: {})
 ROUND_1_PLAN = (Input("calibrate", of=1), Input("train_prm"), Input("choose_reviser"), *LAST_POLICY)
-PARTS: dict[str, dict[str, Stage | None]] = {  # ablation -> stages in the place of those of their names; None: left out
+PARTS: dict[str, dict[str, Stage | None]] = {  # ablation -> stage name -> its replacement; None: left out
     "first_plan": {"calibrate": Stage("calibrate", (), ROUND_1_PLAN, train=keep_plan), "search": NO_SEARCH},
     "first_prm": {
         "label": None,
@@ -71,6 +71,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def measure(args: argparse.Namespace) -> dict:
-    """Runs the loop; never returns."""
+    """Run the loop and exit with its exit code; does not return."""
     with redirect_stdout(sys.__stdout__):
         sys.exit(iterate.main(args.iterate, stages=f"eval.studies.ablate:{args.ablation}"))

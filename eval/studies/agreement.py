@@ -41,7 +41,7 @@ def lines(path: Path) -> Iterator[dict]:
 
 
 def sets(data: Path) -> dict[str, list[Pair]]:
-    """Raises UserError where a file is missing."""
+    """Name -> pairs of each published set. Raises UserError if a file is missing."""
     gsm8k = []
     for row in lines(data / "gsm8k/example_model_solutions.jsonl"):
         gold = row["ground_truth"].rpartition("A:")[2].strip()
@@ -59,7 +59,7 @@ def sets(data: Path) -> dict[str, list[Pair]]:
 
 
 def asked(gold: str, answer: str | None, name: str) -> tuple[Problem, Solution]:
-    """A question of this gold answer and a solution that gave this one, as the grader takes them."""
+    """A problem with this gold answer and a solution with this answer, as input for the grader."""
     step = Step(answer or "", ())
     solution = Solution(f"{name}/0", name, (step,), Finish.STOP, answer, "agreement", "publisher", f"{name}/0")
     return Problem(Question(name, name), gold, Split.TRAIN), solution
@@ -80,7 +80,7 @@ def math_verify_alone(gold: str, answer: str | None) -> bool:
 
 
 def kind_of(verdict: Verdict, other: bool, truth: bool) -> str:
-    """The class of a pair: our verdict, math-verify's, the publisher's."""
+    """The class of a pair from our verdict, math-verify's (`other`) and the publisher's (`truth`)."""
     if verdict is Verdict.UNDECIDED:
         return "undecided"
     right = verdict is Verdict.CORRECT

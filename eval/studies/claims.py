@@ -34,14 +34,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def draw_command(args: argparse.Namespace, asked: argparse.Namespace, run: str) -> str:
-    """How the draws of one run are made."""
+    """The command that samples the study data of one run."""
     words = [word for word in args.command.split()[4:] if word not in {str(other.root) for other in args.runs}]
     size = [] if asked.questions == args.questions else ["--questions", str(asked.questions)]
     return " ".join(["python -m eval study", run, *words, *size])
 
 
 def of_runs(args: argparse.Namespace) -> tuple[list[Claim], list[Figures]]:
-    """All claims over all runs, and the tables of each run."""
+    """(all claims over all runs, the tables of each run)."""
     check_sizes(args)
     asked = [(run, largest(run, args)) for run in args.runs]
     command = " && ".join([*(draw_command(args, one, str(run.root)) for run, one in asked), args.command])

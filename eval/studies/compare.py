@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @dataclass(frozen=True)
 class Reached:
-    """The end of a round: FLOPs that have gone into the policy so far, and its rate on each question, in one order."""
+    """The end of a round: FLOPs spent on making the policy so far, and its pass@1 on each of `questions`."""
 
     round: int
     flops: float

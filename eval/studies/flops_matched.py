@@ -27,7 +27,7 @@ from flywheel.models.weights import load_tokenizer, parameters
 from flywheel.records import ModelRef
 from flywheel.search.best_of_n import BestOfN
 
-RATIOS = (0.16, 0.79, 22.0)  # D_inf / D_pre, the paper's
+RATIOS = (0.16, 0.79, 22.0)  # D_inf / D_pre, as in the paper
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,18 +36,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def multiplier(times: float, ratio: float) -> float:
-    """How many times the inference FLOPs a small model may spend to match a model `times` its size (Snell et al., 7).
+    """The factor on inference FLOPs by which a small model costs as much as one `times` its size (Snell et al., 7).
 
-    A model of M N parameters costs 6 M N D_pre + 2 M N D_inf; the small one, 6 N D_pre + m 2 N D_inf. With
-    R = D_inf / D_pre = `ratio`, m = M + 3 (M - 1) / R.
+    A model of M N parameters costs 6 M N D_pre + 2 M N D_inf, the small one 6 N D_pre + m 2 N D_inf. With
+    R = D_inf / D_pre = `ratio` and M = `times`, the costs are equal for m = M + 3 (M - 1) / R.
     """
     return times + 3 * (times - 1) / ratio
 
 
 def best_within(study: Study, tokens: float) -> tuple[np.ndarray, list[list[str]]]:
-    """Accuracy of each question by the strategy that its bin did best with on the other half, of mean cost <= `tokens`.
+    """(accuracy per question, strategy names by half and bin) of each bin's best strategy of mean cost <= `tokens`.
 
-    A single sample where nothing fits. The names of the strategies: by half, of each bin.
+    The strategy is chosen on the other half of the questions; a single sample if none is cheap enough.
     """
     options, bins = study.options(), study.bins("oracle")
     right, chosen = np.zeros(len(bins)), []
@@ -63,7 +63,7 @@ def best_within(study: Study, tokens: float) -> tuple[np.ndarray, list[list[str]
 
 
 def compare(study: Study, larger: Mapping[str, float], answer_tokens: float, times: float) -> dict:
-    """`larger`: its accuracy by question; `answer_tokens`: of one of its answers; `times`: M."""
+    """The study's figures. `larger`: accuracy by question; `answer_tokens`: tokens per answer of it; `times`: M."""
     theirs, bins, rows = np.array([larger[q] for q in study.questions]), study.bins("oracle"), []
     for ratio in RATIOS:
         allowed = multiplier(times, ratio)

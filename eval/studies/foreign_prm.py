@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @dataclass(frozen=True)
 class Judged:
-    """What both PRMs of one run are worth; `right`: (PRM, selection, n) -> accuracy of each question."""
+    """Results of both PRMs of one run. `right`: (PRM, selection, n) -> accuracy per question; `area`: AUC by PRM."""
 
     right: dict[tuple[str, str, int], list[float]]
     ns: list[int]
@@ -59,7 +59,7 @@ def labels_of(run: Run, round: int) -> Labelled:
 
 
 def alike(parts: Sequence[list[PrmExample]]) -> list[list[PrmExample]]:
-    """The same number of questions of each part, then of solutions, both drawn at random."""
+    """Subsample the parts to the same number of questions, then to the same number of solutions."""
     rng = random.Random(0)
     names = [sorted({e.question_id for e in part}) for part in parts]
     kept = [set(rng.sample(group, min(map(len, names)))) for group in names]
@@ -68,7 +68,7 @@ def alike(parts: Sequence[list[PrmExample]]) -> list[list[PrmExample]]:
 
 
 def falls(curve: dict[int, list[float]]) -> list[float]:
-    """By question, accuracy at the best n (chosen on the other half of the questions) less that at the last."""
+    """Per question, accuracy at the best n (chosen on the other half of the questions) minus that at the largest n."""
     ns, out = sorted(curve), [0.0] * len(curve[max(curve)])
     for half in (0, 1):
         best = max(ns, key=lambda n: sum(curve[n][1 - half :: 2]))
@@ -77,7 +77,7 @@ def falls(curve: dict[int, list[float]]) -> list[float]:
 
 
 def check_comparable(run: Run, other: Run) -> None:
-    """Raises UserError where the recipes, not the samples, would be compared."""
+    """Raises UserError if the recipes differ, so that the study would not compare the samples alone."""
     ours, theirs = run.recipe, other.recipe
     for what, mine, there in (
         ("tokenizer", load_tokenizer(ours.model.base).get_vocab(), load_tokenizer(theirs.model.base).get_vocab()),

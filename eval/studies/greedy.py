@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def greedy(run: Run, model: ModelRef, questions: Sequence[str]) -> tuple[dict[str, float], float]:
-    """1.0 by question that `model` answers right at temperature 0; mean tokens of an answer, its prompt included."""
+    """(question -> 1.0 if `model` is right at temperature 0, else 0.0; mean tokens per answer, prompt included)."""
     with open_kit(run, {Role.POLICY: model}, Split.TEST, ledger=Ledger("greedy", 0), seed=run.recipe.seed) as kit:
 
         async def one(question: str) -> tuple[Solution, int]:

@@ -41,11 +41,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def example(
     prompts: Prompts, problem: Problem, chain: Sequence[Solution], place: int, context: int, longest: int, value=0.0
 ) -> PrmExample:
-    """The attempt at `place` as a PRM reads it, after up to `context` earlier ones that have an answer."""
+    """The attempt at index `place` as a PRM's input, after up to `context` earlier attempts that have an answer."""
     tokens, reads = encode(prompts, problem.question, chain[place].steps)
     shown = [s for s in chain[:place] if s.answer is not None][-context:] if context else []
     while shown and len(prompts.revise(problem.question, shown)) + len(tokens) > longest:
-        shown = shown[1:]  # as a revision's own prompt does, where the model is too short
+        shown = shown[1:]  # drop the oldest until it fits, as `revision_prompt` does
     before = prompts.revise(problem.question, shown) if shown else []
     reads = tuple(len(before) + read for read in reads)
     return PrmExample((*before, *tokens), reads, (value,) * len(reads), question_id=problem.id)
@@ -59,7 +59,7 @@ def judge(run: Run, round: int, attempts: int) -> Verified:
     spec = recipe.prm.model_copy(update={"target": "value", "max_length": recipe.engine.max_model_len})
 
     def readable(made: Sequence[Sequence[Solution]], context: int, right: dict[str, bool]) -> dict[str, PrmExample]:
-        """By id, every attempt that has an answer, with its outcome at every step."""
+        """Solution id -> example, for every attempt with an answer; its outcome is the value of every step."""
         return {
             s.id: example(prompts, problems[s.question_id], chain, i, context, spec.max_length, float(right[s.id]))
             for chain in made

@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def first_right(chain: Sequence[Solution], right: dict[str, bool], context: int) -> Trajectory | None:
-    """The chain up to its first correct attempt, with the last `context` readable ones before it."""
+    """The chain's first correct attempt after the last `context` attempts with an answer; None if none is correct."""
     place = next((i for i, s in enumerate(chain) if right[s.id]), None)
     if place is None or chain[place].finish is not Finish.STOP:
         return None
@@ -48,7 +48,7 @@ def first_right(chain: Sequence[Solution], right: dict[str, bool], context: int)
 
 
 def alike(data: dict[str, list[Trajectory]]) -> dict[str, list[Trajectory]]:
-    """Of each kind as many trajectories with 0, 1, ... incorrect attempts as the other has, drawn at random."""
+    """Subsample so that each kind has the same number of trajectories with 0, 1, ... incorrect attempts."""
     rng, out = random.Random(0), {name: [] for name in data}
     for length in sorted({len(t.attempts) for rows in data.values() for t in rows}):
         groups = {name: [t for t in rows if len(t.attempts) == length] for name, rows in data.items()}
@@ -58,7 +58,7 @@ def alike(data: dict[str, list[Trajectory]]) -> dict[str, list[Trajectory]]:
 
 
 def train(run: Run, rows: Sequence[Trajectory], out: Path) -> str:
-    """A reviser from the base; its adapter."""
+    """Train a reviser from the base; returns the path of its adapter."""
     (prompts, reader), spec = prompts_and_reader(run), run.recipe.reviser
     problems = {p.id: p.question for p in run.problems(Split.TRAIN)}
     held = set(sorted({t.question_id for t in rows})[::10])
@@ -72,7 +72,7 @@ def train(run: Run, rows: Sequence[Trajectory], out: Path) -> str:
 
 
 def play(run: Run, round: int, attempts: int, count: int) -> tuple[list[int], dict[str, np.ndarray]]:
-    """Trajectories by incorrect attempts, of each kind as many; kind -> questions x attempts, 1.0 where right."""
+    """(number of trajectories by incorrect attempts, kind -> (questions, attempts) array, 1.0 where right)."""
     shown = run.recipe.reviser.context
     made, right = chains(run, round, Split.TRAIN, Revise(shown + 1, 3, "majority"))
     on_policy = [t for chain in made if (t := first_right(chain, right, shown))]

@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def verdicts(run: Run, round: int, samples: int, count: int) -> tuple[dict[str, list[bool]], float]:
-    """Verdicts of the samples of each question, in order, kept in RUN/studies; tokens a question."""
+    """(question -> whether each sample is correct, tokens per question); stored in RUN/studies."""
 
     def models(ctx: Context) -> dict[str, ModelRef]:
         return {Role.POLICY: ctx.model(Role.POLICY, round - 1)}
@@ -59,7 +59,7 @@ def verdicts(run: Run, round: int, samples: int, count: int) -> tuple[dict[str, 
 
 
 def compare(rights: dict[str, list[bool]], tokens: float) -> dict:
-    """`tokens`: of all samples of a question."""
+    """The study's figures. `tokens`: mean tokens of all samples of a question."""
     questions, samples = sorted(rights), len(next(iter(rights.values())))
     half = samples // 2
 

@@ -20,7 +20,7 @@ from flywheel.stages.shared import difficulties
 from flywheel.training import Example, train_sft
 
 BINS = 5
-EPOCHS, EVALS = 6, 12  # not tuned, and nothing regenerates them: the adapter of the lowest validation loss is kept
+EPOCHS, EVALS = 6, 12  # not tuned; the adapter with the lowest validation loss is kept
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,12 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def bin_words(tokenizer) -> list[int]:
-    """The token ids of the bins' names, easiest first: the digits, each a single token."""
+    """The token ids of the bins' names (digits, each a single token), easiest first."""
     return [one_token(tokenizer, str(b), "the bins' names") for b in range(1, BINS + 1)]
 
 
 def train(run: Run, round: int) -> dict:
-    """Train it (again: returns the same report)."""
+    """Train the adapter of one run; if that is done already, return the same figures."""
     prompts, _ = prompts_and_reader(run)
     words = bin_words(prompts.tokenizer)
     rates = {q: d.pass_at_1 for q, d in difficulties(as_stage(run, round, calibrate.STAGE)).items()}

@@ -32,7 +32,7 @@ def figure(runs: Sequence[Rates]) -> dict:
 
 
 def one_round(runs: Sequence[Run], r: int, rates: Sequence[Sequence[Rates]], starts: Sequence[dict[str, int]]) -> dict:
-    """`rates`: of each round, of each run; `starts`: the fixed bins of round 0 of each run."""
+    """The figures of round `r`. `rates`: pass@1 by round and run; `starts`: round 0's fixed bins by run."""
     now, count = over_runs(rates[r]), len(runs[0].recipe.calibrate.edges) + 1
     row: dict = {"round": r, "pass@1": figure(rates[r])}
     if r:

@@ -43,7 +43,7 @@ from flywheel.search.strategy import Strategy, judge
 from flywheel.stages.kit import Kit
 from flywheel.stages.shared import answer_is_right, search_models
 
-SURE = (0.99, 0.95, 0.9, 0.8, 0.7)  # of adaptive sampling: the surest first, which holds the others
+SURE = (0.99, 0.95, 0.9, 0.8, 0.7)  # of adaptive sampling; the first covers the others
 Asked = list[tuple[int, Strategy]]  # (budget, strategy)
 
 
@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def wanted(budgets: Sequence[int], reviser: bool) -> Asked:
-    """Beams of width 4 and sqrt, lookahead 1 and 3 at equal budget, ratios of sequential to parallel in powers of 4."""
+    """Beams of width 4 and sqrt N, lookahead 1 and 3 at equal budget, revisions with chain lengths of powers of 4."""
     out: Asked = []
     for budget in sorted(budgets, reverse=True):
         out += [(budget, Beam(budget, width)) for width in {min(4, budget), int(budget**0.5)}]
@@ -69,17 +69,17 @@ def wanted(budgets: Sequence[int], reviser: bool) -> Asked:
 
 
 def stopping(budgets: Sequence[int], reviser: bool) -> Asked:
-    """Adaptive sampling by each maker and surety; of 4 it stops at its first step or is best-of-4."""
+    """Adaptive sampling by maker and `sure`, for budgets above 4: with 4 it would be best-of-4."""
     makers = ("policy", "reviser") if reviser else ("policy",)
     large = sorted((b for b in budgets if b > 4), reverse=True)
     return [(budget, Adaptive(budget, sure, maker)) for budget in large for maker in makers for sure in SURE]
 
 
-# ---- what is drawn -----------------------------------------------------------------------
+# ---- parts -------------------------------------------------------------------------------
 
 
 def shape(solution: Solution, usual: int | None) -> str:
-    """`repeated`: a step twice; `short` or `long`: other than the `usual` number of steps, where that is known."""
+    """`repeated`: a step occurs twice; `short` or `long`: fewer or more steps than `usual`, if known; else ""."""
     texts = [step.text.strip() for step in solution.steps]
     if max(Counter(texts).values(), default=0) > 1:
         return "repeated"
@@ -89,7 +89,7 @@ def shape(solution: Solution, usual: int | None) -> str:
 
 
 def usual_steps(ctx: Context, text: str) -> int | None:
-    """The laboratory has one derivation a question: its operations, and the answer."""
+    """The number of steps of a derivation in the chain set: one per operation, and the answer; else None."""
     if not (ctx.recipe.problems.step_checker or "").startswith("data.chain."):
         return None
     from data.chain.domain import parse_question
@@ -98,7 +98,7 @@ def usual_steps(ctx: Context, text: str) -> int | None:
 
 
 def level(ctx: Context, problem: Problem) -> float:
-    """The first number in the label that the problem set carries; in the laboratory the number of steps."""
+    """The first number in the problem's `level`, else the usual number of steps, else 0."""
     number = re.search(r"\d+", problem.level)
     return float(number[0]) if number else float(usual_steps(ctx, problem.question.text) or 0)
 
@@ -186,7 +186,7 @@ def models(ctx: Context) -> dict[str, ModelRef]:
 
 
 def draw_all(args: argparse.Namespace, cores: Sequence[int] | None) -> None:
-    """Draw all parts of all runs, beside other processes that do the same."""
+    """Sample all parts of all runs on `cores`; other processes may do the same at the same time."""
     if cores:
         os.sched_setaffinity(0, cores)
     works = {
@@ -212,7 +212,7 @@ def measure(args: argparse.Namespace) -> dict:
     draws.check_sizes(args)
     for run in args.runs:
         if not (head_adapter(run, args.round) / "adapter_model.safetensors").is_file():
-            # in a process of its own: a training sets threads and memory that engines want otherwise
+            # in a separate process, because training uses threads and memory that engines need
             command = [sys.executable, "-m", "eval", "prompt_head", str(run.root), "--round", str(args.round)]
             subprocess.run(command, check=True, stdout=sys.stderr)
     cores, recipe = sorted(os.sched_getaffinity(0)), args.runs[0].recipe

@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def true_prm(run: Run, r: int) -> str:
-    """Train on the solutions that the round labelled, with true labels (right so far: 1, else 0); the adapter."""
+    """Train a PRM on the solutions that the round labelled, with true labels (1 while right, else 0); its adapter."""
     from data.chain.domain import right_so_far
 
     prompts, _ = prompts_and_reader(run)
@@ -67,7 +67,7 @@ def judge(run: Run, r: int) -> Verified:
     }.items():
         scored = dict(zip(distinct, step_values(run, adapter, list(distinct.values()))))
         keys = {s.id: (s.question_id, s.tokens) for group in pool.values() for s in group}
-        # every sample, not every distinct one: that is what selection sees
+        # include duplicates, because selection sees every sample
         found.add(name, pool, {id: scored[key] for id, key in keys.items() if key in scored}, right)
     return found
 

@@ -1,1 +1,1 @@
-"""Difficulty bins, bootstrap intervals, and signs of a broken adapter."""
+"""Difficulty bins, bootstrap intervals, and checks for a broken adapter."""

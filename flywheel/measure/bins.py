@@ -1,7 +1,7 @@
 """Difficulty bins: quantile bins choose the strategy for a question, fixed bins measure progress.
 
-Bins count from 1 (easiest). Quantile bins (Snell et al. 2024, section 3.2) are drawn anew for every model. Fixed bins
-have constant edges on pass@1, so a question that leaves bin 5 has become easier.
+Bins count from 1 (easiest). Quantile bins (Snell et al. 2024, section 3.2) are computed anew for every model. Fixed
+bins have constant edges on pass@1, so a question that leaves bin 5 has become easier for the model.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ import numpy as np
 
 
 def quantile_bins(rates: Mapping[str, float], bins: int = 5) -> dict[str, int]:
-    """Question id -> bin, from the highest pass rate to the lowest; sizes differ by at most one, ties go by id."""
+    """Question id -> bin by descending pass rate; bin sizes differ by at most one, ties are ordered by id."""
     order = sorted(rates, key=lambda id: (-rates[id], id))
     return {id: 1 + place * bins // len(order) for place, id in enumerate(order)}
 
 
 def quantile_edges(scores: Sequence[float], bins: int = 5) -> list[float]:
-    """The bins - 1 falling edges that cut `scores` into equal parts, for `fixed_bin`.
+    """The `bins` - 1 descending edges that divide `scores` into equal parts, for `fixed_bin`.
 
-    They bin a question outside of the set by a score of its own, e.g. the mean PRM score of a few samples. Raises
-    ValueError without scores.
+    With them, a new question can be binned by its own score, e.g. the mean PRM score of a few samples. Raises
+    ValueError if `scores` is empty.
     """
     if not len(scores):
         raise ValueError("quantile_edges: no scores")
@@ -29,9 +29,9 @@ def quantile_edges(scores: Sequence[float], bins: int = 5) -> list[float]:
 
 
 def fixed_bin(rate: float, edges: Sequence[float]) -> int:
-    """The bin of a rate under falling `edges`; a rate on an edge is in the easier bin.
+    """The bin of a rate under descending `edges`; a rate equal to an edge is in the easier bin.
 
-    Compute the rate as correct / samples: then one on an edge equals the edge exactly.
+    Compute the rate as correct / samples, so that a rate on an edge equals it exactly in floating point.
     """
     return 1 + sum(rate < edge for edge in edges)
 
@@ -42,9 +42,9 @@ def fixed_bins(rates: Mapping[str, float], edges: Sequence[float]) -> dict[str, 
 
 
 def migration(before: Mapping[str, int], after: Mapping[str, int], bins: int = 5) -> list[list[int]]:
-    """Counts of questions by (bin before, bin after): rows before, columns after.
+    """(bins, bins) counts of questions: rows are bins before, columns bins after.
 
-    Raises ValueError unless both hold the same questions.
+    Raises ValueError unless both have the same questions.
     """
     if before.keys() != after.keys():
         raise ValueError(f"migration: {len(before.keys() ^ after.keys())} questions are on one side only")
@@ -55,16 +55,16 @@ def migration(before: Mapping[str, int], after: Mapping[str, int], bins: int = 5
 
 
 def migration_null(first: Mapping[str, float], again: Mapping[str, float], edges: Sequence[float]) -> list[list[int]]:
-    """The migration by chance alone: between the fixed bins of two independent draws of the same model.
+    """The migration by chance alone: between fixed bins from two independent sets of samples of one model.
 
-    `first` and `again`: question id -> pass rate. A question that was binned by a finite sample moves when it is
-    sampled again though nothing was learned (regression to the mean), so a migration is read beside this one. Both
-    draws should be as large as those that are compared: smaller ones are noisier and overstate chance.
+    `first` and `again`: question id -> pass rate. Questions binned by finitely many samples change bins when sampled
+    again, even if nothing was learned (regression to the mean); compare a migration with this one. Both sets should
+    have as many samples per question as the migration's: smaller ones are noisier and overstate chance.
     """
     return migration(fixed_bins(first, edges), fixed_bins(again, edges), len(edges) + 1)
 
 
 def left_bin(matrix: Sequence[Sequence[float]], bin: int) -> float | None:
-    """The fraction of the questions of `bin` that ended in another bin; None where it held none."""
+    """The fraction of the questions of `bin` that ended in another bin; None if the bin was empty."""
     row = matrix[bin - 1]
     return 1 - row[bin - 1] / sum(row) if sum(row) else None

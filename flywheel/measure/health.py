@@ -1,7 +1,7 @@
-"""Signs of a broken adapter in what it writes.
+"""Detect a broken adapter by its samples.
 
-A policy that gives every question the same text, repeats its steps or never ends can raise a figure by luck; the gate
-refuses one that shows such a fault, and names it. A reviser that only copies its last attempt is told the same way.
+A policy that writes the same text for every question, repeats steps or never ends may still pass the gate's test by
+luck, so the gate refuses one with such a fault and names it. `copies` detects a reviser that repeats its last attempt.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from itertools import pairwise
 
 from flywheel.records import Finish, Solution
 
-MIN_ENTROPY = 0.5  # below it, a policy has collapsed
-LENGTH_RATIO = (1 / 3, 3.0)  # of the mean length to that of the last policy
-MAX_RISE = 0.3  # of the fraction of repeated or truncated samples
-COPIES = 0.8  # a reviser whose fraction of copies is above this is not used
+MIN_ENTROPY = 0.5  # a policy with less has collapsed
+LENGTH_RATIO = (1 / 3, 3.0)  # allowed range of mean length / mean length of the last policy
+MAX_RISE = 0.3  # allowed increase of the fraction of repeated or truncated samples
+COPIES = 0.8  # a reviser with a larger fraction of copies is not used
 
 
 @dataclass(frozen=True, slots=True)
 class Health:
     """Figures of a set of samples.
 
-    entropy: of the distribution of their texts, divided by log(number of questions): 0 if all questions get the same
-        text, 1 if each has one text of its own, above 1 if the samples of a question differ too.
+    entropy: of the distribution of texts, divided by log(number of questions): 0 if all samples are the same text,
+        1 if each question has one text that differs from the others', above 1 if a question's samples differ too.
     tokens: the mean length.
-    repeated, truncated: the fractions of samples in which a step occurs twice, and that hit the limit on tokens.
+    repeated, truncated: the fractions of samples in which a step occurs twice, and that were truncated.
     """
 
     entropy: float
@@ -37,7 +37,7 @@ class Health:
 
 
 def health(solutions: Sequence[Solution]) -> Health:
-    """Raises ValueError without solutions. With a single question the entropy is 1: there is nothing to compare."""
+    """The figures of `solutions`; entropy is 1 for a single question. Raises ValueError if there are no solutions."""
     if not solutions:
         raise ValueError("health: no solutions")
     n, questions = len(solutions), len({s.question_id for s in solutions})
@@ -58,7 +58,7 @@ def repeats(solution: Solution) -> bool:
 
 
 def faults(now: Health, before: Health) -> list[str]:
-    """What is wrong with a new policy (`now`) that was not with the last one (`before`), one line a fault."""
+    """Faults of a new policy (`now`) that the last one (`before`) did not have, one line per fault."""
     found = []
     if now.entropy < MIN_ENTROPY <= before.entropy:
         found.append(
@@ -74,9 +74,9 @@ def faults(now: Health, before: Health) -> list[str]:
 
 
 def copies(chains: Iterable[Sequence[tuple[Solution, bool]]]) -> float:
-    """The fraction of attempts after an incorrect one that repeat it token by token; 0 where there are none.
+    """The fraction of attempts after an incorrect one that repeat it token by token; 0 if there are none.
 
-    A chain holds its (attempt, whether it is correct) in order.
+    `chains`: each the (attempt, whether it is correct) pairs of a revision chain, in order.
     """
     after_incorrect = [
         new.tokens == last.tokens for chain in chains for (last, correct), (new, _) in pairwise(chain) if not correct
@@ -85,5 +85,5 @@ def copies(chains: Iterable[Sequence[tuple[Solution, bool]]]) -> float:
 
 
 def figures(one: Health) -> dict[str, float]:
-    """As a manifest holds them."""
+    """The figures as a dict, for a manifest."""
     return asdict(one)

@@ -1,4 +1,4 @@
-"""Estimates with their uncertainty: bootstrap intervals over questions, and over runs where there are several."""
+"""Estimates with bootstrap intervals, over questions or over runs and questions; pass@k; edit distance."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from math import comb
 import numpy as np
 from rapidfuzz.distance import Levenshtein
 
-Estimate = tuple[float, float, float]  # the estimate, and the low and high end of its interval
+Estimate = tuple[float, float, float]  # estimate, low and high end of its interval
 
 
 def bootstrap_mean(values: Sequence[float], n: int = 2000, seed: int = 0, level: float = 0.95) -> Estimate:
     """(mean, low, high): the mean over questions and its percentile-bootstrap interval from `n` resamples.
 
-    `values` holds one number a question. Constant data, a single question included, gives (c, c, c). Raises ValueError
-    on no values or on one that is not finite.
+    `values`: one number per question. Constant data (or a single question) gives (c, c, c). Raises ValueError if
+    there are no values or one is not finite.
     """
     from scipy.stats import bootstrap
 
@@ -24,8 +24,8 @@ def bootstrap_mean(values: Sequence[float], n: int = 2000, seed: int = 0, level:
         raise ValueError(f"bootstrap_mean: a non-empty list of finite numbers wanted, got shape {data.shape}")
     if data.min() == data.max():
         return float(data[0]), float(data[0]), float(data[0])
-    # percentile, not BCa: the mean needs no correction for bias, and BCa's jackknife is undefined on nearly constant
-    # data, as that of a bin that is almost solved or unsolved
+    # percentile, not BCa: the mean needs no bias correction, and BCa's jackknife is undefined on nearly constant
+    # data, such as a bin that is almost completely solved or unsolved
     interval = bootstrap(
         (data,),
         np.mean,
@@ -39,11 +39,11 @@ def bootstrap_mean(values: Sequence[float], n: int = 2000, seed: int = 0, level:
 
 
 def bootstrap_runs(values: Sequence[Sequence[float]], n: int = 2000, seed: int = 0, level: float = 0.95) -> Estimate:
-    """(mean, low, high) of an array runs x questions: the mean of the runs' means, resampling runs and questions.
+    """(mean, low, high) of a (runs, questions) array: the mean of the runs' means, resampling runs and questions.
 
-    The runs share their questions, so a resample of questions serves all of them; NaN where a run lacks a question.
-    A few runs understate how much runs differ: three show about two thirds of that variance. Raises ValueError where a
-    run has no number, or an infinite one.
+    Each resample uses the same questions for all runs; NaN where a run lacks a question. With few runs the interval is
+    too narrow: resampling three runs shows about two thirds of the variance between runs. Raises ValueError if a run
+    has no number or an infinite one.
     """
     data = np.asarray(values, dtype=float)
     there = ~np.isnan(data)
@@ -64,7 +64,7 @@ def bootstrap_runs(values: Sequence[Sequence[float]], n: int = 2000, seed: int =
 def paired_gain(before: Sequence[float], after: Sequence[float], n: int = 2000, seed: int = 0) -> Estimate:
     """(gain, low, high) of after - before, for the same questions in the same order (paired bootstrap).
 
-    Raises ValueError where the numbers of questions differ, and as `bootstrap_mean` does.
+    Raises ValueError if the numbers of questions differ, and as `bootstrap_mean` does.
     """
     if len(before) != len(after):
         raise ValueError(f"paired_gain: {len(before)} questions before, {len(after)} after; the same ones wanted")

@@ -1,4 +1,4 @@
-"""Open the engines that a stage asks for."""
+"""Open the engines of a stage."""
 
 from __future__ import annotations
 
@@ -13,13 +13,12 @@ from flywheel.records import ModelRef
 
 
 def open_backend(spec: EngineSpec, models: Mapping[str, ModelRef], ledger: Ledger, seed: int, scratch: Path) -> Backend:
-    """Open an engine for each role (or other key) of `models`; the ledger's rows carry the key.
+    """Open an engine for each role (or other key) of `models`; the ledger is charged by role.
 
-    Keys with the same base, adapter and labels share one engine; so do all keys of a base where its
-    adapters are served at run time (`engine.adapters`). `scratch`: a directory for merged weights,
-    needed only while the engines start. The caller closes the backend. Raises NotAModel for a path
-    that is no model, ValueError if the recipe and the model do not fit, EngineDied if an engine does
-    not start.
+    With merged adapters (`engine.adapters`), keys with equal base, adapter and labels share an engine;
+    with runtime adapters, all keys of a base do. `scratch`: a directory for merged weights, needed
+    only while the engines start. The caller closes the backend. Raises NotAModel for a path without a
+    model, ValueError if the recipe does not fit the model, EngineDied if an engine does not start.
     """
     if spec.kind == "vllm":
         from flywheel.models.vllm import open_backend as opener

@@ -1,7 +1,7 @@
-"""The event loop that runs many coroutines over batching devices, and the ledger between them.
+"""The event loop that runs many coroutines over batching devices, and charges the ledger.
 
-A library adapter (vLLM, or the scripted engine of the tests) implements `Device` and hands a
-`Backend` to the stage. `ServedModel` is the one way to a device, so every token is charged.
+An engine library (vLLM, or the scripted engine of the tests) implements `Device` and gives a
+`Backend` to the stage. Only `ServedModel` calls a device, so every token is charged.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Labels = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Scoring:
-    """Asks for the value after each prefix of a length in `reads`; the last is the whole prompt."""
+    """A request for the values after the prefixes of lengths `reads`, ascending; the last is the whole prompt."""
 
     labels: Labels
     reads: tuple[int, ...]
@@ -32,9 +32,9 @@ class Scoring:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """One finished sequence. `tokens` are all that the model generated, EOS included.
+    """One finished sequence. `tokens`: all generated tokens, EOS included.
 
-    `cached`: how many prompt tokens the prefix cache served. `values` answer a `Scoring`.
+    `cached`: number of prompt tokens that the prefix cache served. `values`: one per read of a `Scoring`.
     """
 
     tokens: tuple[int, ...]
@@ -47,7 +47,7 @@ class Output:
 class Device(Protocol):
     """Runs sequences in batches. One device may serve several roles."""
 
-    one_pass: bool  # whether it answers a `Scoring` of several reads; else it takes one read at a time
+    one_pass: bool  # whether one request can answer several reads; else each read is a request
 
     def submit(self, prompt: Sequence[int], request: Sampling | Scoring, adapter: Any) -> asyncio.Future[Output]:
         """Queue one sequence; a later `step` resolves the future. If it is cancelled, the sequence is dropped."""
@@ -69,10 +69,9 @@ class Device(Protocol):
 class ServedModel:
     """One model in one role on a device; implements `flywheel.models.engine.Engine`.
 
-    Charged is what the device counted. Sampling: the prompt once for each completion, of it the
-    tokens that the prefix cache served as `cached`, and the generated tokens, EOS included.
-    Scoring: the text once if the device reads it in one pass; else each prefix, and the one token
-    that the device generates after it.
+    Sampling charges the prompt once per completion (tokens that the prefix cache served count as
+    `cached` too) and the generated tokens, EOS included. Scoring charges the text once if the device
+    is `one_pass`; else each prefix, plus the one token that the device generates after it.
     """
 
     role: str
@@ -118,7 +117,7 @@ class ServedModel:
             )
 
     def _charge(self, purpose: str, outputs: Sequence[Output], **counts: int) -> None:
-        role = self.role.partition(":")[0]  # a key such as `prm:base` is another model in the role of the PRM
+        role = self.role.partition(":")[0]  # the key `prm:base` is another model with the role `prm`
         counts |= {"generated": sum(len(out.tokens) for out in outputs), "cached": sum(out.cached for out in outputs)}
         self.ledger.charge(role, purpose, parameters=self.parameters, **counts)
 
@@ -126,7 +125,7 @@ class ServedModel:
 class Backend:
     """The engines that a stage opened, by role (or other key), and the loop that steps their devices.
 
-    `on_run` is called at the start of every run.
+    `on_run` is called at the start of every call of `run`.
     """
 
     def __init__(
@@ -138,9 +137,9 @@ class Backend:
         return self._engines[role]
 
     def run(self, items: Iterable[T], work: Callable[[T], Awaitable[R]]) -> list[R]:
-        """`work(item)` for all items at once; the results in the order of `items`.
+        """Run `work(item)` for all items concurrently; results in the order of `items`.
 
-        An exception of `work`, or EngineDied, ends the run and cancels the rest.
+        Raises the first exception of `work`, or EngineDied, after cancelling the rest.
         """
         if self._on_run is not None:
             self._on_run()
@@ -158,16 +157,16 @@ class Backend:
 
 
 def drive(items: Iterable[T], work: Callable[[T], Awaitable[R]], step: Callable[[], bool]) -> list[R]:
-    """`work` on all items at once, calling `step` whenever all of them wait; results in the order of `items`.
+    """Run `work` on all items concurrently, calling `step` whenever all wait; results in the order of `items`.
 
-    `step` returns whether it had anything to do.
+    `step` returns whether any device was busy.
     """
 
     async def all_items() -> list[R]:
         tasks = [asyncio.ensure_future(work(item)) for item in items]
         try:
             return await asyncio.gather(*tasks)
-        finally:  # if one failed, the others must not be left half done
+        finally:  # if one failed, cancel the others
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -179,8 +178,8 @@ def drive(items: Iterable[T], work: Callable[[T], Awaitable[R]], step: Callable[
 class _SteppingSelector(selectors.DefaultSelector):
     """A selector that steps the devices where the event loop would otherwise wait.
 
-    asyncio polls with timeout 0 while any coroutine can go on, and waits only when none can:
-    by then every request that can be made has been made, and the batches are as full as they get.
+    asyncio polls with timeout 0 while any coroutine is ready, and waits only when none is: by
+    then all possible requests are submitted, so the batches are as full as they can be.
     """
 
     def __init__(self, step: Callable[[], bool]):

@@ -1,4 +1,4 @@
-"""What a search strategy may ask of a model: sample completions of a prompt, and score prefixes of a text."""
+"""The interface of a served model: sample completions of a prompt, and score prefixes of a text."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from flywheel.records import Finish, Role
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How to sample. Temperature 0 is greedy. A token id of `stop` ends the completion and is kept."""
+    """Sampling parameters. Temperature 0 is greedy. A token id in `stop` ends the completion and is kept in it."""
 
     max_tokens: int
     temperature: float = 1.0
@@ -21,9 +21,9 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """`tokens` are the sampled ids, with a final stop token but never with the EOS token.
+    """`tokens`: the sampled ids, including a final stop token but never the EOS token.
 
-    `eos`: the model ended its answer by EOS. `finish`: LENGTH if `max_tokens` cut it, else STOP.
+    `eos`: the completion ended with EOS. `finish`: LENGTH if `max_tokens` truncated it, else STOP.
     """
 
     tokens: tuple[int, ...]
@@ -32,20 +32,20 @@ class Completion:
 
 
 class Engine(Protocol):
-    """One model in one role. Calls of many coroutines are batched by the backend; a strategy knows of no batches."""
+    """One model in one role. The backend batches the calls of concurrent coroutines; callers need not."""
 
     role: Role
-    name: str  # the model that is served, e.g. policy_2
+    name: str  # of the model, e.g. policy_2
     parameters: int  # all parameters of the model, adapter included
     max_model_len: int  # tokens
 
     async def generate(
         self, prompt: Sequence[int], sampling: Sampling, *, purpose: str, n: int = 1
     ) -> list[Completion]:
-        """Sample `n` completions of `prompt` (token ids). Charged to the ledger under `purpose`.
+        """Sample `n` completions of `prompt` (token ids), charged to the ledger under `purpose`.
 
-        Raises TooLong if the prompt and `max_tokens` do not fit `max_model_len`, and ValueError
-        for an empty prompt, or for `n` > 1 at temperature 0.
+        Raises TooLong if the prompt plus `max_tokens` exceeds `max_model_len`, and ValueError
+        for an empty prompt or for `n` > 1 at temperature 0.
         """
         ...
 
@@ -54,11 +54,11 @@ class Engine(Protocol):
     ) -> list[float]:
         """P(labels[0]) / (P(labels[0]) + P(labels[1])) as the next token after each prefix of `prompt`.
 
-        `reads` are the prefixes' lengths, ascending; tokens behind the last prefix are ignored.
-        Raises TooLong if the last prefix and one token do not fit `max_model_len`.
+        `reads`: the prefix lengths in tokens, ascending; tokens after the last prefix are ignored.
+        Raises TooLong if the last prefix plus one token exceeds `max_model_len`.
         """
         ...
 
     def score_tokens(self, reads: Sequence[int]) -> int:
-        """The number of tokens that `score` charges for these reads, cached ones included."""
+        """The number of tokens that `score` charges for `reads`, cached ones included."""
         ...

@@ -22,10 +22,10 @@ T = TypeVar("T")
 
 
 class Prm:
-    """Values of the steps of a solution, through an engine.
+    """Computes step values of solutions with an engine.
 
-    labels: the good and the bad word (recipe `prm.labels`). aggregate: how step values become one
-    score (recipe `prm.aggregate`). Raises ValueError naming `prm.labels` if a word is not a single
+    labels: the words for a good and a bad step (recipe `prm.labels`). aggregate: how step values become
+    one score (recipe `prm.aggregate`). Raises ValueError naming `prm.labels` if a word is not a single
     token or both are the same token.
     """
 
@@ -59,7 +59,7 @@ class Prm:
 
 
 async def together(work: Iterable[Awaitable[T]]) -> list[T]:
-    """The results of `work`, all awaited at once. If one fails, its error is raised after all others have ended."""
+    """Await all of `work` concurrently; results in order. If one fails, its error is raised after all have ended."""
     results = await asyncio.gather(*work, return_exceptions=True)
     for result in results:
         if isinstance(result, BaseException):
@@ -79,15 +79,15 @@ def label_ids(tokenizer, labels: tuple[str, str]) -> tuple[int, int]:
 
 
 def encode(prompts: Prompts, question: Question, steps: Sequence[Step]) -> tuple[list[int], list[int]]:
-    """See `Prompts.check`. Training and scoring encode by this one function."""
+    """See `Prompts.check`. Training and scoring both encode with this function."""
     return prompts.check(question, steps)
 
 
 def aggregate(values: Sequence[float], how: str) -> float:
-    """One score in [0, 1] from a solution's step values; 0.0 for a solution without steps.
+    """One score in [0, 1] from a solution's step values in [0, 1]; 0.0 for a solution without steps.
 
-    `last` is what Snell et al. found best with soft Monte Carlo labels (appendix E); `min` and `product`
-    are those of Lightman et al. (2023, arXiv 2305.20050). Raises ValueError if a value is NaN.
+    Snell et al. found `last` best with soft Monte Carlo labels (appendix E); `min` and `product` are from
+    Lightman et al. (2023, arXiv 2305.20050). Raises ValueError for a NaN or an unknown `how`.
     """
     if any(math.isnan(value) for value in values):
         raise ValueError(f"a step value is not a number: {tuple(values)}")

@@ -1,4 +1,4 @@
-"""The prompts of policy, reviser and PRM as token ids; solutions enter them as the ids that were sampled."""
+"""The prompts of policy, reviser and PRM as token ids; solutions are inserted as their sampled ids."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from flywheel.records import Question, Solution, Step
 class Prompts:
     """The prompts of the three roles for one tokenizer.
 
-    With `prompts.chat`, a filled template is the user's turn of the tokenizer's chat template and a
-    solution is the assistant's; without, both are plain text.
+    With `prompts.chat`, the filled template is the user's turn of the tokenizer's chat template and
+    the solution is the assistant's; otherwise both are plain text.
     """
 
     def __init__(self, spec: PromptSpec, tokenizer):
@@ -36,17 +36,17 @@ class Prompts:
         return self._head(self.spec.solve, question)
 
     def revise(self, question: Question, attempts: Sequence[Solution]) -> list[int]:
-        """The prompt for the next attempt after `attempts`, oldest first; the same as `solve` if there are none."""
+        """The prompt for the attempt after `attempts` (oldest first); equals `solve` if there are none."""
         ids = self.solve(question)
         for attempt in attempts:
             ids += [*attempt.tokens, *self._again]
         return ids
 
     def check(self, question: Question, steps: Sequence[Step]) -> tuple[list[int], list[int]]:
-        """(tokens, reads): the PRM's text, and for each step the length of the prefix after which its value is read.
+        """(tokens, reads): the PRM's input ids, and for each step the length of the prefix at which its value is read.
 
-        The value of a step is predicted as the token after it, in place of the separator that ends
-        it: if the separator is a token of its own, it is not part of that prefix.
+        The PRM predicts a label in place of the separator that ends the step: if the separator is
+        a token by itself, it is not part of that prefix.
         """
         ids, reads = self._head(self.spec.check, question), []
         for step in steps:

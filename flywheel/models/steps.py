@@ -1,8 +1,8 @@
-"""The one definition of a step: how sampled tokens are cut into steps, and where a solution's answer is found.
+"""The definition of a step: how sampled tokens are split into steps, and where a solution's answer is found.
 
-A step ends with a token whose text contains the separator (a newline, say), so a step boundary is
-always a token boundary, also in BPE vocabularies, where the separator may be the tail of a longer
-token. Token ids are carried along and never made again from text.
+A step ends with a token whose text contains the separator (e.g. a newline), so a step boundary is
+always a token boundary, even in BPE vocabularies, where the separator may be the end of a longer
+token. Sampled token ids are kept; text is never tokenized again.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from flywheel.records import Finish, Solution, Step
 
 
 class Reader:
-    """Cuts sampled tokens into steps and solutions.
+    """Parses sampled tokens into steps and solutions.
 
     tokenizer: a Hugging Face tokenizer. separator: the text that ends a step. answer: a regular
     expression whose one group is the final answer, or `boxed` for the last \\boxed{...}. stop: words,
-    each a single token, that end a solution as EOS does.
+    each a single token, that end a solution like EOS.
     Raises ValueError if no token contains the separator, a stop word is not a single token, or
     `answer` does not have exactly one group.
     """
@@ -43,7 +43,7 @@ class Reader:
         return self.tokenizer.decode(list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def steps(self, tokens: Sequence[int]) -> tuple[Step, ...]:
-        """Cut `tokens` after every token that ends a step; a tail without one is a step too."""
+        """Split `tokens` after every token that ends a step; a rest without such a token is a step too."""
         cuts = [i + 1 for i, token in enumerate(tokens) if token in self.ends]
         if not cuts or cuts[-1] != len(tokens):
             cuts.append(len(tokens))
@@ -51,7 +51,7 @@ class Reader:
         return tuple(Step(self.text(piece), piece) for piece in pieces)
 
     def trim(self, tokens: Sequence[int]) -> tuple[int, ...]:
-        """`tokens` without a final stop token and without the blank tokens at the end."""
+        """`tokens` without a final stop token and without the blank tokens before it."""
         end = len(tokens)
         if end and tokens[end - 1] in self.stop:
             end -= 1
@@ -67,7 +67,7 @@ class Reader:
         return found[-1].strip() or None if found else None
 
     def ended(self, completion: Completion) -> bool:
-        """Whether the solution ends here: by EOS, by a stop token, or by a finished step that contains an answer."""
+        """Whether the solution ends with this completion: by EOS, a stop token, or a complete step with an answer."""
         if completion.eos or (completion.tokens and completion.tokens[-1] in self.stop):
             return True
         last = self.steps(completion.tokens)[-1:]
@@ -86,14 +86,14 @@ class Reader:
         parent: str | None = None,
         attempt: int = 1,
     ) -> Solution:
-        """The solution that `tokens` are. It has no answer unless `finish` is STOP. `draw`: its own id if None."""
+        """Parse `tokens` as a solution. `answer` is None unless `finish` is STOP. `draw` defaults to `id`."""
         steps = self.steps(self.trim(tokens))
         answer = self.answer("".join(step.text for step in steps)) if finish is Finish.STOP else None
         return Solution(id, question_id, steps, finish, answer, purpose, model, draw or id, parent, attempt)
 
 
 def one_token(tokenizer, word: str, key: str) -> int:
-    """The id of `word`, a single token alone or after a space; else raises ValueError naming the recipe's `key`."""
+    """The id of `word` as a single token, alone or after a space. Raises ValueError naming the recipe's `key`."""
     for text in (word, " " + word):
         try:
             ids = tokenizer.encode(text, add_special_tokens=False)

@@ -1,10 +1,10 @@
 """vLLM in this process: no worker process and no server; the backend's loop calls `LLMEngine.step()`.
 
-Adapters are served in one of two ways (`engine.adapters`). merged, the default on a CPU: every model
-(base with its adapter merged in) has an engine of its own, because runtime LoRA is three to eight times
-slower there; a model that only judges is served as a classifier, so that one pass reads all steps of a
-solution (less than half the time of a request a step). runtime, the default on a GPU: one engine serves
-a base with all its adapters.
+Adapters are served in one of two ways (`engine.adapters`). merged, the default on a CPU: each model has
+its own engine, with the adapter merged into the base, because runtime LoRA is three to eight times
+slower there. A PRM is then served as a classifier, so that one pass gives the values of all steps, in
+less than half the time of one request per step. runtime, the default on a GPU: one engine serves a base
+with all its adapters.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from flywheel.recipe import EngineSpec
 from flywheel.records import Finish, ModelRef
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # read at import and at every engine's start
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # its warnings on a CPU are a page for each engine
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # each engine on a CPU prints a page of warnings
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("DO_NOT_TRACK", "1")
-# Set by torchrun: engines would take its store for theirs and wait for a host that never comes.
+# torchrun sets it: engines would use torchrun's store as theirs and wait for a host that never joins.
 os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)
 
-logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])  # it logs before it has set itself up
+logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])  # vLLM logs before it reads the variable
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", FutureWarning)
@@ -48,7 +48,7 @@ with warnings.catch_warnings():
     from vllm.sampling_params import RequestOutputKind
     from vllm.usage.usage_lib import UsageContext
 
-LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM takes as max_lora_rank
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # values that vLLM accepts as max_lora_rank
 
 
 def open_backend(spec: EngineSpec, models: Mapping[str, ModelRef], ledger: Ledger, seed: int, scratch: Path) -> Backend:
@@ -107,9 +107,9 @@ def engine_arguments(spec: EngineSpec, model: str, seed: int = 0, engines: int =
 def _open_merged(arguments: dict[str, Any], ref: ModelRef, run_seed: vllm_cpu.RunSeed, scratch: Path) -> VllmDevice:
     if ref.adapter is None and ref.labels is None:
         return VllmDevice(_start(arguments, ref.name), ref.name, run_seed)
-    dtype = "bfloat16" if arguments["dtype"] == "auto" else arguments["dtype"]  # auto is left on a GPU only
+    dtype = "bfloat16" if arguments["dtype"] == "auto" else arguments["dtype"]  # "auto" occurs only on a GPU
     Path(scratch).mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="merged-", dir=scratch) as folder:  # read once, at the start
+    with tempfile.TemporaryDirectory(prefix="merged-", dir=scratch) as folder:  # read only when the engine starts
         load_tokenizer(ref.base).save_pretrained(folder)
         if ref.labels is None:
             load_merged(ref, dtype).save_pretrained(folder)
@@ -128,7 +128,7 @@ def _open_runtime(arguments: dict[str, Any], refs: Sequence[ModelRef], run_seed:
         slots = vllm_cpu.lora_slots(len(paths)) if current_platform.is_cpu() else len(paths)
         fitting = next(allowed for allowed in LORA_RANKS if allowed >= rank)
         arguments = arguments | {"enable_lora": True, "max_loras": slots, "max_lora_rank": fitting}
-    # vLLM keeps an adapter by its id: an id must mean one path as long as the engine lives.
+    # vLLM caches adapters by id, so an id must mean the same path as long as the engine lives.
     adapters = {path: LoRARequest(f"{i}:{path}", i, path) for i, path in enumerate(paths, start=1)}
     return VllmDevice(_start(arguments, refs[0].name), refs[0].name, run_seed, adapters)
 
@@ -146,7 +146,7 @@ def _start(arguments: dict[str, Any], name: str) -> LLMEngine:
 class VllmDevice:
     """One LLMEngine; implements `flywheel.models.driver.Device`.
 
-    `adapters`: those that it serves at run time, by their path.
+    `adapters`: those served at run time, by path.
     """
 
     one_pass = False
@@ -204,8 +204,8 @@ class VllmDevice:
             values = (1 / (1 + math.exp(min(bad - good, 700.0))),)  # exp overflows beyond 709
         match sequence.finish_reason:
             case "stop":
-                # The stop reason is None for the tokenizer's EOS, else the id that stopped: one of
-                # the request's, or another end token of the model's generation config.
+                # The stop reason is None for the tokenizer's EOS, else the id of the stop token: one
+                # of the request's, or another end token of the model's generation config.
                 stopped = isinstance(request, Sampling) and sequence.stop_reason in request.stop
                 return Output(tokens, Finish.STOP, not stopped, cached, values)
             case "length":
@@ -219,10 +219,10 @@ class VllmDevice:
 
 
 class VllmJudge(VllmDevice):
-    """An engine of `load_judge`'s model: it generates no token, and one pass answers all reads of a text.
+    """An engine for the model of `load_judge`: it generates no tokens, and one pass answers all reads of a text.
 
-    A single read may use the prefix cache, as beam search's do; vLLM does not let a request that
-    wants every token's values use it.
+    A single read can use the prefix cache, as in beam search; vLLM does not allow that for a
+    request for the values of all tokens.
     """
 
     one_pass = True
@@ -239,7 +239,7 @@ class VllmJudge(VllmDevice):
         return PoolingParams(task="classify" if len(request.reads) == 1 else "token_classify")
 
     def _output(self, result, request: Scoring) -> Output:
-        good = result.outputs.data.view(-1, 2)[:, 0].tolist()  # a row for each token, or one for the last token
+        good = result.outputs.data.view(-1, 2)[:, 0].tolist()  # one row per token, or only the last token's
         values = good if len(request.reads) == 1 else [good[read - 1] for read in request.reads]
         return Output((), Finish.LENGTH, False, result.num_cached_tokens or 0, tuple(values))
 
@@ -255,7 +255,7 @@ def _sampling_params(request: Sampling | Scoring) -> SamplingParams:
         }
     else:
         chosen = {"max_tokens": 1, "temperature": 0.0, "logprob_token_ids": list(request.labels)}
-    # skip_clone: else vLLM copies them deeply for every request, which costs as much as two tokens
+    # skip_clone: otherwise vLLM deep-copies them for every request, which costs as much as two tokens
     return SamplingParams(**chosen, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY, skip_clone=True)
 
 

@@ -1,8 +1,8 @@
-"""What vLLM needs on a CPU to be right and fast: each workaround with its reason and its measured gain.
+"""Workarounds that vLLM needs on a CPU to be correct and fast, each with its reason and measured gain.
 
-Measured with vLLM 0.32.0 and two cores with AVX-512 unless said otherwise. With another version
-what only saves time (or noise) is skipped, and the log says so once; what results rest on stays.
-Nothing here imports vLLM before a function is called.
+Measured with vLLM 0.32.0 and two cores with AVX-512 unless said otherwise. With another version the
+workarounds that only save time (or output) are skipped with one log line; those that affect results
+stay. vLLM is imported only inside functions.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ import torch
 
 from flywheel.recipe import EngineSpec
 
-VERSION = "0.32.0"  # of vLLM, that the workarounds were measured with
-BLOCK_SIZE = 32  # tokens to a KV block: short prompts hit the prefix cache, and 18% faster than vLLM's 128
+VERSION = "0.32.0"  # the vLLM version with which the workarounds were measured
+BLOCK_SIZE = 32  # tokens per KV block: short prompts hit the prefix cache, and 18% faster than vLLM's 128
 
 log = logging.getLogger(__name__)
 
@@ -44,28 +44,28 @@ def version_is_known() -> bool:
 
 
 def prepare_process() -> None:
-    """To be called before the first engine starts: vLLM forbids another number of threads afterwards."""
+    """Call before the first engine starts: vLLM does not allow changing the number of threads afterwards."""
     if torch.get_num_threads() != usable_threads():
         torch.set_num_threads(usable_threads())
     if version_is_known():
-        # vLLM's sampler compiles one small function at its first use: 0.7 s, and a C++ compiler is wanted.
+        # Otherwise vLLM's sampler compiles a small function at its first use: 0.7 s, and it needs a C++ compiler.
         torch.compiler.set_stance("force_eager")
 
 
 def usable_threads() -> int:
-    """This process's share of the cores that it may run on: all of them over the ranks on this machine.
+    """The cores that this process may run on, divided by the number of ranks on this machine; at least 1.
 
-    More threads than cores are costly: beside other work, an engine of two threads on two cores drew
-    32 samples a CPU-second and an engine of one thread 170, because tiny operations wait for each other.
+    More threads than free cores are costly: beside other work on two cores, an engine with two threads drew
+    32 samples per CPU-second and one with one thread 170, because tiny operations wait for each other.
     """
     return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def dtype(spec: EngineSpec) -> str:
-    """`engine.dtype`; auto is bfloat16 on a CPU that computes in it, else float32.
+    """`engine.dtype`; auto is bfloat16 on a CPU with bfloat16 instructions, else float32.
 
-    A model of 0.8M parameters, on a CPU with AMX: 12,000 sampled tokens a CPU-second in bfloat16, 8,400 in
-    float32; values differ by 0.005 at most. On a CPU without such instructions float32 is 3 times as fast.
+    A model of 0.8M parameters on a CPU with AMX: 12,000 sampled tokens per CPU-second in bfloat16, 8,400 in
+    float32; PRM values differ by at most 0.005. Without such instructions float32 is 3 times as fast.
     """
     if spec.dtype != "auto":
         return spec.dtype
@@ -75,21 +75,21 @@ def dtype(spec: EngineSpec) -> str:
 
 
 def engine_arguments(spec: EngineSpec) -> dict[str, Any]:
-    """The arguments of `EngineArgs` that differ from a GPU's."""
+    """The arguments of `EngineArgs` that are specific to a CPU."""
     return {
         "dtype": dtype(spec),
         "block_size": BLOCK_SIZE,
         "kv_cache_memory_bytes": spec.kv_cache_mb << 20,
         "ir_op_priority": rms_norm_kernels(),
-        "enforce_eager": True,  # compiling takes 35 s at the start, and the model is then slower
+        "enforce_eager": True,  # compiling takes 35 s at the start and makes the model slower
     }
 
 
 def lora_slots(adapters: int) -> int:
-    """`max_loras` for an engine of so many adapters: one more, which stays all zeros.
+    """`max_loras` for an engine with `adapters` adapters: one more, whose slot stays all zeros.
 
-    In a batch that also holds requests with an adapter, vLLM's CPU kernels look up a request without
-    one at index -1, so it would get the last slot's adapter (GPU kernels skip such requests).
+    In a batch that mixes requests with and without an adapter, vLLM's CPU kernels look up those without
+    at index -1, so they would get the last slot's adapter (GPU kernels skip such requests).
     """
     return adapters + 1
 
@@ -98,8 +98,8 @@ def lora_slots(adapters: int) -> int:
 def rms_norm_kernels() -> dict[str, list[str]]:
     """Register vLLM's C++ kernels for RMS norms, and return the `ir_op_priority` that prefers them.
 
-    vLLM builds them and uses them only where it compiles models. 35 against 226 microseconds for 256 tokens
-    of 128 dimensions, which is a fifth of a small model's time.
+    vLLM uses them only in compiled models. For 256 tokens of 128 dimensions they take 35 instead of 226
+    microseconds, which saves a fifth of a small model's time.
     """
     from vllm import ir
     from vllm.platforms import current_platform
@@ -145,7 +145,7 @@ def rms_norm_kernels() -> dict[str, list[str]]:
 
 @contextmanager
 def hold_back_stderr() -> Iterator[None]:
-    """While an engine starts: drop the native code's notes on stderr (NUMA nodes), but show them if the start fails."""
+    """Drop native code's messages on stderr (NUMA nodes) while an engine starts; show them if the start fails."""
     if not version_is_known():
         yield
         return
@@ -168,9 +168,9 @@ def hold_back_stderr() -> Iterator[None]:
 
 @contextmanager
 def skip_garbage_collection() -> Iterator[None]:
-    """While an engine closes: vLLM collects all garbage twice, in vain where no device memory waits for it.
+    """Skip garbage collection while an engine closes: vLLM runs it twice, to free device memory only.
 
-    2.9 s for a stage's three engines, 0.13 s without.
+    A stage's three engines close in 0.13 s instead of 2.9 s.
     """
     if not version_is_known():
         yield
@@ -180,14 +180,14 @@ def skip_garbage_collection() -> Iterator[None]:
 
 
 class RunSeed:
-    """Seeds each run of a backend by what the run asks for before its first step, not by what the process did before.
+    """Seeds each `Backend.run` by the requests made before its first step, not by what the process did before.
 
-    So a chunk that is computed again after a kill, or by another rank, draws what it would have drawn;
-    the same chunk once more in the same process draws anew. vLLM draws from the process's own random
-    numbers; a seed for each request would do too, at 5% more CPU time (256 sequences at once), and on
-    a GPU it keeps vLLM from its fused sampler. Used on a GPU as well, with every version.
+    So a chunk that is computed again after a kill, or by another rank, gets the same samples; running the
+    same chunk twice in one process gives different ones. vLLM samples from the process's global random
+    state. A seed per request would work too, but costs 5% more CPU time (256 concurrent sequences) and
+    disables vLLM's fused sampler on a GPU. Used on CPU and GPU, with every version.
 
-    seed: of the stage; engines: how many the backend opened, which enters the seed.
+    seed: of the stage. engines: number of engines that the backend opened, part of the seed.
     """
 
     def __init__(self, seed: int, engines: int):
@@ -199,12 +199,12 @@ class RunSeed:
         self._asked = hashlib.sha256(str(self._seed).encode())
 
     def add(self, prompt: Sequence[int]) -> None:
-        """Note a request; without effect after the run's first step."""
+        """Add a request to the hash; no effect after the run's first step."""
         if self._asked is not None:
             self._asked.update(repr(tuple(prompt)).encode())
 
     def apply(self) -> None:
-        """Seed the process; to be called before every step, and only a run's first has an effect."""
+        """Seed the process. Call before every step; only the first call in a run has an effect."""
         if self._asked is None:
             return
         from vllm.utils.torch_utils import set_random_seed

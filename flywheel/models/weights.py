@@ -1,4 +1,4 @@
-"""Load models, tokenizers and adapters; merge an adapter into its base; make a judge of it."""
+"""Load models, tokenizers and adapters; merge an adapter into its base; turn a PRM into a classifier."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from flywheel.records import ModelRef
 
 
 class NotAModel(UserError, ValueError):
-    """A path or name that holds no model, no tokenizer or no adapter."""
+    """A path or name without a model, tokenizer or adapter."""
 
 
 def load_tokenizer(base: str):
-    """The tokenizer of a model directory or hub name; code that comes with a model is never run."""
+    """The tokenizer of a model directory or Hub name; code that comes with a model is never run. Raises NotAModel."""
     from transformers import AutoTokenizer
 
     return _load(AutoTokenizer, base, "tokenizer")
 
 
 def load_config(base: str):
-    """The configuration of a model directory or hub name."""
+    """The configuration of a model directory or Hub name. Raises NotAModel."""
     from transformers import AutoConfig
 
     return _load(AutoConfig, base, "model configuration")
@@ -32,10 +32,10 @@ def load_config(base: str):
 
 def _load(kind, base: str, what: str, **options):
     if not os.path.isdir(base) and (base.startswith((".", "/")) or base.count("/") > 1):
-        raise NotAModel(f"model.base: {base}: no such directory")  # else the hub would be asked for it
+        raise NotAModel(f"model.base: {base}: no such directory")  # else transformers would ask the Hub
     try:
         return kind.from_pretrained(base, trust_remote_code=False, **options)
-    except Exception as error:  # OSError, ValueError, KeyError, a JSON fault, the tokenizers' own errors
+    except Exception as error:  # OSError, ValueError, KeyError, JSON errors, errors of the tokenizers library
         reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
         raise NotAModel(f"model.base: {base}: no {what} could be loaded: {reason[0]:.200}") from error
 
@@ -48,7 +48,7 @@ def check_length(base: str, wanted: int) -> None:
 
 
 def parameters(ref: ModelRef) -> int:
-    """The number of parameters of base and adapter, tied ones counted once. Reads shapes, no weights."""
+    """The number of parameters of base and adapter, tied ones counted once. Reads only shapes, no weights."""
     import torch
     from safetensors import safe_open
     from transformers import AutoModelForCausalLM
@@ -65,7 +65,7 @@ def parameters(ref: ModelRef) -> int:
 
 
 def adapter_config(adapter: str) -> dict:
-    """The configuration of a PEFT adapter directory; raises NotAModel if it is none."""
+    """The configuration of a PEFT adapter directory. Raises NotAModel if a file is missing."""
     folder = Path(adapter)
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (folder / name).is_file():
@@ -74,7 +74,7 @@ def adapter_config(adapter: str) -> dict:
 
 
 def load_merged(ref: ModelRef, dtype: str):
-    """The base with its adapter merged in (in float32, then cast to `dtype`): a transformers model in eval mode."""
+    """The base with its adapter merged in float32, then cast to `dtype`: a transformers model in eval mode."""
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -90,10 +90,10 @@ def load_merged(ref: ModelRef, dtype: str):
 
 
 def load_judge(ref: ModelRef, dtype: str):
-    """The merged model as a classifier of every token, with the two labels of `ref` as its classes.
+    """The merged model as a token classifier whose two classes are the labels of `ref`.
 
-    Its output matrix is the labels' two rows of the language model's, so that the softmax over the
-    classes is the value of `Engine.score`.
+    Its output matrix is the two rows of the LM head for the labels, so the softmax over the classes
+    is the value that `Engine.score` returns.
     """
     import torch
     from transformers import AutoModelForSequenceClassification

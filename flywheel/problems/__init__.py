@@ -1,1 +1,1 @@
-"""Questions and their answers: reading problem sets, drawing splits, grading."""
+"""Questions and their answers: reading problem sets, making splits, grading."""

@@ -1,8 +1,8 @@
-"""The process behind a worker of `pool.py`: `python -m flywheel.problems.check_worker FD`, FD a socket to its parent.
+"""The process of a worker in `pool.py`: `python -m flywheel.problems.check_worker FD`, FD a socket to its parent.
 
-It imports the checker once and forks. The fork checks answers; when it takes too long on one, or dies, a new fork
-takes its place. If the parent is killed, nothing stays: this process and a fork that waits end when their pipe
-closes, and a fork that computes is ended by the limit on its processor time.
+It imports the checker once and forks. The fork checks answers; if it takes too long on one, or dies, it is replaced.
+If the parent is killed, no process survives: this one and an idle fork end when their pipe closes, and a fork that
+is computing is ended by the limit on its CPU time.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from flywheel.problems.grading import DEFAULT_CHECKER, load_function
 from flywheel.problems.pool import Checked, Lost, ask
 
 MEMORY = 2 << 30  # bytes of address space above what the imported checker needs
-# Pairs after which math-verify and sympy have imported and cached what an answer needs: 20 ms less for each fork.
+# Pairs that make math-verify and sympy import and cache what they need before the fork: saves 20 ms per fork.
 WARM_UP = (("x^2+1", "1+x^2+y"), ("2", "\\frac{6}{2}"), ("(1,2)", "\\{1,\\sqrt{3}\\}"))
 
 Checker = Callable[[str, str], bool]
@@ -50,7 +50,7 @@ def main(parent: Connection) -> None:
 
 
 class _Fork:
-    """A copy of this process that calls the checker, until an answer is too much for it."""
+    """A fork of this process that calls the checker. It is killed when an answer takes too long."""
 
     def __init__(self, parent: Connection, same: Checker, seconds: float):
         self.seconds, self.alive = seconds, True
@@ -76,7 +76,7 @@ class _Fork:
 
 def _serve(pipe: Connection, others: list[Connection], same: Checker, seconds: float) -> None:
     """Check answers until the pipe closes. Runs in the fork."""
-    for other in others:  # this process's own ends: a fork that holds them cannot see it end
+    for other in others:  # the parent's ends: while the fork holds them, it cannot see them close
         other.close()
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -94,8 +94,8 @@ def _serve(pipe: Connection, others: list[Connection], same: Checker, seconds: f
                 raise TypeError(f"returned {type(verdict).__name__}, not a bool")
             reply = bool(verdict), ""
         except MemoryError:
-            os._exit(1)  # caches may hold what was allocated: the next answer gets a new fork
-        except Exception as error:  # a checker may raise anything on what a model wrote
+            os._exit(1)  # caches may still hold the memory, so the next answer gets a new fork
+        except Exception as error:  # a checker may raise anything on model output
             reply = None, f"the checker raised {type(error).__name__}: {error}"[:300]
         signal.setitimer(signal.ITIMER_PROF, 0)
         pipe.send(reply)

@@ -1,13 +1,13 @@
-"""Whether an answer equals the gold answer: plain comparison first, then a checker in killable processes.
+"""Compare answers with gold answers: plain comparison first, then a checker in killable processes.
 
-Checkers run model output through sympy, which can hang, take all memory or crash: `pool.py` calls them, with
-limits, and an answer on which a process is lost is UNDECIDED, never wrong.
+Checkers run model output through sympy, which can hang, exhaust memory or crash. So `pool.py` calls them with limits,
+and an answer that exceeds a limit or kills its process is UNDECIDED, never wrong.
 
-How to write a checker: a module-level function `check(gold: str, answer: str) -> bool`, named by a recipe as
-`problems.checker: module:check`. It gets the final answers as they were extracted and returns True or False;
-anything else that it returns or raises makes the answer UNDECIDED. It is called in a fork of a process that has
-imported its module, so load what it needs at import, and keep no state from one answer to the next: a fork is
-replaced when an answer passes `problems.check_seconds` or 2 GiB. What it prints goes to stderr.
+How to write a checker: a module-level function `check(gold: str, answer: str) -> bool`, set in a recipe as
+`problems.checker: module:check`. It gets the extracted final answers and returns True or False; anything else that it
+returns or raises makes the answer UNDECIDED. It is called in a fork of a process that has imported its module: load
+what it needs at import, and keep no state between answers, because a fork is replaced when an answer exceeds
+`problems.check_seconds` or 2 GiB. Its output goes to stderr.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from flywheel.records import Finish, Grade, Problem, Solution, Verdict
 log = logging.getLogger(__name__)
 
 DEFAULT_CHECKER = "flywheel.problems.grading:same_answer"
-MAX_CHARS = 20_000  # a longer answer is wrong unless it is the gold text: no right answer is that long
+MAX_CHARS = 20_000  # a longer answer is wrong unless it equals the gold text
 MAX_DIGITS = 1000  # a longer number is compared as text (Python converts at most 4300 digits)
-DECIMALS = 6  # math-verify rounds to as many
+DECIMALS = 6  # as in math-verify
 
 _NUMBER = re.compile(r"[+-]?(?=\.?[0-9])(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+|[0-9]*)(?:\.[0-9]*)?")
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
@@ -40,25 +40,25 @@ _MATH_MARKS = ("$", "\\boxed", "\\(", "\\[")
 def same_answer(gold: str, answer: str) -> bool:
     """Whether `answer` equals `gold`: as text or number after normalisation, else by math-verify.
 
-    Both are final answers as extracted (LaTeX or plain, with or without `$`). Two plain numbers are compared
-    to 6 decimals. Has no time limit, `Grader` sets one: math-verify's own works by signals, which threads
-    cannot receive and sympy's C loops do not notice.
+    Both are extracted final answers (LaTeX or plain, with or without `$`). Two plain numbers are compared to 6
+    decimals. There is no time limit here, `Grader` sets one: math-verify's own uses signals, which threads cannot
+    receive and sympy's C loops do not notice.
     """
     decided = _decide(gold, answer)
     return _math_verify(gold, answer) if decided is None else decided
 
 
 def answer_key(answer: str) -> str:
-    """A normal form of `answer`: selection counts answers with the same key as one answer.
+    """A normal form of `answer`: answers with the same key count as one in a vote.
 
-    Ignores whitespace around signs, `$`, `\\boxed{}`, case, a trailing dot, digit-group commas, a leading +
-    and trailing zeros of decimals. Uses no gold answer and no algebra: 1/2 and 0.5 stay two answers.
+    Ignores whitespace around symbols, `$`, `\\boxed{}`, case, a trailing dot, digit-group commas, a leading +
+    and trailing zeros of decimals. Uses no gold answer and no algebra: 1/2 and 0.5 stay different.
     """
     return _clean(answer).casefold()
 
 
 def last_boxed(text: str) -> str | None:
-    """The content of the last balanced \\boxed{...}; None where there is none."""
+    """The stripped content of the last \\boxed{...}; None if there is none, or it is empty or not balanced."""
     start = text.rfind("\\boxed{")
     if start < 0:
         return None
@@ -71,7 +71,7 @@ def last_boxed(text: str) -> str | None:
 
 
 def load_function(name: str, key: str = "problems.checker") -> Callable:
-    """The function that `name` (module:function) names, imported. Raises UserError, which names the recipe's `key`."""
+    """Import the function `name` (module:function). Raises UserError, naming the recipe's `key`, if that fails."""
     module, _, function = name.partition(":")
     if not module or not function:
         raise UserError(f"{key}: {name!r}: write module:function")
@@ -86,7 +86,7 @@ def load_function(name: str, key: str = "problems.checker") -> Callable:
 
 
 def _clean(text: str) -> str:
-    """One line without dollars, an enclosing \\boxed{}, a final dot and spaces around signs; numbers in one form."""
+    """One line without `$`, an enclosing \\boxed{}, a final dot and spaces around symbols; numbers normalised."""
     text = " ".join(text.split())
     if text.startswith("\\boxed{") and text.count("\\boxed") == 1:
         inner = last_boxed(text)
@@ -112,14 +112,14 @@ def _canonical(number: str) -> str:
 
 
 def _decide(gold: str, answer: str) -> bool | None:
-    """The verdict where no algebra is needed (equal texts, two plain numbers, absurd length), else None."""
+    """The verdict if it needs no algebra (equal texts, two plain numbers, excessive length), else None."""
     if len(answer) > max(MAX_CHARS, 10 * len(gold)):
-        return False  # before it is cleaned: that takes a second for a million characters
+        return False  # before `_clean`, which takes a second for a million characters
     a, b = _clean(gold), _clean(answer)
     if a == b:
         return bool(a)
     if len(answer) > MAX_CHARS or _CONTROL.search(answer):
-        return False  # math-verify drops control characters: it would read 4, NUL, 2 as 42
+        return False  # math-verify drops control characters, so it would read "4\x002" as 42
     if _is_number(a) and _is_number(b):
         return ("." in a or "." in b) and round(Fraction(a), DECIMALS) == round(Fraction(b), DECIMALS)
     return None
@@ -134,23 +134,22 @@ def _math_verify(gold: str, answer: str) -> bool:
 
 
 def _as_math(text: str) -> str:
-    """math-verify reads bare LaTeX only between dollars, and numbers such as `1 000` or `1,22` only without."""
+    """Add `$` as math-verify needs it: around bare LaTeX, but not around numbers such as `1 000` or `1,22`."""
     if any(mark in text for mark in _MATH_MARKS) or _NUMERIC_TEXT.fullmatch(text):
         return text
     return f"${text}$"
 
 
 class Grader:
-    """Grades solutions. A context manager: leaving it ends the processes, which start when one is first needed.
+    """Grades solutions. A context manager; its processes start when first needed and end on exit.
 
-    With the default checker, pairs that plain comparison decides never reach a process; a recipe's own checker
-    sees every pair. `counts`: how many distinct (gold, answer) pairs were decided by plain comparison
-    (`plain`) or by a checker (`checked`), or stayed `undecided`. Raises UserError if `problems.checker`
-    cannot be imported.
+    With the default checker, pairs that plain comparison decides never reach a process; a custom checker sees
+    every pair. `counts`: number of distinct (gold, answer) pairs decided by plain comparison (`plain`) or by a
+    checker (`checked`), or left `undecided`. Raises UserError if `problems.checker` cannot be imported.
     """
 
     def __init__(self, spec: ProblemSpec):
-        load_function(spec.checker)  # a wrong name fails before the first sample, not after the last
+        load_function(spec.checker)  # so that a wrong name fails before sampling
         self.shortcuts = spec.checker == DEFAULT_CHECKER
         self.pool = CheckerPool(spec.checker, spec.check_seconds, spec.check_workers)
         self.counts: Counter[str] = Counter(plain=0, checked=0, undecided=0)
@@ -163,7 +162,7 @@ class Grader:
         self.pool.close()
 
     def verdicts(self, pairs: Sequence[tuple[Problem, Solution]]) -> list[Grade]:
-        """One Grade for each pair, in order. Raises ValueError for a solution of another question."""
+        """One Grade per pair, in order. Raises ValueError if a solution belongs to another question."""
         for problem, solution in pairs:
             if problem.id != solution.question_id:
                 raise ValueError(f"solution {solution.id} answers {solution.question_id}, not {problem.id}")
@@ -180,7 +179,7 @@ class Grader:
         return Verdict.CORRECT if same else Verdict.INCORRECT
 
     def _settle(self, pairs: list[tuple[str, str]]) -> None:
-        """Decide every pair, into `_same`."""
+        """Decide every pair and store the verdict in `_same`."""
         hard = []
         for pair in pairs:
             decided = _decide(*pair) if self.shortcuts else None

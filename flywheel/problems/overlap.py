@@ -1,4 +1,4 @@
-"""Finds test questions that nearly repeat a question of another split. Sets made from templates hold many."""
+"""Find test questions that nearly repeat a question of another split, as is common in templated problem sets."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from dataclasses import dataclass
 
 from flywheel.records import Problem, Split
 
-WORDS = 8  # length of the runs of words that are compared; shorter phrases recur by chance
-NEAR = 0.5  # the fraction of its runs that a near duplicate shares
+WORDS = 8  # n of the word n-grams that are compared; shorter phrases recur by chance
+NEAR = 0.5  # the least fraction of its n-grams that a near duplicate shares
 
 
 @dataclass(frozen=True, slots=True)
 class Near:
-    """Of the runs of WORDS words in test question `question_id`, the fraction `share` is also in question `other`."""
+    """The fraction `share` of the word n-grams of test question `question_id` also occurs in question `other`."""
 
     question_id: str
     other: str
@@ -24,12 +24,12 @@ class Near:
 
 
 def near(problems: Mapping[Split, Sequence[Problem]]) -> list[Near]:
-    """Test questions that share at least the fraction NEAR of their runs of words with one question of another split.
+    """Test questions that share at least the fraction NEAR of their word n-grams with a question of another split.
 
-    The largest share first. Case and punctuation are ignored; a question of fewer than WORDS words has no run
+    Sorted by descending share. Case and punctuation are ignored; a question of fewer than WORDS words has no n-gram
     and is never listed.
     """
-    holders: dict[tuple[str, ...], list[str]] = {}  # run -> ids of the questions that hold it
+    holders: dict[tuple[str, ...], list[str]] = {}  # n-gram -> ids of the questions that contain it
     for split in (s for s in Split if s is not Split.TEST):
         for problem in problems.get(split, ()):
             for run in _runs(problem.question.text):

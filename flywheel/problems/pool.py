@@ -1,8 +1,8 @@
-"""Processes that call a checker and can be killed: a hang or a crash costs one answer, not the stage.
+"""Killable processes that call a checker: a hang or a crash costs one answer, not the stage.
 
-Each worker is two processes. The outer one (`check_worker.py`) is a fresh interpreter that has imported
-the checker; it forks the inner one, which calls it. A fork that was killed is replaced in milliseconds, an
-import takes a second, and a model that writes what makes sympy hang writes it often.
+Each worker is two processes. The outer one (`check_worker.py`) is a fresh interpreter that imports the
+checker and forks the inner one, which calls it. Replacing a killed fork takes milliseconds, while a new
+import takes a second, and a model whose answers make sympy hang writes many of them.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from typing import Any
 
 from flywheel.errors import UserError
 
-SLACK = 5.0  # seconds beyond the time limit for a worker to report that the limit was passed
+SLACK = 5.0  # seconds beyond the time limit for a worker to report that the limit was exceeded
 START_SECONDS = 120.0  # for a worker to import the checker on a cold, busy machine
 
-Checked = tuple[bool | None, str]  # the verdict and ""; None and why there is no verdict
+Checked = tuple[bool | None, str]  # (verdict, "") or (None, why there is no verdict)
 
 
 class Lost(Exception):
-    """No reply: the other process hangs or has ended."""
+    """No reply: the other process hangs or ended."""
 
 
 def ask(pipe: Connection, question: Any, seconds: float) -> Any:
@@ -43,20 +43,20 @@ def ask(pipe: Connection, question: Any, seconds: float) -> Any:
 
 
 class CheckerPool:
-    """Calls `checker` (module:function) in `workers` processes, at most `seconds` on each answer.
+    """Calls `checker` (module:function) in `workers` processes, with a limit of `seconds` per answer.
 
-    A worker starts with the first answer that it gets. Raises UserError if it cannot import the checker.
+    A worker starts at its first answer. Raises UserError if it cannot import the checker.
     """
 
     def __init__(self, checker: str, seconds: float, workers: int):
         self.workers = [_Worker(checker, seconds) for _ in range(workers)]
-        self._threads = ThreadPoolExecutor(workers, "check")  # one for each worker, to wait for its reply
+        self._threads = ThreadPoolExecutor(workers, "check")  # one per worker, waiting for its reply
         self._idle: SimpleQueue[_Worker] = SimpleQueue()
         for worker in self.workers:
             self._idle.put(worker)
 
     def check(self, pairs: Iterable[tuple[str, str]]) -> Iterator[Checked]:
-        """One result for each (gold, answer) pair, in order."""
+        """One result per (gold, answer) pair, in order."""
         return self._threads.map(self._check, pairs)
 
     def _check(self, pair: tuple[str, str]) -> Checked:
@@ -73,10 +73,10 @@ class CheckerPool:
 
 
 class _Worker:
-    """One process of check_worker.py with its fork. It keeps the time limit; if it does not, it is killed.
+    """One process of check_worker.py with its fork. It enforces the time limit, and is killed if it fails to.
 
-    A plain subprocess rather than multiprocessing: it inherits no device from a process that has vLLM
-    loaded, imports no main module again, and a daemonic process may start it.
+    A plain subprocess rather than multiprocessing: it inherits no device from a process that has loaded
+    vLLM, does not import the main module again, and can be started by a daemonic process.
     """
 
     def __init__(self, checker: str, seconds: float):
@@ -100,10 +100,10 @@ class _Worker:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "flywheel.problems.check_worker", str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
-                stdout=2,  # what a checker prints must not look like output of the stage
+                stdout=2,  # a checker's output must not mix with the stage's stdout
                 pass_fds=[theirs.fileno()],
                 env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-                start_new_session=True,  # Ctrl-C is the parent's to handle
+                start_new_session=True,  # only the parent handles Ctrl-C
             )
         try:
             fault = ask(self.pipe, (self.checker, self.seconds), START_SECONDS)

@@ -1,6 +1,6 @@
-"""Reads problem sets: JSON lines of one's own, GSM8K and MATH as they are published.
+"""Read problem sets: your own JSON lines, and GSM8K and MATH as published.
 
-Every fault of a file raises UserError with one line: the file, the line in it, what is wrong, and the mend.
+Every fault in a file raises UserError with one line: file, line number, what is wrong, and the fix.
 """
 
 from __future__ import annotations
@@ -24,12 +24,11 @@ MATH_FOLDERS = {"train": Split.TRAIN, "val": Split.VALIDATION, "validation": Spl
 
 
 def load(spec: ProblemSpec, notes: list[str] | None = None) -> dict[Split, list[Problem]]:
-    """All four splits, each in file order and cut to `spec.limits`; no question is in two.
+    """All four splits, disjoint, each in file order and limited by `spec.limits`.
 
-    A split that the files do not hold is drawn from the training questions by a hash of each question, so
-    that added rows move no question. To `notes`, where a list is given, are appended, one line each: what was
-    dropped, drawn or cut, and how many test questions nearly repeat one of another split. Raises UserError for
-    anything wrong with the files.
+    A split that is not in the files is drawn from the training questions by a hash of each question, so adding rows
+    does not move other questions. If `notes` is a list, lines are appended to it: what was dropped, drawn or limited,
+    and how many test questions nearly repeat one of another split. Raises UserError for faulty files.
     """
     look_for_near, notes = notes is not None, [] if notes is None else notes
     match spec.format:
@@ -113,7 +112,7 @@ def _gsm8k(spec: ProblemSpec) -> Iterator[Row]:
 
 
 def _math(spec: ProblemSpec, notes: list[str]) -> Iterator[Row]:
-    unknown, empty = [], []  # rows to drop: the published files hold a few of each kind
+    unknown, empty = [], []  # rows to drop: the published files contain a few of each kind
     for path in files(spec):
         name = path.relative_to(spec.path).with_suffix("")
         data = _parse(_text(path), str(path))
@@ -136,7 +135,7 @@ def _math(spec: ProblemSpec, notes: list[str]) -> Iterator[Row]:
 
 
 def _short_boxed(solution: str) -> str | None:
-    """The answer in `\\boxed 9`, which TeX allows for a single sign."""
+    """The answer in `\\boxed 9`: TeX allows a single token without braces."""
     found = re.findall(r"\\boxed\s+([^\s{}$.]+)", solution)
     return found[-1] if found else None
 
@@ -191,7 +190,7 @@ def _text_field(row: object, name: str, where: str) -> str:
 
 
 def _value(row: dict, name: str, spec: ProblemSpec, where: str) -> str:
-    """The text of one field, stripped; empty where an optional one is absent."""
+    """The stripped text of one field; empty if an optional field is absent."""
     column = spec.fields.get(name, name)
     value = row.get(column)
     if column not in row and (name in REQUIRED or name in spec.fields):

@@ -1,4 +1,4 @@
-"""Makes four disjoint splits of the rows that a reader found: duplicates, ids, and the splits that are not there."""
+"""Make four disjoint splits of the rows that were read: check ids, drop duplicates, draw missing splits."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from flywheel.errors import UserError
 from flywheel.records import Split
 
 FRACTIONS = {Split.TRAIN: 0.70, Split.CALIBRATE: 0.15, Split.VALIDATION: 0.05, Split.TEST: 0.10}
-# A question that a published set holds in two splits stays in the first of these.
+# A question that occurs in two splits of a published set is kept in the first of these.
 KEEPS = [Split.TEST, Split.VALIDATION, Split.CALIBRATE, Split.TRAIN, None]
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One question as a reader found it."""
+    """One question as read from a file."""
 
     question: str
     answer: str
     split: Split | None  # None: not named by the file
-    id: str | None  # None: to be made from the question
+    id: str | None  # None: derived from the question's hash
     level: str
     where: str  # file:line, for messages
 
     @property
     def key(self) -> str:
-        """The question as duplicates are compared: whitespace does not count."""
+        """The question with normalised whitespace; rows with equal keys are duplicates."""
         return " ".join(self.question.split())
 
     @property
@@ -37,7 +37,7 @@ class Row:
 
 
 def check_ids(rows: Sequence[Row]) -> None:
-    """Raises UserError where two rows have the same id."""
+    """Raises UserError if two rows have the same id."""
     first: dict[str, Row] = {}
     for row in rows:
         if row.id is not None and (other := first.setdefault(row.id, row)) is not row:
@@ -45,7 +45,7 @@ def check_ids(rows: Sequence[Row]) -> None:
 
 
 def distinct(rows: Sequence[Row], own: bool, notes: list[str]) -> list[Row]:
-    """Each question once. A contradiction raises UserError in files of one's own (`own`); published sets hold some."""
+    """Drop duplicate questions. In your own files (`own`) contradicting duplicates raise UserError."""
     kept: dict[str, Row] = {}
     for row in rows:
         other = kept.setdefault(row.key, row)
@@ -69,9 +69,10 @@ def _contradiction(row: Row, here: str, other: Row, there: str) -> UserError:
 
 
 def draw_splits(rows: Sequence[Row], source: str, notes: list[str]) -> dict[str, Split]:
-    """The split of each row, by its key, that names none or names TRAIN; rows of other splits are left out.
+    """Row key -> split, for the rows whose split is None or TRAIN.
 
-    Splits that no row names take their FRACTIONS of these rows, at least one row each; TRAIN gets the rest.
+    Splits that no row names get their FRACTIONS of these rows, at least one each (UserError if there are too few);
+    TRAIN gets the rest. A line on what was drawn is added to `notes`.
     """
     given = {row.split for row in rows} - {None, Split.TRAIN}
     missing = [split for split in Split if split not in given]
@@ -81,7 +82,7 @@ def draw_splits(rows: Sequence[Row], source: str, notes: list[str]) -> dict[str,
         raise UserError(f"{source}: {len(pool)} questions cannot be cut into {', '.join(missing)}; {mend}")
     place = {row.key: int(row.hash[:16], 16) / 2**64 for row in pool}  # in [0, 1)
     drawn = {key: _split_at(at, missing) for key, at in place.items()}
-    for split in missing:  # a small file: an empty split takes a question from the largest
+    for split in missing:  # in a small file, an empty split takes a question from the largest
         sizes = Counter(drawn.values())
         if not sizes[split]:
             largest = max(missing, key=lambda name: sizes[name])
@@ -94,7 +95,7 @@ def draw_splits(rows: Sequence[Row], source: str, notes: list[str]) -> dict[str,
 
 
 def _split_at(place: float, splits: Sequence[Split]) -> Split:
-    """Which of `splits` holds `place` when [0, 1) is cut among them by FRACTIONS."""
+    """The split at `place` if [0, 1) is divided among `splits` in proportion to FRACTIONS."""
     at = place * sum(FRACTIONS[split] for split in splits)
     for split in splits:
         at -= FRACTIONS[split]

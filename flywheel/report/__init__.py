@@ -1,4 +1,4 @@
-"""What a person sees of a run: tables, pictures, W&B. `flywheel.iterate` uses these three functions."""
+"""Reports on a run: tables, pictures, W&B. `flywheel.iterate` uses these three functions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["after_round", "print_round", "summary"]
 
 
 def after_round(run: Run, round: int) -> None:
-    """Print the round's tables, draw the pictures, bring W&B up to date. Rank 0 calls it, in a process of its own."""
+    """Print the round's tables, draw the pictures, update W&B. Rank 0 calls it in a separate process."""
     from flywheel.report import pictures, wandb
 
     print_round(summary(run), round)

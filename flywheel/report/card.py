@@ -1,4 +1,4 @@
-"""The model card of an export: what it holds, how it was made, its figures, its cost."""
+"""The model card of an export: contents, origin, figures, cost."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ ABOUT = {
 
 
 def card(run: Run, round: int, adapters: Iterable[Role], solutions: int) -> str:
-    """Markdown with YAML front matter, on the models after `round`.
+    """The model card (Markdown with YAML front matter) of the models after `round`.
 
-    `adapters`: those that are exported. `solutions`: how many the exported harvest holds.
+    `adapters`: roles whose adapters are exported. `solutions`: number of solutions in the exported harvest.
     """
     recipe, data, made = run.recipe, summary(run), run.policy_round(round)
     base, spent = recipe.model.base, data["ledger"]
-    front = ABOUT if Path(base).exists() else {"base_model": base, **ABOUT}  # a local folder is no model of a hub
+    front = ABOUT if Path(base).exists() else {"base_model": base, **ABOUT}  # `base_model` must be a name on the Hub
     if made:
         origin = f"a LoRA adapter trained from the frozen base on the harvest of rounds 1 to {made}, merged"
     else:
@@ -104,7 +104,7 @@ def _progress(rounds: list[dict]) -> str:
 def _serving(run: Run, adapters: list[Role]) -> str:
     if not adapters:
         return ""
-    rank = max(8, 1 << (run.recipe.model.lora_rank - 1).bit_length())  # vLLM takes powers of two, from 8 on
+    rank = max(8, 1 << (run.recipe.model.lora_rank - 1).bit_length())  # vLLM accepts powers of two from 8
     modules = " \\\n".join(f"    {role}=adapters/{role}" for role in adapters)
     serve = f"vllm serve {run.recipe.model.base} --enable-lora --max-lora-rank {rank} --lora-modules"
     good, bad = run.recipe.prm.labels

@@ -1,6 +1,6 @@
-"""The run in pictures: `runs/NAME/pictures/*.png`, drawn again after every round.
+"""Pictures of a run: `runs/NAME/pictures/*.png`, drawn again after every round.
 
-Figures are made without pyplot: no global state, no display, nothing left in memory.
+Does not use pyplot, which needs global state and keeps figures in memory.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from flywheel.ledger import total
 from flywheel.runs.run import Run
 from flywheel.search.plan import Plan
 
-# easy to hard; readable for the colour-blind and in grey
+# from easy to hard; distinguishable for colour-blind readers and in grey
 COLOURS = ("#4477aa", "#66ccee", "#228833", "#ccbb44", "#ee6677", "#aa3377", "#999933", "#882255", "#bbbbbb")
-PURPOSES = 8  # the largest ones by name, the rest together
+PURPOSES = 8  # number of purposes shown by name; the rest are summed as "other"
 MIGRATIONS = {
     "migration": "since round 0",
     "migration_last": "since the last round",
@@ -90,15 +90,15 @@ def _policy(evaluated: dict[int, dict]):
 
 
 def _point(figures: dict, key: str) -> Point | None:
-    """None where the figure is missing, as that of an empty bin is."""
+    """(value, low, high); None if the figure is missing, as for an empty bin."""
     return (figures[key], *figures[f"{key}_ci"]) if key in figures else None
 
 
 def _over_rounds(evaluated: dict[int, dict], title: str, ylabel: str, lines: dict[str, list[Point | None]]):
-    """One line each of `lines`, which hold one point a round."""
+    """One curve with error bars per entry of `lines`, which have one point per round."""
     figure, (axis,) = _figure(8, 4.8)
     for place, (label, points) in enumerate(lines.items()):
-        shift = (place - (len(lines) - 1) / 2) * 0.03  # so that intervals stand side by side
+        shift = (place - (len(lines) - 1) / 2) * 0.03  # so that error bars do not overlap
         if found := [(r + shift, *point) for r, point in zip(evaluated, points) if point]:
             x, y, low, high = np.transpose(found)
             bars = np.maximum(0, (y - low, high - y))
@@ -146,7 +146,7 @@ def _tokens(ledger: list[dict]):
 
 
 def _heat_map(axis, values: np.ndarray, texts: Sequence[Sequence[str]], colours: str, **scale) -> None:
-    """Colour by `values` (rows x columns), written over with `texts`; rows and columns count from 1."""
+    """Cells coloured by `values` (rows, columns) and labelled with `texts`; rows and columns count from 1."""
     image = axis.imshow(values, cmap=colours, aspect="auto", **scale)
     for (i, j), shade in np.ndenumerate(image.norm(values)):
         axis.text(j, i, texts[i][j], ha="center", va="center", fontsize=8, color="white" if shade > 0.6 else "black")
@@ -169,7 +169,7 @@ def _migrations(r: int, figures: dict):
 
 
 def _plans(r: int, plans: list[Plan]):
-    """One panel a plan. Each has its own scale: accuracy to serve, new solutions a question to harvest."""
+    """One panel per plan, each with its own scale: accuracy (serve) or new solutions per question (harvest)."""
     budgets = [sorted({e.budget for e in plan.entries}) for plan in plans]
     figure, axes = _figure(2.6 + 1.7 * sum(map(len, budgets)), 4.6, len(plans))
     for axis, columns, plan in zip(axes, budgets, plans):

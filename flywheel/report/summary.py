@@ -1,4 +1,4 @@
-"""The figures of a run as data: what tables, pictures, W&B and the model card are made of."""
+"""The figures of a run as one dict, from which tables, W&B and the model card are made."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from flywheel.ledger import total
 from flywheel.runs.files import plain
 from flywheel.runs.run import Run
 
-LONG = ("curve", "checkpoints")  # figures that belong in a picture, not in a summary
+LONG = ("curve", "checkpoints")  # figures too long for a summary
 PARTS = {
     "sample": ("sample",),
     "label": ("label",),
@@ -20,11 +20,10 @@ PARTS = {
 
 
 def summary(run: Run) -> dict:
-    """The run in one JSON-able dict (what `flywheel.summary --json` prints).
+    """The run as a JSON-serialisable dict (what `flywheel summary --json` prints).
 
-    `rounds` holds the finished rounds (`_round`), `unfinished` the stages done of a round under way. Token counts
-    include those that the prefix cache served. `seconds` are wall time by stage over all rounds, `wall_seconds` their
-    sum.
+    `rounds`: the finished rounds (see `_round`). `unfinished`: the finished stages of an unfinished round. Token counts
+    include tokens that the prefix cache served. `seconds`: wall time by stage over all rounds; `wall_seconds`: its sum.
     """
     manifests, done = run.manifests, run.rounds
     seconds: Counter[str] = Counter()
@@ -58,9 +57,9 @@ def summary(run: Run) -> dict:
 
 
 def _round(run: Run, r: int) -> dict:
-    """One finished round: the figures of `evaluate` and `search`, then one key for each of `PARTS`, then the gate.
+    """One finished round: the figures of `evaluate` and `search`, one key per part in `PARTS`, and the gate.
 
-    A part without figures has no key. What the reviser did on test questions is kept apart, under `test`.
+    A part without figures has no key. The reviser's figures on test questions are under its key `test`.
     """
     tested = run.figures("evaluate", r) | run.figures("search", r)
     on_test = tested.pop("reviser", None)

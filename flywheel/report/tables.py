@@ -1,4 +1,4 @@
-"""The figures of a run as tables of at most 100 columns."""
+"""The figures of a run as text tables, at most 100 characters wide."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import sys
 from collections.abc import Iterator
 from typing import TextIO
 
-WIDTH = 100  # columns
+WIDTH = 100  # characters
 
 
 def print_all(data: dict, file: TextIO | None = None) -> None:
-    """Print everything in a `summary`, for people."""
+    """Print everything in a `summary` as tables."""
     console = _console(file)
     console.print(f"recipe {data['recipe']}, {data['finished_rounds']} rounds finished after the base")
     for item in data["rounds"]:
@@ -34,9 +34,9 @@ def print_all(data: dict, file: TextIO | None = None) -> None:
 
 
 def print_round(data: dict, round: int, file: TextIO | None = None) -> None:
-    """Print one round of a `summary`: the fixed bins, then every figure with its interval and the models behind it.
+    """Print one round of a `summary`: the fixed bins, then every figure with its interval and its models.
 
-    Raises ValueError where the round is not finished.
+    Raises ValueError if the round is not finished.
     """
     rounds = {item["round"]: item for item in data["rounds"]}
     if round not in rounds:
@@ -68,7 +68,7 @@ def _table(title: str, *columns: str):
 
     table = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False, title_style="bold")
     for i, column in enumerate(columns):
-        is_name = i == 0 or column == "by"  # a name may be broken in two lines, a figure never
+        is_name = i == 0 or column == "by"  # names may wrap, figures must not
         justify = "left" if is_name or "interval" in column else "right"
         table.add_column(column, justify=justify, overflow="fold", no_wrap=not is_name)
     return table
@@ -83,7 +83,7 @@ def _bins(now: dict, before: dict | None):
             table.add_row(str(b["bin"]), str(b["n"]), _value(b, "pass@1"))
         return table
     title = f"round {now['round']}, pass@1 on test questions: {before['policy']['name']} before, {name} after"
-    table = _table(title, "bin", "n", "before", "after, 95% interval", "gain", "gain since round 0")  # 100 columns
+    table = _table(title, "bin", "n", "before", "after, 95% interval", "gain", "gain since round 0")  # just fits WIDTH
     old = {b["bin"]: b.get("pass@1") for b in before.get("fixed_bins", [])}
     for b in bins:
         gains = _gain(b.get("gain_from_last_round")), _gain(b.get("gain"))
@@ -92,7 +92,7 @@ def _bins(now: dict, before: dict | None):
 
 
 def _figures(now: dict) -> Iterator[tuple[str, list[tuple[str, str, str]]]]:
-    """Tables: a title, and rows of (figure, value, models)."""
+    """(title, rows) of each table; a row is (figure, value, models)."""
     policy, search, prm = now["policy"], now.get("search", {}), now.get("prm", {})
     rows = [(key, _value(policy, key), policy["name"]) for key in policy if _is_rate(key)]
     for key, gain in now.get("gain", {}).items():
@@ -114,12 +114,12 @@ def _figures(now: dict) -> Iterator[tuple[str, list[tuple[str, str, str]]]]:
 
 
 def _is_rate(key: str) -> bool:
-    """Whether a figure's name is that of a measured rate, e.g. `pass@64`."""
+    """Whether `key` names a measured rate, e.g. `pass@64`."""
     return "@" in key and not key.endswith(("_ci", "_tokens"))
 
 
 def made_by(key: str, models: dict) -> str:
-    """The models behind one figure of the search; a majority needs no verifier."""
+    """The names of the models that a figure of the search stage depends on."""
     base_judges = key.endswith("base_verifier")
     if key.startswith("compute_optimal"):
         roles = ["policy", "prm", "reviser", "plan"]
@@ -186,5 +186,5 @@ def _value(figures: dict, key: str) -> str:
 
 
 def _gain(gain: list[float] | None) -> str:
-    """Of (gain, low, high)."""
+    """Format (gain, low, high)."""
     return _number(gain[0], "+") + _interval(gain[1:], "+") if gain else ""

@@ -1,8 +1,8 @@
-"""The history of a run in Weights & Biases, written after each round and never in the way of the run.
+"""Log the history of a run to Weights & Biases after each round; no failure here stops the run.
 
-The manifests are the truth, W&B a view of them. A run directory is one W&B run: its id never changes, and online
-`resume="allow"` lets each round append the rows that the server lacks. An offline run cannot be resumed (every session
-leaves one more `offline-run-*` folder), so offline the whole history is written afresh and replaces the former folder.
+Everything is derived from the manifests. A run directory is one W&B run with a fixed id. Online, `resume="allow"`
+lets each round append the rows that the server lacks. An offline run cannot be resumed (every session creates another
+`offline-run-*` folder), so offline the whole history is written again and replaces the previous folder.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from flywheel.runs.run import Run
 
 PATIENCE = 30.0  # seconds
 CURVES = ("train_prm", "train_reviser", "distill")
-SECTIONS = ("policy", "search", "prm", "reviser", "harvest")  # of a round's summary
-SAMPLES = 10  # harvested solutions in a round's table
+SECTIONS = ("policy", "search", "prm", "reviser", "harvest")  # keys of a round's summary
+SAMPLES = 10  # harvested solutions to log per round
 
 
 def update(run: Run, patience: float = PATIENCE) -> str | None:
-    """Bring W&B up to date with the finished rounds; returns the line to print, None where tracking is disabled.
+    """Log the finished rounds to W&B; returns the line to print, or None if tracking is disabled.
 
-    `track.mode` of the recipe decides; `auto` is online where a key is configured, offline otherwise. A server has
-    `patience` seconds to answer and twice that to take the rows; what it does not take is written offline. Whatever
-    wandb does, this returns within 6 * `patience` seconds and raises nothing. It is meant for a process of its own:
-    it sets variables of the environment, and a wandb that hangs is left behind.
+    The recipe's `track.mode` decides; `auto` is online if an API key is configured, else offline. The server has
+    `patience` seconds to answer and twice that to accept the rows; if it fails, they are written offline. Whatever
+    wandb does, this returns within 6 * `patience` seconds and does not raise. Call it in a separate process: it sets
+    environment variables and leaves a hanging wandb thread behind.
     """
     if run.recipe.track.mode == "disabled":
         return None
@@ -51,14 +51,14 @@ def _write_or_fall_back(run: Run, patience: float) -> str:
     for mode in (run.recipe.track.mode, "offline"):
         try:
             return "; ".join([*said, write(run, mode, patience)])
-        except Exception as error:  # of any class: nothing that goes wrong here may stop the run
+        except Exception as error:  # no error here may stop the run
             said.append(" ".join(str(error).split())[:160] or type(error).__name__)
     return "; ".join(said)
 
 
 def write(run: Run, mode: str, patience: float) -> str:
-    """Write the history in this process; returns what was done. Raises what wandb raises."""
-    # what no setting says: print nothing, report no errors, and stage tables here rather than in the home directory
+    """Write the history in this process; returns a line that says where. Passes on exceptions of wandb."""
+    # not available as settings: print nothing, report no errors, keep temporary tables out of the home directory
     folder = run.root / "wandb"
     os.environ |= {"WANDB_SILENT": "true", "WANDB_ERROR_REPORTING": "false", "WANDB_DATA_DIR": str(folder.resolve())}
     import wandb
@@ -69,7 +69,7 @@ def write(run: Run, mode: str, patience: float) -> str:
             mode = mode or ("online" if wandb.login(prompt=False, verify=False) else "offline")
         if mode == "disabled":
             return "disabled by WANDB_MODE"
-        shutil.rmtree(folder, ignore_errors=True)  # whatever of it was not sent is written again below
+        shutil.rmtree(folder, ignore_errors=True)  # rows that were not sent are written again below
         folder.mkdir()
         session = wandb.init(
             project=run.recipe.track.project,
@@ -79,7 +79,7 @@ def write(run: Run, mode: str, patience: float) -> str:
             dir=str(run.root),
             mode=mode,
             config=_config(run),
-            # nothing about the machine: no program, host, git remote, packages, console or usage statistics
+            # send nothing about the machine: no program, host, git remote, packages, console or usage statistics
             settings=wandb.Settings(
                 program="flywheel",
                 host="flywheel",
@@ -101,18 +101,18 @@ def write(run: Run, mode: str, patience: float) -> str:
         for stage in CURVES:
             session.define_metric(f"{stage}/*", step_metric=f"step/{stage}")
         for step, row in enumerate(rows(run)):
-            if step >= session.starting_step:  # the others are there since an earlier round
+            if step >= session.starting_step:  # earlier rounds logged the rows before it
                 session.log({key: _media(value) for key, value in row.items()}, step=step)
         session.finish()
         if mode == "offline":
             return f"offline; to send it: wandb sync {Path(session.dir).parent}"
         return f"online, {session.url}"
     finally:
-        wandb.teardown()  # its service goes, and with it a session that failed: else the id would be in use
+        wandb.teardown()  # ends wandb's service; otherwise a failed session would keep the run id in use
 
 
 def _config(run: Run) -> dict:
-    """The recipe; of a path of this machine its last part alone."""
+    """The recipe as a dict; absolute paths are reduced to their last part."""
     config = run.recipe.model_dump(mode="json")
     for section, key in (path.split(".") for path in PATHS):
         if (path := Path(config[section][key])).is_absolute():
@@ -121,9 +121,9 @@ def _config(run: Run) -> dict:
 
 
 def rows(run: Run) -> Iterator[dict]:
-    """The W&B history, the same rows in the same order at every replay; a later round only appends.
+    """The W&B history. Later rounds only append: rows and their order never change.
 
-    Values are numbers, a `Path` to a picture or a list of dicts (a table).
+    Values are numbers, a `Path` (a picture) or a list of dicts (a table).
     """
     before: dict[int, float] = {}
     for item in summary(run)["rounds"]:
@@ -156,7 +156,7 @@ def rows(run: Run) -> Iterator[dict]:
 
 
 def _samples(run: Run, round: int) -> list[dict]:
-    """A few harvested solutions, from every bin in turn, the most voted first."""
+    """Up to SAMPLES harvested solutions, those with most votes from each bin."""
     if (path := run.harvest(round)) is None:
         return []
     import pyarrow.parquet as pq
@@ -186,7 +186,7 @@ def _media(value):
 
 
 def run_id(run: Run) -> str:
-    """The W&B id of this run directory, made at the first call and kept in `wandb_id`."""
+    """The W&B id of this run directory, created at the first call and stored in the file `wandb_id`."""
     path = run.root / "wandb_id"
     if not path.is_file():
         write_file(path, secrets.token_hex(4).encode())

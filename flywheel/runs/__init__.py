@@ -1,1 +1,1 @@
-"""A run on disk and the processes that fill it: files, shards, manifests, ranks, the loop."""
+"""A run on disk and the processes that write it: files, shards, manifests, ranks, the loop."""

@@ -1,7 +1,7 @@
-"""What a run will cost, said before it starts: tokens, time and disk by stage.
+"""Estimate a run's cost before it starts: tokens, time and disk space by stage.
 
-Tokens are counted from the recipe and the number of questions; lengths, speeds and sizes
-are those that the run's finished stages measured, and rough guesses before there are any.
+A stage that an earlier round has finished is estimated by its measured figures, any other by
+rough guesses from the recipe and the number of questions.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ STORED = 4  # bytes for a sampled token, compressed
 
 @dataclass(frozen=True)
 class Row:
-    """`left` is the share of the stage that is still to do; the other figures are of the whole stage."""
+    """`left`: fraction of the stage still to do; `tokens`, `seconds` and `bytes` are of the whole stage."""
 
     round: int
     stage: str
@@ -39,13 +39,13 @@ class Row:
 
 
 def planned_tokens(recipe: Recipe, counts: dict[str, int], stage: str, round: int) -> int:
-    """Nominal tokens of a stage, if a solution takes half of `sample.max_tokens`. 0 for a stage unknown here."""
+    """Nominal tokens of a stage, assuming solutions of `sample.max_tokens` / 2 tokens. 0 for an unknown stage."""
     train, calibrate, validation, test = (
         counts.get(split, 0) for split in ("train", "calibrate", "validation", "test")
     )
     solution = recipe.sample.max_tokens / 2
-    drawn = solution * 1.25  # and its prompt
-    judged = drawn * 2.25  # scored by a PRM besides, which beam search does at every step
+    drawn = solution * 1.25  # with its prompt
+    judged = drawn * 2.25  # also scored by a PRM, which beam search does at every step
     steps = max(1.0, min(recipe.sample.max_steps, solution / 8))
     labelled = min(train, recipe.label.questions or train) * recipe.label.solutions
     budgets = sum(recipe.calibrate.budgets) * len(recipe.calibrate.strategies)
@@ -77,7 +77,7 @@ def planned_tokens(recipe: Recipe, counts: dict[str, int], stage: str, round: in
 
 
 def parameters(base: Path) -> int:
-    """Of the safetensors in a model directory, from their headers; 0 if there are none."""
+    """Number of parameters of a model directory, from the headers of its safetensors; 0 if there are none."""
     count = 0
     for path in base.glob("*.safetensors"):
         with open(path, "rb") as file:
@@ -92,7 +92,7 @@ def parameters(base: Path) -> int:
 
 
 def guessed_speed(recipe: Recipe, training: bool, ranks: int) -> float:
-    """Tokens a second of all ranks together."""
+    """Tokens per second of all ranks together."""
     size = max(1, parameters(Path(recipe.model.base)))
     if Path("/dev/nvidia0").exists():
         return ranks * (GPU_TRAINING / (6 * size) if training else min(GPU_SAMPLING / (2 * size), 30_000))
@@ -101,7 +101,7 @@ def guessed_speed(recipe: Recipe, training: bool, ranks: int) -> float:
 
 
 def estimate(recipe: Recipe, run: Path, plan: Sequence[Scheduled], counts: dict[str, int], ranks: int) -> list[Row]:
-    """One row a stage. A finished stage stands with its own figures, and its like is taken for the later ones."""
+    """One row per stage. A finished stage has its own figures, which also serve as the estimate for later rounds."""
     done = {scheduled.at: made for scheduled in plan if (made := manifest.load(run, *scheduled.at))}
     rows = []
     for scheduled in plan:
@@ -127,7 +127,7 @@ def estimate(recipe: Recipe, run: Path, plan: Sequence[Scheduled], counts: dict[
 
 
 def progress_of(directory: Path, made: dict[str, Any] | None) -> tuple[str, float]:
-    """What of a stage is there, in words, and the share that is left."""
+    """(state in words, fraction still to do) of a stage; `made` is its manifest, if finished."""
     if made:
         return "done", 0.0
     shards = shard_dirs(directory)
@@ -138,7 +138,7 @@ def progress_of(directory: Path, made: dict[str, Any] | None) -> tuple[str, floa
 
 
 def overview(recipe: Recipe, run: Path, plan: Sequence[Scheduled], counts: dict[str, int], ranks: int) -> str:
-    """What a person reads before the first stage."""
+    """The table of all stages and their cost, printed before the first stage."""
     rows = estimate(recipe, run, plan, counts, ranks)
     questions = ", ".join(f"{split} {count}" for split, count in counts.items())
     lines = [

@@ -1,4 +1,4 @@
-"""Records on disk: files that are whole or absent, and parquet tables of frozen dataclasses."""
+"""Records on disk: atomic file writes, and parquet tables of frozen dataclasses."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ R = TypeVar("R")
 
 
 class Damaged(UserError):
-    """A file of a run is missing, cut short, altered, or holds a row that is no such record."""
+    """A file of a run is missing, truncated, altered, or holds a row that does not match its record class."""
 
 
-# ---- files: whole or not at all --------------------------------------------------------
+# ---- atomic writes ---------------------------------------------------------------------
 
 
 def fence() -> None:
-    """End this process at once if the rank that started it is gone: nothing more may be written."""
+    """Exit at once if the rank that started this process is gone: another launch may own the run by now."""
     parent = multiprocessing.parent_process()
     if parent is not None and not parent.is_alive():
         os._exit(1)
@@ -52,7 +52,7 @@ def write_synced(path: Path, data: bytes) -> None:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Replace `path` by `data` in one step. Raises OSError, and leaves no half file."""
+    """Replace the contents of `path` by `data` atomically. Raises OSError."""
     scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write_synced(scratch, data)
@@ -68,7 +68,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """None where there is no such file. Raises Damaged."""
+    """The parsed file, or None if there is no such file. Raises Damaged if it is not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
@@ -78,7 +78,7 @@ def read_json(path: Path) -> Any:
 
 
 def sha256(path: Path) -> str:
-    """Raises OSError. Remembered for as long as the file's size and time stay the same."""
+    """Hex digest of a file, cached while its size and modification time stay the same. Raises OSError."""
     stat = path.stat()
     return _sha256(path, stat.st_size, stat.st_mtime_ns)
 
@@ -90,7 +90,7 @@ def _sha256(path: Path, size: int, changed: int) -> str:
 
 
 def plain(value: Any) -> Any:
-    """Figures as JSON can hold them: NaN and infinity become null, numpy's numbers Python's."""
+    """`value` as JSON can hold it: NaN and infinity become None, numpy values Python values, keys strings."""
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -108,7 +108,7 @@ class _NoArrowType(TypeError):
 
 
 def _arrow(hint: Any):
-    """The arrow type of a field. Raises _NoArrowType for dicts and unions (they are stored as JSON)."""
+    """The arrow type of a field. Raises _NoArrowType for dicts and unions, which are stored as JSON."""
     import pyarrow as pa
 
     simple = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
@@ -133,7 +133,7 @@ def _hints(cls: type) -> dict[str, Any]:
 
 @cache
 def _layout(cls: type) -> tuple[Any, Any, frozenset[str]]:
-    """(arrow schema, pydantic adapter of a list, names of the columns that hold JSON)."""
+    """(arrow schema, pydantic adapter for a list of `cls`, names of the columns that hold JSON)."""
     import pyarrow as pa
     from pydantic import TypeAdapter
 
@@ -148,9 +148,9 @@ def _layout(cls: type) -> tuple[Any, Any, frozenset[str]]:
 
 
 def encode(cls: type[R], records: Sequence[R]) -> bytes:
-    """Records of one class as the bytes of a parquet file: the same records, the same bytes.
+    """Records of one class as the bytes of a parquet file; equal records give equal bytes.
 
-    Raises TypeError where a field holds something else than its annotation says.
+    Raises TypeError if a field's value does not match its annotation.
     """
     import pyarrow as pa
     from pydantic_core import PydanticSerializationError
@@ -180,7 +180,7 @@ def encode_ledger(rows: list[dict]) -> bytes:
 
 
 def write_table(path: Path, records: Iterable[object]) -> None:
-    """Write records of one class to `path`, in one step."""
+    """Write records of one class to `path` atomically."""
     import pyarrow as pa
 
     records = list(records)
@@ -188,7 +188,7 @@ def write_table(path: Path, records: Iterable[object]) -> None:
 
 
 def read_table(path: Path, cls: type[R]) -> list[R]:
-    """The records of a parquet file. Raises Damaged with file, row and field."""
+    """The records of a parquet file. Raises Damaged, naming file, row and field."""
     from pydantic import ValidationError
 
     _, adapter, as_json = _layout(cls)

@@ -1,4 +1,4 @@
-"""Start a run with what another one has finished and a change of recipe does not touch."""
+"""Fork a run: take over its finished stages that a changed recipe does not affect."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from flywheel.runs.stage import At, Scheduled
 def fork(
     old: Path, new: Path, recipe: Recipe, sources: dict[str, str], plan: Sequence[Scheduled], dry: bool = False
 ) -> list[str]:
-    """Give `new` every finished stage of `old` that `recipe` would make alike: same fingerprint, whole files.
+    """Link into `new` every finished stage of `old` whose fingerprint under `recipe` is unchanged.
 
-    Files are linked, not copied, where the file system allows it: a finished stage is never written again. A stage
-    that `new` already has is left alone, so a fork that was interrupted goes on. Returns a line a stage: taken over,
-    or made anew and why; with `dry` nothing else is done. Raises UserError where a file of `old` is damaged.
+    Files are hard-linked, or copied where links do not work; that is safe because finished stages are never modified.
+    Stages that `new` already has are kept, so an interrupted fork can be continued. Returns a line per stage: taken
+    over, or made anew and why; with `dry`, changes nothing. Raises UserError if a file of `old` is damaged.
     """
     lines, taken = [], set()
     for scheduled in plan:
@@ -44,7 +44,7 @@ def fork(
 def made_anew(
     old: Path, new: Path, recipe: Recipe, sources: dict[str, str], scheduled: Scheduled, taken: set[At]
 ) -> str:
-    """Why `old`'s stage cannot be taken over; empty if it can. `taken`: stages that are `old`'s own."""
+    """Why the stage cannot be taken over from `old`; empty if it can. `taken`: stages taken over so far."""
     made = manifest.load(old, *scheduled.at)
     if made is None:
         return f"not finished in {old}"
@@ -59,7 +59,7 @@ def made_anew(
 
 
 def take_over(source: Path, target: Path) -> None:
-    """Link the files of a finished stage; `target` appears whole or not at all. Raises UserError for a damaged file."""
+    """Link a finished stage's files to `target`, atomically. Raises UserError if a file is damaged."""
     made = manifest.load(source.parent.parent, int(source.parent.name.removeprefix("round_")), source.name)
     manifest.check_files(source, made, contents=True)
     scratch = target.with_name(f".{target.name}.fork")
@@ -72,7 +72,7 @@ def take_over(source: Path, target: Path) -> None:
             except OSError:  # another file system, or one without links
                 shutil.copy2(source / name, scratch / name)
         fence()
-        shutil.rmtree(target, ignore_errors=True)  # at most an empty stage that was begun
+        shutil.rmtree(target, ignore_errors=True)  # a started stage without shards, if anything
         scratch.rename(target)
     except OSError as error:
         raise UserError(f"{target}: cannot be taken over from {source}: {error}") from None

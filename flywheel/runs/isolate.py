@@ -1,7 +1,7 @@
-"""One fresh process for each stage and rank, forked from a server that has torch loaded.
+"""One fresh process per stage and rank, forked from a server that has already imported torch.
 
-The rank imports no torch and holds no device. The child owns all memory of its stage and
-dies with it; it dies too, within moments, when the rank dies, and takes its own children along.
+The rank itself imports no torch and holds no device. All memory of a stage belongs to the child and
+is freed when it ends. If the rank dies, the child and its own children are killed within moments.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 from flywheel.errors import UserError, explain
 
 PRELOAD = ("torch", "transformers", "trl.trainer.sft_trainer", "peft", "datasets")
-# Most of an engine's start is imports: 4.5 of 6 s. Only without a GPU: some of these may open it before the fork.
+# Imports take 4.5 of the 6 s of an engine's start. Only without a GPU: some of them may open it before the fork.
 CPU_PRELOAD = (
     "flywheel.models.vllm",
     "vllm.v1.worker.cpu_worker",
@@ -38,13 +38,13 @@ QUIET = {
     "HF_HUB_DISABLE_TELEMETRY": "1",  # trl's ping honours it too
     "DO_NOT_TRACK": "1",
     "VLLM_NO_USAGE_STATS": "1",
-    "PYTHONWARNINGS": "ignore::UserWarning:multiprocessing.resource_tracker",  # after a child was ended: of no use
-    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # asking whether there is a GPU must not open it before a fork
+    "PYTHONWARNINGS": "ignore::UserWarning:multiprocessing.resource_tracker",  # appears when a child was killed
+    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # checking for a GPU must not open it before a fork
 }
 
 
 class StageFailed(UserError):
-    """The child ended without a result; one line says why."""
+    """The child ended without a result; the message is one line that says why."""
 
 
 def resolve(name: str) -> Any:
@@ -57,15 +57,15 @@ def resolve(name: str) -> Any:
 
 
 def threads_for(ranks_here: int) -> int:
-    """Each rank's share of the cores that this process may use."""
+    """CPU threads per rank: this process's cores divided by the ranks on this host, at least 1."""
     return max(1, len(os.sched_getaffinity(0)) // ranks_here)
 
 
 def start_server(ranks_here: int, preload: tuple[str, ...] = PRELOAD) -> None:
-    """Start the fork server, which loads `preload` while the rank goes on.
+    """Start the fork server, which imports `preload` in the background.
 
-    The server's environment is this one as it is now: OpenMP reads its thread count when
-    torch is loaded (and accelerate exports OMP_NUM_THREADS=1 unless told otherwise).
+    Sets OMP_NUM_THREADS first, because the server inherits the environment, OpenMP reads it when
+    torch is imported, and accelerate exports 1 by default.
     """
     from multiprocessing import forkserver
 
@@ -73,7 +73,7 @@ def start_server(ranks_here: int, preload: tuple[str, ...] = PRELOAD) -> None:
     os.environ.update(QUIET, OMP_NUM_THREADS=threads, MKL_NUM_THREADS=threads)
     engines = CPU_PRELOAD if preload and not Path("/dev/nvidiactl").exists() else ()
     multiprocessing.get_context("forkserver").set_forkserver_preload([*OWN, *preload, *engines])
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C is the rank's business
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited by the server: only the rank handles Ctrl-C
     try:
         forkserver.ensure_running()
     finally:
@@ -91,11 +91,11 @@ def call(
     tell: Callable[[int, int, dict], None] = lambda done, total, figures: None,
     watch: Callable[[], None] = lambda: None,
 ) -> Any:
-    """`module:function` called in a fresh process; returns what it returns (picklable).
+    """Call `module:function` in a fresh process and return its (picklable) result.
 
-    environment: changes, None unsets. log: takes the child's output. tell: gets its progress,
-    where the function has a parameter `tell`. watch: called several times a second; what it
-    raises ends the child. Raises StageFailed with one line; however this ends, so has the child.
+    environment: variables to set, or to unset (None). log: file for the child's output. tell: called
+    with the child's progress, if the function has a parameter `tell`. watch: called several times a
+    second; if it raises, the child is killed. Raises StageFailed. The child has always ended on return.
     """
     ours, theirs = multiprocessing.Pipe(duplex=False)
     child = multiprocessing.get_context("forkserver").Process(
@@ -150,7 +150,7 @@ def _result(outcome: tuple[str, Any] | None, exitcode: int | None, what: str, lo
 
 
 def end(child) -> None:
-    """End the child and whatever it started; returns within seconds."""
+    """End the child and its process group, by SIGTERM and after GRACE seconds by SIGKILL."""
     for sent in (signal.SIGTERM, signal.SIGKILL):
         if child.is_alive():
             try:
@@ -160,15 +160,15 @@ def end(child) -> None:
                     os.kill(child.pid, sent)
             child.join(GRACE)
     with suppress(ProcessLookupError, PermissionError):
-        os.killpg(child.pid, signal.SIGKILL)  # its own children, where it left some
+        os.killpg(child.pid, signal.SIGKILL)  # children that it left behind
 
 
 # ---- in the child ------------------------------------------------------------------------
 
 
 def _child(channel, target: str, arguments: dict, environment: dict, threads: int, log: Path | None) -> None:
-    gc.freeze()  # what was loaded before the fork is never garbage: collections that scan it cost a second each
-    os.setsid()  # its own group: the terminal's Ctrl-C goes to the rank alone, which then ends the whole group
+    gc.freeze()  # objects from before the fork are never garbage, and each collection that scans them takes a second
+    os.setsid()  # a new process group: Ctrl-C reaches only the rank, which then kills the whole group
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_end_with_rank, daemon=True).start()
     for key, value in environment.items():
@@ -176,7 +176,7 @@ def _child(channel, target: str, arguments: dict, environment: dict, threads: in
     try:
         if log:
             _write_to(log)
-        if "torch" in sys.modules:  # loaded by the server, with the server's count
+        if "torch" in sys.modules:  # imported by the server, with the server's thread count
             sys.modules["torch"].set_num_threads(threads)
         function = resolve(target)
         if "tell" in inspect.signature(function).parameters:
@@ -188,7 +188,7 @@ def _child(channel, target: str, arguments: dict, environment: dict, threads: in
     sys.stderr.flush()
     channel.send(message)
     if message[0] == "failed":
-        os._exit(1)  # no clean-up may hang after a failure; the rank ends what is left of the group
+        os._exit(1)  # skip clean-up, which may hang after a failure; the rank kills the rest of the group
 
 
 def _told(error: BaseException, log: Path | None) -> str:
@@ -205,7 +205,7 @@ def _end_with_rank() -> None:
 
 
 def _write_to(log: Path) -> None:
-    """All output from here on goes to `log`, that of native code and grandchildren too."""
+    """Redirect stdout and stderr to `log`, including those of native code and grandchildren."""
     log.parent.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -217,7 +217,7 @@ def _write_to(log: Path) -> None:
 
 
 def _teller(channel) -> Callable[[int, int, dict], None]:
-    """Sends progress, at most five times a second (and always the end)."""
+    """A function that sends progress to the rank at most five times a second, and always when done >= total."""
     last, lock = [0.0], threading.Lock()
 
     def tell(done: int, total: int, figures: dict) -> None:

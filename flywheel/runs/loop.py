@@ -33,19 +33,19 @@ from flywheel.runs.terminal import Progress, brief
 
 
 class Stopped(BaseException):
-    """A signal asked this process to end; its number."""
+    """A signal asked this process to end; args[0] is its number."""
 
 
 @contextmanager
 def signals():
-    """SIGTERM, SIGINT and SIGHUP raise Stopped, once; what follows is not interrupted again."""
+    """Inside, the first SIGTERM, SIGINT or SIGHUP raises Stopped; later ones are ignored, so clean-up can finish."""
 
     def stop(number, frame):
         for asked in watched:
             signal.signal(asked, signal.SIG_IGN)
         raise Stopped(number)
 
-    # a signal that is ignored (nohup) stays so
+    # a signal that is ignored already (nohup) stays ignored
     watched = [s for s in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) if signal.getsignal(s) is not signal.SIG_IGN]
     before = {number: signal.signal(number, stop) for number in watched}
     try:
@@ -57,7 +57,7 @@ def signals():
 
 @dataclass
 class Loop:
-    """One launch of one rank."""
+    """One rank's part of a launch."""
 
     args: argparse.Namespace  # round, name, runs, dry_run, fork
     load_recipe: Callable[[], Recipe]
@@ -67,7 +67,7 @@ class Loop:
     preload: tuple[str, ...]
     preflight: str | None = None  # `module:function(recipe)`, which raises UserError
     launch: Launch | None = None
-    at: str = ""  # the stage at hand
+    at: str = ""  # the current stage
     parent: int = field(default_factory=os.getppid)
 
     @cached_property
@@ -96,7 +96,7 @@ class Loop:
         sources = manifest.source_files(self.recipe)
         reached = max(self.args.round, manifest.last_round(self.run))
         if not (self.run / "recipe.yaml").exists():
-            self.check_model()  # before anything is written: what is wrong can then still be mended
+            self.check_model()  # before the recipe is stored: afterwards it can no longer be changed
         if not self.args.dry_run:
             self.open_run()
         manifest.check_recipe(self.run, self.recipe)
@@ -112,7 +112,7 @@ class Loop:
         unreported = {r for r in range(self.args.round + 1) if not self.reported(r).is_file()}
         rounds = sorted({scheduled.round for scheduled in todo} | unreported)
         if not rounds:
-            self.launch = Launch(self.run, self.ranks)  # the other ranks wait for a word
+            self.launch = Launch(self.run, self.ranks)  # the other ranks wait for an order
             self.dismiss()
             return self.nothing_to_do(len(plan))
         isolate.start_server(self.ranks.local_world, self.preload)
@@ -133,22 +133,19 @@ class Loop:
         return 0
 
     def dismiss(self) -> None:
-        """Tell the other ranks that it is over, and wait: a slower one may be in a sampling stage still.
-
-        It must not find rank 0 gone.
-        """
+        """Tell the other ranks to end, and wait for them: a rank still in a sampling stage fails if rank 0 is gone."""
         self.launch.order(do="end")
         self.launch.wait_for_all()
 
     def check_model(self) -> None:
-        """Ask the stages' `preflight`, in a process of its own. A model of the Hub is not fetched for a dry run."""
+        """Call `preflight` in a separate process. A dry run does not download a model from the Hub for it."""
         if self.preflight is None or (self.args.dry_run and not Path(self.recipe.model.base).is_dir()):
             return
         isolate.start_server(self.ranks.local_world, () if self.args.dry_run else self.preload)
         isolate.call(self.preflight, {"recipe": self.recipe}, what="the recipe and its model", threads=1)
 
     def open_run(self) -> None:
-        """Make and lock the run's directory; a new run keeps its recipe. Raises UserError, OSError."""
+        """Create and lock the run's directory; store the recipe of a new run. Raises UserError, OSError."""
         with suppress(FileExistsError):
             self.run.mkdir(parents=True)
         if not self.run.is_dir():
@@ -164,7 +161,7 @@ class Loop:
             write_file(self.run / "recipe.yaml", text.encode())
 
     def fork(self, sources: dict[str, str]) -> None:
-        """With --fork, take over what the run named there has finished and this recipe would make alike."""
+        """With --fork, take over the named run's finished stages whose fingerprints match this recipe."""
         if self.args.fork:
             print(f"{self.run} forks {self.args.fork}:")
             plan = self.plan(max(self.args.round, manifest.last_round(self.args.fork)))
@@ -185,7 +182,7 @@ class Loop:
         return 0
 
     def lead_stage(self, scheduled: Scheduled, sources: dict[str, str]) -> None:
-        """All ranks carry out one stage; then its manifest is written."""
+        """Carry out one stage on all ranks, then write its manifest."""
         round, stage = scheduled.round, scheduled.stage
         directory = stage_dir(self.run, *scheduled.at)
         for at in scheduled.reads:
@@ -193,14 +190,14 @@ class Loop:
         made_from = manifest.fingerprint(self.run, self.recipe, sources, scheduled)
         directory.mkdir(parents=True, exist_ok=True)
         write_json(directory / manifest.FINGERPRINT, made_from)
-        # what finished chunks of an earlier launch took, drawn side by side as they are now
+        # seconds that earlier launches spent on this stage, if with as many processes as now
         drawn = sum(read_json(shard / "shard.json")["seconds"] for shard in shard_dirs(directory))
         before = drawn / (self.ranks.world * processes(self.ranks, self.recipe, stage))
         started, port = time.monotonic(), free_port()
         self.launch.order(do="stage", round=round, stage=stage.name, port=port)
         with Progress(f"round {round}  {stage.name}") as progress:
             figures = self.run_stage(round, stage, port, progress.show)
-            if stage.train:  # of a sampling stage all shards are there, whoever made them
+            if stage.train:  # a sampling stage is complete when all shards exist, whichever rank wrote them
                 self.launch.wait_for_all()
         seconds = time.monotonic() - started + before
         made = manifest.seal(self.run, scheduled, made_from, figures, seconds, self.ranks.world)
@@ -211,7 +208,7 @@ class Loop:
         self.at = ""
 
     def after_round(self, round: int) -> bool:
-        """Print the round's tables and bring pictures and W&B up to date. A fault there loses nothing."""
+        """Print the round's tables and update pictures and W&B. Returns False if that failed; the run goes on."""
         try:
             isolate.call(
                 f"{self.report}:after_round",
@@ -238,26 +235,26 @@ class Loop:
             stage = next(s for s in stages(order["round"]) if s.name == order["stage"])
             self.run_stage(order["round"], stage, order["port"])
             self.launch.done()
-        self.launch.done()  # rank 0 waits for this, and only then gives up the run
+        self.launch.done()  # rank 0 waits for this before it releases the run's lock
         return 0
 
     # ---- all ranks ----
 
     def run_stage(self, round: int, stage: Stage, port: int, tell: Tell = lambda done, total, figures: None) -> dict:
-        """This rank's part of a stage; the figures on rank 0."""
+        """This rank's part of a stage; rank 0 returns its figures."""
         self.at = manifest.name_of((round, stage.name))
         return run_stage(self.ranks, self.recipe, self.run, round, stage, self.stages, port, tell, self.watch)
 
     def watch(self) -> None:
-        """Raises if this launch is over: another rank failed, or the launcher is gone."""
+        """Raises LaunchFailed or Stopped if this launch is over: another rank failed, or the launcher is gone."""
         if self.launch:
             self.launch.watch()
-        # accelerate's simple launcher passes no SIGTERM on: it just dies and leaves us behind
+        # accelerate's simple launcher does not forward SIGTERM: it dies and leaves its children running
         if os.getppid() != self.parent and any(key.startswith("ACCELERATE_") for key in os.environ):
             raise Stopped(signal.SIGTERM)
 
     def failed(self, line: str) -> None:
-        """Say it once: rank 0 in the terminal, another rank to rank 0, which it then gives time to speak."""
+        """Report a failure once: rank 0 prints it; another rank sends it to rank 0 and waits until that has ended."""
         if self.ranks.rank == 0:
             print(f"flywheel: {line}", file=sys.stderr, flush=True)
         if self.launch:

@@ -1,4 +1,4 @@
-"""The processes that one rank starts for a stage: which cores, threads, devices and environment each gets."""
+"""Start a rank's processes for a stage, each with its cores, threads, devices and environment."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from flywheel.runs import isolate, manifest
 from flywheel.runs.ranks import LaunchFailed, Ranks
 from flywheel.runs.stage import Stage
 
-SMALL = 200 << 20  # bytes of weights: an engine of less does not fill two cores
-Tell = Callable[[int, int, dict], None]  # progress: done, of how many, figures
+SMALL = 200 << 20  # bytes of weights below which one engine does not keep two cores busy
+Tell = Callable[[int, int, dict], None]  # progress: done, total, figures
 
 
 def own_cores(ranks: Ranks) -> list[int]:
@@ -24,7 +24,7 @@ def own_cores(ranks: Ranks) -> list[int]:
 
 
 def processes(ranks: Ranks, recipe: Recipe, stage: Stage) -> int:
-    """How many a rank starts: one for a training; for sampling `engine.workers`, at most one a core."""
+    """Number of processes per rank: 1 for training; for sampling `engine.workers`, at most one per core."""
     if stage.train:
         return 1
     cores = len(own_cores(ranks))
@@ -32,10 +32,10 @@ def processes(ranks: Ranks, recipe: Recipe, stage: Stage) -> int:
 
 
 def default_workers(base: str, cores: int) -> int:
-    """How many sampling processes fill the cores of a machine without a GPU.
+    """Number of sampling processes per rank if the recipe does not say: one per core for a small model on a CPU.
 
-    The steps of a small model are too short to be shared out: two threads in one engine sample little more than one,
-    two engines of one thread each nearly twice as much.
+    A small model gains little from threads: one engine with two threads samples hardly faster than with one, while two
+    engines with one thread each sample nearly twice as fast.
     """
     weights = sum(path.stat().st_size for path in Path(base).glob("*.safetensors"))
     return cores if 0 < weights < SMALL and not Path("/dev/nvidiactl").exists() else 1
@@ -52,10 +52,10 @@ def run_stage(
     tell: Tell,
     watch: Callable[[], None],
 ) -> dict:
-    """This rank's part of a stage, in processes of its own.
+    """This rank's part of a stage, in child processes; returns the figures of the first one.
 
-    The first one's figures count; the others only draw chunks. Whatever ends one of them ends all. `watch` is called
-    several times a second, and ends the stage by raising. Raises StageFailed.
+    The others only process chunks. If one process fails, all are ended. `watch` is called several times a second and
+    ends the stage by raising. Raises StageFailed.
     """
     cores, count = own_cores(ranks), processes(ranks, recipe, stage)
     bound = not stage.train and (count > 1 or ranks.local_world > 1)
@@ -102,10 +102,10 @@ def run_stage(
 
 
 def environment(ranks: Ranks, training: bool, port: int) -> dict[str, str | None]:
-    """The changes to the rank's environment for a stage's process; None unsets.
+    """Changes to the rank's environment for a stage's process; None unsets a variable.
 
-    A training meets on a port of its own, and hosts its store there itself. A sampling process stands alone, with one
-    device: vLLM's in-process engine takes the first one that it sees.
+    Each training gets a new port for its torch.distributed store, which its own rank 0 hosts. A sampling process is not
+    distributed and sees one device, because vLLM's in-process engine takes the first visible one.
     """
     changed: dict[str, str | None] = {"WANDB_MODE": "disabled", "TORCHELASTIC_USE_AGENT_STORE": None}
     if training:

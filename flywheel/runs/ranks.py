@@ -1,7 +1,7 @@
-"""The ranks of one launch, and how they keep together without torch: by files in the run directory.
+"""The ranks of one launch, coordinated without torch by files in the run directory.
 
-Rank 0 decides what is done; the others carry out its orders, which are numbered files in
-`.launch/ID/`. The ID is of this launch alone, so a file of an older one is never believed.
+Rank 0 decides what to do and writes orders, numbered files in `.launch/ID/`, which the others
+carry out. The ID is unique to the launch, so files of an older launch are never read.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ POLL = 0.1
 
 
 class InUse(UserError):
-    """Another process works on the run."""
+    """Another process is working on the run."""
 
 
 class LaunchFailed(UserError):
-    """Another rank failed, or is gone."""
+    """Another rank failed or is gone."""
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those that `accelerate launch` started; alone where it set no RANK."""
+    """This process's place among those that `accelerate launch` started; a single rank if RANK is not set."""
 
     rank: int = 0
     world: int = 1
     local_rank: int = 0
     local_world: int = 1
-    distributed: bool = False  # RANK is set: a training makes a group, even of one
+    distributed: bool = False  # RANK is set: training initialises torch.distributed, even for one rank
 
     @classmethod
     def from_env(cls) -> Ranks:
@@ -53,16 +53,16 @@ class Ranks:
 
 
 class RunLock:
-    """Rank 0's hold on a run; the kernel drops it when the process dies, so none is ever stale.
+    """Rank 0's file lock on a run. The kernel releases it when the process dies, so it is never stale.
 
-    Under another `name` it is the sign of life of another rank, in the folder of a launch.
+    The other ranks take locks of another `name` in the launch's folder, to show that they are alive.
     """
 
     def __init__(self, run: Path, name: str = ".lock"):
         self.path = run / name
 
     def take(self) -> None:
-        """Raises InUse, naming the holder."""
+        """Take the lock. Raises InUse, naming the holder."""
         self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             fcntl.lockf(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -76,7 +76,7 @@ class RunLock:
         os.pwrite(self.fd, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
 
     def held(self) -> bool:
-        """Whether some other process holds it."""
+        """Whether another process holds the lock."""
         with open(self.path, "rb+") as file:
             try:
                 fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -86,20 +86,20 @@ class RunLock:
 
 
 class Launch:
-    """One launch of `ranks.world` processes on one run. Rank 0 holds the run's lock already.
+    """One launch of `ranks.world` processes on one run. Rank 0 must hold the run's lock already.
 
-    Raises LaunchFailed if they do not all come within PATIENCE.
+    Raises LaunchFailed if not all ranks join within PATIENCE seconds.
     """
 
     def __init__(self, run: Path, ranks: Ranks):
         self.ranks, self.lock, self.base, self.count = ranks, RunLock(run), run / ".launch", 0
-        self.dir: Path | None = None  # alone: nothing to agree on
+        self.dir: Path | None = None  # None for a single rank
         if ranks.world > 1:
             self.base.mkdir(parents=True, exist_ok=True)
             self.dir = self._host() if ranks.rank == 0 else self._join()
 
     def _host(self) -> Path:
-        """Handshake: publish every rank's token until each rank has confirmed its own. Returns their directory."""
+        """Handshake: publish every rank's token until each rank has confirmed its own. Returns the launch's folder."""
         for old in self.base.glob("*"):
             shutil.rmtree(old, ignore_errors=True) if old.is_dir() else old.unlink(missing_ok=True)
         directory, others = self.base / uuid.uuid4().hex, range(1, self.ranks.world)
@@ -120,10 +120,10 @@ class Launch:
         )
 
     def _join(self) -> Path:
-        """The other side: publish a token of this process, and confirm it once rank 0 has published it too."""
+        """The other side: write this rank's token, and confirm it once rank 0 has published it. Returns the folder."""
         token, hello = uuid.uuid4().hex, self.base / f"hello_{self.ranks.rank}.json"
         for _ in _until(PATIENCE):
-            if not hello.is_file():  # rank 0 clears the folder when it comes
+            if not hello.is_file():  # rank 0 clears the folder when it starts
                 with suppress(FileNotFoundError):
                     write_json(hello, token)
             welcome = read_json(self.base / "welcome.json") or {}
@@ -137,13 +137,13 @@ class Launch:
     # ---- rank 0 ----
 
     def order(self, **what: Any) -> None:
-        """Tell all other ranks what comes next."""
+        """Write the next order for all other ranks."""
         self.count += 1
         if self.dir:
             write_json(self.dir / f"order_{self.count}.json", what)
 
     def wait_for_all(self) -> None:
-        """Until every other rank has carried out the last order. Raises LaunchFailed."""
+        """Wait until every other rank has carried out the last order. Raises LaunchFailed."""
         others = [self.dir / f"done_{self.count}_{r}" for r in range(1, self.ranks.world)] if self.dir else []
         while not all(path.is_file() for path in others):
             self.watch()
@@ -158,7 +158,7 @@ class Launch:
             try:
                 self.watch()
             except LaunchFailed:
-                if (found := read_json(path)) is None:  # else rank 0 gave its last order and went
+                if (found := read_json(path)) is None:  # else rank 0 wrote its last order and ended
                     raise
                 return found
             time.sleep(POLL)
@@ -170,13 +170,13 @@ class Launch:
     # ---- all ----
 
     def fail(self, line: str) -> None:
-        """Let the other ranks know, so that all stop."""
+        """Tell the other ranks that this one failed, so that all stop."""
         if self.dir:
-            with suppress(OSError):  # the disk may be what failed; then rank 0's lock, or the launcher, tells them
+            with suppress(OSError):  # if the disk failed, the others notice by this rank's lock or by the launcher
                 write_json(self.dir / f"failed_{self.ranks.rank}.json", line)
 
     def watch(self) -> None:
-        """Raises LaunchFailed if another rank failed, or is gone. (A launch may have no launcher that would end it.)"""
+        """Raises LaunchFailed if another rank failed or is gone; not every launcher ends the other ranks then."""
         for r in range(self.ranks.world) if self.dir else ():
             if r != self.ranks.rank and (line := read_json(self.dir / f"failed_{r}.json")):
                 raise LaunchFailed(f"rank {r}: {line}" if self.ranks.rank == 0 else line)
@@ -185,7 +185,7 @@ class Launch:
                 raise LaunchFailed("rank 0 is gone")
             return
         for r in range(1, self.ranks.world) if self.dir else ():
-            # in this order: a rank says that it is done, and then may go
+            # check the lock before the file: a rank writes `done` before it ends
             if not RunLock(self.dir, f"alive_{r}").held() and not (self.dir / f"done_{self.count}_{r}").is_file():
                 raise LaunchFailed(f"rank {r} is gone; the same command continues")
 
@@ -198,7 +198,7 @@ def _until(seconds: float):
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on, on this host."""
+    """A free TCP port on this host."""
     with socket.socket() as probe:
         probe.bind(("", 0))
         return probe.getsockname()[1]

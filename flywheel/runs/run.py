@@ -1,4 +1,4 @@
-"""A run on disk, read only, and what one stage sees of it."""
+"""Read access to a run on disk, and the restricted view that a stage gets."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ R = TypeVar("R")
 
 
 class Run:
-    """What a run directory holds, at any point of the run: recipe, manifests, records, models. Reads only."""
+    """Read-only access to a run directory, finished or not: recipe, manifests, records, models."""
 
     def __init__(self, root: str | Path, recipe: Recipe | None = None):
-        """`recipe`: another than the run's own. Raises UserError where there is no run."""
+        """`recipe`: used in place of the run's own. Raises UserError if there is no run at `root`."""
         self.root = Path(root)
         if recipe is None and not (self.root / "recipe.yaml").is_file():
             raise UserError(f"{root}: not a run (no recipe.yaml in it)")
@@ -42,17 +42,17 @@ class Run:
     # ---- stages and rounds ----
 
     def manifest(self, stage: str, round: int) -> dict[str, Any] | None:
-        """None while the stage is not finished. Raises UserError where it cannot be read."""
+        """The stage's manifest, or None while the stage is unfinished. Raises UserError if it cannot be read."""
         return manifest.load(self.root, round, stage)
 
     @property
     def manifests(self) -> dict[At, dict[str, Any]]:
-        """Of every finished stage, in the order in which they ran."""
+        """The manifests of all finished stages, in the order in which they ran."""
         found = {}
         for path in self.root.glob("round_*/*/manifest.json"):
             if match := re.fullmatch(r"round_(\d+)", path.parts[-3]):
                 made = self.manifest(path.parts[-2], int(match[1]))
-                if made["stage"] == path.parts[-2]:  # else: a copy that somebody made of a stage
+                if made["stage"] == path.parts[-2]:  # skips renamed copies of a stage directory
                     found[made["round"], made["stage"]] = made
         return dict(sorted(found.items(), key=lambda item: (item[0][0], item[1]["place"])))
 
@@ -68,31 +68,31 @@ class Run:
         return list(range(done))
 
     def figures(self, stage: str, round: int) -> dict:
-        """A finished stage's figures; empty where it is not finished."""
+        """A stage's figures; empty if it is not finished."""
         return (self.manifest(stage, round) or {}).get("figures") or {}
 
     def read(self, cls: type[R], stage: str, round: int) -> Iterator[R]:
-        """The records of class `cls` of a stage, in the order of its items."""
+        """The records of class `cls` that a stage wrote, in the order of its items."""
         for shard in shard_dirs(self.path(stage, round)):
-            if (table := shard / f"{cls.__name__}.parquet").is_file():  # a chunk may yield none of a kind
+            if (table := shard / f"{cls.__name__}.parquet").is_file():  # a chunk may yield no such record
                 yield from read_table(table, cls)
 
     @cached_property
     def ledger_rows(self) -> list[dict]:
-        """All ledger rows that are on disk, those of an unfinished stage's shards included."""
+        """All ledger rows on disk, including those of unfinished stages."""
         paths = [*self.root.glob("round_*/*/shards/*/ledger.parquet"), *self.root.glob("round_*/*/ledger*.parquet")]
         written = [p for p in sorted(paths) if not any(part.startswith(".") for part in p.relative_to(self.root).parts)]
         return [row for path in written for row in read_rows(path)]
 
     def harvest(self, round: int) -> Path | None:
-        """The parquet of one round's harvest, if it kept anything."""
+        """The parquet file of a round's harvest, or None if there is none."""
         path = self.path("harvest", round) / "harvest.parquet"
         return path if path.is_file() else None
 
     # ---- questions and models ----
 
     def problems(self, *splits: Split) -> list[Problem]:
-        """The problems of these splits, in the file's order."""
+        """The problems of `splits`, split by split in the file's order."""
         if not splits:
             raise ValueError("which splits?")
         return [problem for split in splits for problem in self._problems.get(split, [])]
@@ -104,10 +104,10 @@ class Run:
         return sources.load(self._recipe.problems)
 
     def policy_round(self, round: int) -> int:
-        """The round whose distillation made the policy that stands after `round`; 0 is the base.
+        """The round whose distillation made the current policy after `round`; 0 is the base.
 
-        A policy stands until a later round's gate lets another pass, so policy_1 may still be the policy of round 3.
-        Raises UserError if a gate on the way is not finished.
+        A policy is replaced only when a later round's gate passes, so policy_1 may still be the policy of round 3.
+        Raises UserError if a gate that decides this is not finished.
         """
         for r in range(round, 0, -1):
             if (gate := self.manifest("gate", r)) is None:
@@ -118,7 +118,7 @@ class Run:
         return 0
 
     def model(self, role: Role, round: int) -> ModelRef:
-        """The model of `role` after `round`. A PRM that was refused leaves the un-finetuned base to judge."""
+        """The model of `role` after `round`. If the PRM was refused, the un-finetuned base takes its place."""
         base = self._recipe.model.base
         match role:
             case Role.POLICY:
@@ -134,7 +134,7 @@ class Run:
                 return ModelRef(f"reviser_{round}", base, str(self.path("choose_reviser", round) / "adapter"))
 
     def adapters(self, round: int) -> dict[Role, Path]:
-        """The LoRA adapters after `round`, by role; only those that are there and were used."""
+        """The LoRA adapters in use after `round`, by role; roles whose adapter does not exist are left out."""
         found = {}
         for role in Role:
             adapter = self.model(role, round).adapter
@@ -144,15 +144,15 @@ class Run:
 
 
 class TestSplitForbidden(UserError):
-    """A stage that is not for measuring asked for test questions."""
+    """A stage without `test_split` asked for test questions."""
 
-    __test__ = False  # its name is not a test's
+    __test__ = False  # or pytest would collect it for its name
 
 
 class Context(Run):
-    """All that a stage sees of its run: the inputs and recipe sections that it names, test questions if it measures.
+    """A stage's view of its run: only declared inputs and recipe sections, and test questions only with `test_split`.
 
-    Where `round` is left out it is the stage's own.
+    `round` defaults to the stage's own round.
     """
 
     def __init__(
@@ -170,44 +170,44 @@ class Context(Run):
         self.ledger = Ledger(stage.name, round)
         self.dir = self.path(stage.name)
         self._tell = tell
-        self._before = self._chunk = self._items = 0  # items of finished chunks, of the chunk at hand, of the stage
+        self._before = self._chunk = self._items = 0  # items in finished chunks, in the current chunk, in the stage
 
     @cached_property
     def recipe(self) -> Recipe:
-        """The recipe, as far as the stage names it."""
+        """The recipe, limited to the stage's sections."""
         return self._recipe if self.stage.sections is None else Named(self._recipe, self.stage)
 
     @property
     def chunk(self) -> int:
-        """Items to a shard."""
+        """Items per shard."""
         return self._recipe.engine.chunk
 
     def path(self, stage: str, round: int | None = None) -> Path:
         return super().path(stage, self.round if round is None else round)
 
     def relative(self, path: str | Path) -> Path:
-        """`path` as seen from this stage's directory, so that a run can be moved."""
+        """`path` relative to this stage's directory, so that a run can be moved."""
         return Path(path).relative_to(self.dir)
 
     def seed(self, *parts: object) -> int:
-        """63 bits by identity: run seed, round, stage and `parts`, wherever and whenever asked."""
+        """A 63-bit seed, a hash of the run's seed, round, stage and `parts` only."""
         text = "\x1f".join(map(str, (self._recipe.seed, self.round, self.stage.name, *parts)))
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) >> 1
 
     # ---- what may be read ----
 
     def problems(self, *splits: Split) -> list[Problem]:
-        """The problems of these splits, in the file's order. Raises TestSplitForbidden."""
+        """As `Run.problems`. Raises TestSplitForbidden if the stage may not read the test split."""
         if Split.TEST in splits and not self.stage.test_split:
             raise TestSplitForbidden(f"stage {self.stage.name} must not see the test split")
         return super().problems(*splits)
 
     def figures(self, stage: str, round: int | None = None) -> dict:
-        """The figures of a finished stage. Raises UserError where it is not finished."""
+        """The figures of an input stage. Raises UserError if it is not finished."""
         return self._input(stage, round)["figures"]
 
     def read(self, cls: type[R], stage: str, round: int | None = None) -> Iterator[R]:
-        """Records of a finished stage (or of this one, in `finish`), in the order of its items."""
+        """Records of an input stage (or of this one, in `finish`), in the order of its items."""
         at = self.round if round is None else round
         if (at, stage) != (self.round, self.stage.name):
             self._input(stage, at)
@@ -224,23 +224,23 @@ class Context(Run):
     # ---- progress, for the terminal ----
 
     def progress(self, done: int, total: int, **figures: float) -> None:
-        """`done` of `total` of a training, or of the chunk at hand."""
+        """Report `done` of `total` units of a training or of the current chunk."""
         if self._items:
             done, total = self._before + self._chunk * done // max(1, total), self._items
         self._tell(done, total, figures)
 
     def at_chunk(self, shards: Shards, chunk: int) -> None:
-        """A chunk of so many items begins; 0: none is at hand."""
+        """Report that a chunk of `chunk` items starts, or with 0 that none is being processed."""
         self._items = sum(map(len, shards.chunks))
         self._before, self._chunk = sum(len(shards.chunks[i]) for i in shards.done()), chunk
         self._tell(self._before, self._items, {})
 
 
 class Named:
-    """A recipe (or a section of it) that shows a stage the keys that it names: its fingerprint holds all it reads.
+    """A recipe or section limited to the keys that a stage declares, so that its fingerprint covers all it reads.
 
-    Raises ValueError, a fault of the stage, for any other key. `model.base` and `problems.path` may always be read:
-    what their files hold is in every fingerprint.
+    Reading any other key raises ValueError (a bug in the stage). `model.base` and `problems.path` may always be read,
+    because the contents of their files are in every fingerprint.
     """
 
     def __init__(self, spec: Any, stage: Stage, prefix: str = ""):

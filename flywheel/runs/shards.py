@@ -1,4 +1,4 @@
-"""The shards of a sampling stage: chunks drawn by ranks, each written whole and renamed into place."""
+"""The shards of a sampling stage: chunks claimed by processes, each written to a scratch folder and then renamed."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from flywheel.runs.files import Damaged, encode, encode_ledger, fence, read_json
 
 
 class Shards:
-    """The chunks of one stage: which are done, which are claimed, and by whom they are written.
+    """The chunks of one stage: which are done, claiming the others, and writing their shards.
 
-    `chunks[i]` are the item ids of shard i, directory `shards/0000i`. A chunk is claimed by
-    a lock on byte i of one file, which the kernel drops when its owner dies, however it dies.
+    `chunks[i]` are the item ids of shard i, in directory `shards/0000i`. A chunk is claimed by
+    a lock on byte i of one file, which the kernel releases when its owner dies.
     """
 
     def __init__(self, stage_dir: Path, chunks: Sequence[Sequence[str]]):
@@ -38,7 +38,7 @@ class Shards:
         return [i for i in range(len(self.chunks)) if self.path(i).is_dir()]
 
     def _check(self) -> None:
-        """Shards that are there must hold just the chunks that are wanted now, as they were written. Raises Damaged."""
+        """Raises Damaged if an existing shard has other items than its chunk has now, or altered files."""
         for path in shard_dirs(self.dir.parent):
             shard, index = check_shard(path), int(path.name)
             if index >= len(self.chunks) or shard.get("items") != list(self.chunks[index]):
@@ -47,9 +47,9 @@ class Shards:
                 )
 
     def claims(self, idle: Callable[[], None] = lambda: None) -> Iterator[int]:
-        """Missing chunks, one at a time, each locked until the next is asked for; ends when all exist.
+        """Indices of missing chunks, each locked until the next is requested; ends when all shards exist.
 
-        Where all missing chunks are held by others it waits: one of them may die.
+        If other processes hold all missing chunks it calls `idle` and waits: one of them may die.
         """
         while missing := [i for i in range(len(self.chunks)) if not self.path(i).is_dir()]:
             index = next((i for i in missing if self._lock(i)), None)
@@ -58,7 +58,7 @@ class Shards:
                 time.sleep(0.1)
                 continue
             try:
-                if not self.path(index).is_dir():  # else: finished between the look and the lock
+                if not self.path(index).is_dir():  # else finished between the check and the lock
                     yield index
             finally:
                 fcntl.lockf(self.locks, fcntl.LOCK_UN, 1, index)
@@ -73,7 +73,7 @@ class Shards:
     def write(
         self, index: int, records: Iterable[object], ledger: Callable[[], list[dict]], seconds: Callable[[], float]
     ) -> None:
-        """Write a claimed chunk: one table a record class, the ledger's rows, and `shard.json`."""
+        """Write a claimed chunk: one table per record class, the ledger's rows, and `shard.json`."""
         tables: dict[type, list[object]] = {}
         for record in records:
             tables.setdefault(type(record), []).append(record)
@@ -90,7 +90,7 @@ class Shards:
             },
         }
         files["shard.json"] = json.dumps(about).encode()
-        for leftover in self.dir.glob(f".{index:05d}.*"):  # of one that died; we hold its lock
+        for leftover in self.dir.glob(f".{index:05d}.*"):  # of a process that died: this one holds the lock now
             shutil.rmtree(leftover)
         scratch = self.dir / f".{index:05d}.{os.getpid()}"
         scratch.mkdir()
@@ -107,7 +107,7 @@ class Shards:
 
 
 def check_files(directory: Path, files: dict[str, dict], mend: str, contents: bool = True) -> None:
-    """Every listed file is there, of its size and (with `contents`) its checksum. Raises Damaged with the `mend`."""
+    """Raises Damaged, ending with `mend`, if a file is missing or has another size or (`contents`) checksum."""
     for name, listed in files.items():
         path = directory / name
         if not path.is_file():
@@ -119,7 +119,7 @@ def check_files(directory: Path, files: dict[str, dict], mend: str, contents: bo
 
 
 def check_shard(path: Path) -> dict:
-    """What `shard.json` says of a shard, after all its files have been checked. Raises Damaged."""
+    """The contents of a shard's `shard.json`, after checking all its files. Raises Damaged."""
     shard, mend = read_json(path / "shard.json"), f"delete {path} to make this chunk again"
     if not isinstance(shard, dict):
         raise Damaged(f"{path / 'shard.json'}: missing; {mend}")

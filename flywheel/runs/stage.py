@@ -1,4 +1,4 @@
-"""What a stage is, and which stages a run consists of."""
+"""Stages, their inputs, and the schedule of a run."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ At = tuple[int, str]  # round, name of a stage
 
 @dataclass(frozen=True)
 class Input:
-    """A stage that another one reads: of the same round, `back` rounds before, round `of`, or `every` round.
+    """A stage that another stage reads: from `back` rounds before (0: the same round), or from round `of`.
 
-    `every`: from round 1 to this one. `optional`: left out in round 0, the base, which nothing has trained.
+    `every`: from each round 1 to the current one. `optional`: left out if that round is 0, the untrained base.
     """
 
     stage: str
@@ -24,7 +24,7 @@ class Input:
     optional: bool = False
 
     def rounds(self, round: int) -> list[int]:
-        """The rounds that a stage of `round` reads it from. There is none before round 0."""
+        """The rounds from which a stage in `round` reads this input; empty if that is before round 0."""
         if self.every:
             return list(range(1, round + 1))
         at = round - self.back if self.of is None else self.of
@@ -33,14 +33,14 @@ class Input:
 
 @dataclass(frozen=True)
 class Stage:
-    """One step of a round. Either `items` and `work` (sampling) or `train`; `finish` may follow.
+    """One stage of a round: either `items` and `work` (sampling) or `train`, and optionally `finish`.
 
-    sections: dotted recipe keys that it reads, and whose change makes it another stage; None: all of them.
-    items: ids of the work items, in a fixed order; `work(context, opened, chunk)` turns a chunk of them into records
-    (dataclasses), with what `open` opened (engines), once in each process.
-    train: called on every rank, its environment ready for torch.distributed; resumable.
-    finish: on rank 0, when all shards exist; its figures go into the manifest.
-    All of them are given the stage's `Context`.
+    sections: dotted recipe keys that the stage reads and its fingerprint holds; None: all.
+    items: ids of the work items, in a fixed order. `work(context, opened, chunk)` turns a chunk of them into records
+    (dataclasses); `opened` is the result of `open` (engines), called once per process.
+    train: called on every rank, with the environment set for torch.distributed; must be resumable.
+    finish: called on rank 0 when all shards exist or training is done; returns figures for the manifest.
+    All of them receive the stage's `Context`. test_split: the stage may read test questions.
     """
 
     name: str
@@ -58,14 +58,14 @@ class Stage:
             raise ValueError(f"stage {self.name}: either items and work, or train")
 
     def reads(self, round: int) -> list[At]:
-        """The stages that it may read in `round`, itself apart."""
+        """The (round, stage) pairs that the stage may read in `round`, without itself."""
         pairs = [(r, item.stage) for item in self.inputs for r in item.rounds(round)]
         return list(dict.fromkeys(at for at in pairs if at != (round, self.name)))
 
 
 @dataclass(frozen=True)
 class Scheduled:
-    """A stage in its round, with those of its inputs that the run has; number `place` (from 0) of the round's `of`."""
+    """A stage in a round. `reads`: inputs that the run has; `place`: index from 0 among the round's `of` stages."""
 
     round: int
     stage: Stage
@@ -79,7 +79,7 @@ class Scheduled:
 
 
 def schedule(stages: Callable[[int], Sequence[Stage]], rounds: int) -> list[Scheduled]:
-    """All stages of rounds 0..rounds, in order. `stages`: the stages of a round."""
+    """All stages of rounds 0 to `rounds`, in order. `stages(r)`: the stages of round r."""
     by_round = [stages(r) for r in range(rounds + 1)]
     there = {(r, stage.name) for r, group in enumerate(by_round) for stage in group}
     return [

@@ -1,4 +1,4 @@
-"""What a launch says in the terminal while it works."""
+"""Progress output of a launch in the terminal."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 
 def brief(made: dict[str, Any], most: int = 6) -> str:
-    """A manifest in part of a line: its first plain figures, else its counts."""
+    """A manifest in one short text: its tokens and first `most` scalar figures, or record counts if it has none."""
     plain = {
         k: v
         for k, v in made["figures"].items()
@@ -26,7 +26,7 @@ def brief(made: dict[str, Any], most: int = 6) -> str:
 
 
 class Progress:
-    """A bar in a terminal; elsewhere a line at most every 30 seconds."""
+    """A progress bar in a terminal; otherwise a line at most every EVERY seconds."""
 
     EVERY = 30.0
 

@@ -1,4 +1,4 @@
-"""One process's part of a stage: draw chunks, work on them, write their shards; or train."""
+"""One process's part of a stage: claim chunks, process them, write their shards; or train."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def perform_stage(
     cores: Sequence[int] | None,
     tell: Callable[[int, int, dict], None],
 ) -> dict:
-    """Called in the stage's own process: its part, on `cores` (None: all that the rank has).
+    """Entry point of a stage's process: its part of the stage, on `cores` (None: all cores of the rank).
 
-    `stages`: `module:function(round)`, the stages of a round. Rank 0 returns the figures.
+    `stages`: `module:function(round)` that returns the stages of a round. Rank 0 returns the figures.
     """
     if cores:
         os.sched_setaffinity(0, cores)
@@ -48,22 +48,22 @@ def perform(ctx: Context) -> dict:
         fill(ctx)
     if ctx.stage.finish and ctx.rank == 0:
         figures |= ctx.stage.finish(ctx)
-    if rows := ctx.ledger.take():  # of a training, or charged after the last chunk
+    if rows := ctx.ledger.take():  # charged by a training, or after the last chunk
         write_file(ctx.dir / ("ledger.parquet" if ctx.rank == 0 else f"ledger_{ctx.rank}.parquet"), encode_ledger(rows))
     return plain(figures)
 
 
 def cut(items: Sequence[str], size: int) -> list[list[str]]:
-    """`items` in chunks of at most `size`, all of nearly one length: a short last one keeps processes waiting."""
+    """`items` in chunks of at most `size` and nearly equal length, so that no process waits for a longer last chunk."""
     count = -(-len(items) // size)
     return [list(items[i * len(items) // count : (i + 1) * len(items) // count]) for i in range(count)]
 
 
 def fill(ctx: Context, chunk: int | None = None) -> None:
-    """Draw missing chunks and write their shards until all exist. What the stage opens is opened for the first one.
+    """Claim missing chunks and write their shards until all exist. Engines are opened at the first chunk.
 
-    `chunk`: items to a chunk, `engine.chunk` if None. An engine that dies is opened again, once a chunk; what it had
-    spent stays in the ledger. Raises EngineDied with the questions of the chunk if it dies again.
+    `chunk`: items per chunk, `engine.chunk` if None. A dead engine is reopened once per chunk; the tokens that it had
+    spent stay in the ledger. Raises EngineDied, naming the chunk's questions, if it dies again.
     """
     shards = Shards(ctx.dir, cut(ctx.stage.items(ctx), chunk or ctx.chunk))
     with ExitStack() as stack:
@@ -92,7 +92,7 @@ def write_shard(ctx: Context, shards: Shards, index: int, opened: Opened) -> Non
 
 
 class Opened:
-    """What a stage's `open` gives, opened when it is first wanted and again after a `drop`."""
+    """Holds the result of a stage's `open` (its engines): opened at the first `get`, and again after a `drop`."""
 
     def __init__(self, ctx: Context):
         self.ctx, self.stack, self.value = ctx, ExitStack(), None
@@ -109,7 +109,7 @@ class Opened:
         return self.value
 
     def drop(self) -> None:
-        """Close what is open. What a dead engine says as it closes is noted and changes nothing."""
+        """Close what is open. Errors while closing are only printed: the engine may be dead already."""
         stack, self.stack, self.value = self.stack, ExitStack(), None
         try:
             stack.close()

@@ -1,1 +1,1 @@
-"""Test-time search about one question: strategies, selection, plans. It never sees a gold answer."""
+"""Test-time search on one question: strategies, answer selection, plans. It never sees a gold answer."""

@@ -1,8 +1,8 @@
-"""Best-of-N that stops by itself: a question's own samples say how many it needs.
+"""Best-of-N with early stopping: sample until the weighted vote is decided.
 
-Adaptive-Consistency (Aggarwal et al. 2023, arXiv 2305.11860) with the PRM's scores for votes, each relative to the
-highest one so far: what counts as a high score differs from question to question. No difficulty bin is guessed
-before: the samples that show a question's difficulty are also candidates for its answer.
+Adaptive-Consistency (Aggarwal et al. 2023, arXiv 2305.11860) with votes weighted by PRM score. Scores are divided by
+the highest one so far, because their scale differs between questions. No difficulty bin has to be predicted first:
+the samples that show how hard the question is are also candidates for its answer.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from flywheel.search.strategy import Searcher, Strategy, attempt, judge, option
 class Adaptive(Strategy):
     """Up to `n` independent samples, `step` at a time, until the weighted vote is decided with probability `sure`.
 
-    `maker`: the `policy`, or the `reviser` for its first attempts, which see no context.
+    `maker`: the `policy`, or the `reviser` (first attempts only: no earlier attempts in the prompt).
     """
 
     n: int
@@ -43,7 +43,7 @@ class Adaptive(Strategy):
         maker: Literal["policy", "reviser"] = "policy",
         step: Positive = 4,
     ) -> Adaptive:
-        """At most the whole budget is spent. `sure` is asked of the leading answer, to stop."""
+        """At most `budget` samples. `sure`: the probability, required to stop, that the leader stays ahead."""
         return cls(budget, sure, maker, step)
 
     @property
@@ -55,7 +55,7 @@ class Adaptive(Strategy):
         return f"adaptive to {self.n}\n{self.maker} {self.sure:g}"
 
     async def run(self, question: Question, searcher: Searcher, tag: str) -> Sequence[Candidate]:
-        """Sample `step` solutions at a time, judge them, and stop when the vote is decided or `n` are drawn."""
+        """Sample `step` solutions at a time, score them, and stop when the vote is decided or there are `n`."""
         revising = self.maker == Role.REVISER
         prompt = searcher.prompts.revise(question, []) if revising else searcher.prompts.solve(question)
         made: list[Candidate] = []
@@ -70,10 +70,10 @@ class Adaptive(Strategy):
         return made
 
     def decided(self, candidates: Sequence[Candidate]) -> bool:
-        """Whether the leading answer would stay ahead of the second with probability `sure`, were sampling to go on.
+        """Whether the leading answer would stay ahead of the second with probability `sure` if sampling went on.
 
-        The share of the leader among the two is Beta(1 + its votes, 1 + the other's) given the votes; decided is
-        P(share > 1/2) >= sure. A vote weighs its PRM score in units of the highest score.
+        Given the votes, the leader's share among the two answers is Beta(1 + its votes, 1 + the other's votes); the
+        vote is decided if P(share > 1/2) >= sure. A vote counts PRM score / highest PRM score.
         """
         from scipy.stats import beta
 
@@ -87,7 +87,7 @@ class Adaptive(Strategy):
         return bool(votes) and float(beta.sf(0.5, 1 + first, 1 + second)) >= self.sure
 
     def covers(self, other: Strategy) -> bool:
-        """A search that is surer and longer holds what a search that stops sooner would have drawn."""
+        """True if `other` draws from the same model in the same steps and stops no later."""
         return (
             isinstance(other, Adaptive)
             and other.n <= self.n

@@ -23,7 +23,7 @@ Tokens = tuple[int, ...]
 class Beam(Strategy):
     """`n` beams: keep the best n/width prefixes at each step, and continue each `width` times.
 
-    With `lookahead` k > 0 a prefix is judged where k more greedy steps lead: lookahead search.
+    With `lookahead` k > 0 a prefix gets the PRM value after k more greedy steps (lookahead search).
     """
 
     n: int
@@ -42,7 +42,7 @@ class Beam(Strategy):
         max_rounds: Positive = 40,
         lookahead: Annotated[int, Field(ge=0)] = 0,
     ) -> Beam:
-        """N beams that look k steps ahead spend N (k + 1) generations (5.2). `sqrt`: of the number of beams."""
+        """budget / (lookahead + 1) beams (5.2). A `width` of `sqrt` is the root of their number. Raises Unfit."""
         beams, rest = divmod(budget, lookahead + 1)
         if rest:
             raise Unfit(f"beam with lookahead {lookahead}", f"a beam costs {lookahead + 1}, which does not divide it")
@@ -65,12 +65,12 @@ class Beam(Strategy):
     async def run(self, question: Question, searcher: Searcher, tag: str) -> Sequence[Candidate]:
         """Sample `n` first steps; then, step by step, keep the best n/width prefixes and continue each `width` times.
 
-        A finished solution leaves the beam with its place: the places still open, `n` less the finished ones, are what
-        the kept prefixes share, so that the search concludes with exactly `n` candidates, as the paper's does. It ends
-        when all have finished, or after `max_rounds` steps (`sample.max_steps`, if fewer); what is open then is cut
-        off, and so is a step that meets `sample.max_tokens`, counted over the whole solution.
+        Each finished solution shrinks the beam by one: the kept prefixes share `n` minus the number of finished
+        solutions, so the search ends with exactly `n` candidates, as in the paper. It ends when all are finished or
+        after min(`max_rounds`, `sample.max_steps`) steps; prefixes still open then are truncated, as is a solution
+        that reaches `sample.max_tokens`.
 
-        Identical prefixes are judged once and compete as one, or the beam would fill with copies of a likely step.
+        Identical prefixes are scored once and compete as one, or the beam would fill with copies of a likely step.
         """
         if not 1 <= self.width <= self.n:
             raise ValueError(f"beam: a width of 1 to {self.n} wanted, got {self.width}")
@@ -85,23 +85,23 @@ class Beam(Strategy):
 
 @dataclass(frozen=True, slots=True)
 class Prefix:
-    """Steps so far, as tokens, with the PRM's value after each."""
+    """The tokens of the steps so far, and the PRM value after each step."""
 
     tokens: Tokens = ()
     values: tuple[float, ...] = ()
 
 
 class BeamSearch:
-    """One beam search under way: the values read so far and the finished candidates."""
+    """The state of one beam search: PRM values by prefix, and the finished candidates."""
 
     def __init__(self, beam: Beam, question: Question, searcher: Searcher, id: str):
         self.beam, self.question, self.searcher, self.id = beam, question, searcher, id
         self.head = searcher.prompts.solve(question)
-        self.values: dict[Tokens, float] = {}  # after a prefix, without the blank tokens that close it
+        self.values: dict[Tokens, float] = {}  # PRM value by prefix; keys lack trailing blank tokens
         self.candidates: list[Candidate] = []
 
     async def step(self, kept: Sequence[tuple[Prefix, int]], final: bool) -> list[tuple[Prefix, int]]:
-        """Continue all kept prefixes by one step; the prefixes to keep, each with its number of continuations."""
+        """Continue all kept prefixes by one step. Returns the prefixes to keep, each with its continuation count."""
         reader, how = self.searcher.reader, self.searcher.prm.aggregate
         grown = [item for group in await together(self.grow(*item) for item in kept) for item in group]
         ended, going = [], {}
@@ -117,7 +117,7 @@ class BeamSearch:
         for prefix, solution in ended:
             candidate = Candidate(solution)
             if solution.answer is not None:
-                # a closing stop token or blank adds no step: the last value then is that after the step before
+                # a final stop or blank token adds no step, so its value replaces that of the last step
                 values = (*prefix.values[: len(solution.steps) - 1], self.values[solution.tokens])
                 candidate = Candidate(solution, values, aggregate(values, how))
             self.candidates.append(candidate)
@@ -130,7 +130,7 @@ class BeamSearch:
         return [(prefix, places // len(best) + (i < places % len(best))) for i, prefix in enumerate(best)]
 
     def sampling(self, tokens: Tokens, temperature: float | None = None) -> Sampling:
-        """One more step after `tokens`, within the limit on a whole solution."""
+        """Sampling parameters for one more step after `tokens`, within `sample.max_tokens` for the whole solution."""
         usual, reader = self.searcher.sampling(), self.searcher.reader
         return replace(
             usual,
@@ -144,7 +144,7 @@ class BeamSearch:
         return [(prefix, s) for s in await self.searcher.policy.generate(prompt, sampling, purpose="beam", n=count)]
 
     def solution(self, tokens: Tokens, finish: Finish, number: int) -> Solution:
-        """A finished solution. All of a beam search is one independent draw: its beams share their beginnings."""
+        """A finished solution. All solutions of a beam search are one independent draw: they share prefixes."""
         return self.searcher.reader.solution(
             tokens,
             finish,
@@ -156,7 +156,7 @@ class BeamSearch:
         )
 
     async def judge(self, finished: Sequence[Solution], going: Sequence[Tokens]) -> None:
-        """Read the value of each prefix that has none: finished solutions as they stand, others after the lookahead."""
+        """Compute missing PRM values: of finished solutions as they are, of open prefixes after the lookahead."""
         reader = self.searcher.reader
         wanted = {solution.tokens: partial(self.value, solution.steps) for solution in finished}
         wanted |= {reader.trim(tokens): partial(self.ahead, tokens) for tokens in going}

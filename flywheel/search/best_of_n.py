@@ -16,7 +16,7 @@ Select = Literal["weighted", "majority", "best"]
 
 @dataclass(frozen=True)
 class BestOfN(Strategy):
-    """`n` independent samples. `select`: `weighted` or `majority` vote, or `best`, the answer of the highest score."""
+    """`n` independent samples. `select`: `weighted` or `majority` vote, or `best`, the highest-scoring sample."""
 
     n: int
     select: Select = "weighted"
@@ -59,7 +59,7 @@ class BestOfN(Strategy):
                 raise ValueError(f"{self.name}: no such way to select")
 
     def covers(self, other: Strategy) -> bool:
-        """N samples hold the first n < N, and a judged set holds a vote without its judge."""
+        """True if `other` draws no more samples and needs no missing scores."""
         return isinstance(other, BestOfN) and other.n <= self.n and (self.judged or not other.judged)
 
     def part(self, candidates: Sequence[Candidate]) -> Sequence[Candidate]:

@@ -1,8 +1,7 @@
-"""A search under a limit of tokens: it is cut off, and answers with what it has.
+"""A token limit for a search, which is cut off when the limit is reached and answers with what it has.
 
-Every request first sets aside the most that it can cost, so the limit is never passed; what
-it did not use goes back, and requests wait while others may still give back. When the next
-one cannot be paid for and none is under way, the search ends.
+Every request first reserves its maximum cost, so the limit is never exceeded, and returns what it did not use.
+A request that does not fit waits while running requests may still return tokens; if none is running, the search ends.
 """
 
 from __future__ import annotations
@@ -20,11 +19,11 @@ from flywheel.search.strategy import Kept, Searcher
 
 
 class OutOfTokens(Exception):
-    """The limit does not allow the next request."""
+    """The tokens left do not cover the next request."""
 
 
 class Allowance:
-    """`left` tokens are neither spent nor set aside."""
+    """A token budget shared by all requests of a search; `left` tokens are neither spent nor reserved."""
 
     def __init__(self, limit: int):
         self.left, self.under_way, self.closed = limit, 0, False
@@ -32,12 +31,12 @@ class Allowance:
 
     @asynccontextmanager
     async def hold(self, most: int) -> AsyncIterator[None]:
-        """Set `most` tokens aside for what runs inside. Raises OutOfTokens."""
+        """Reserve `most` tokens for the request that runs inside. Raises OutOfTokens."""
         while not self.closed and most > self.left and self.under_way:
             self.waiting.append(asyncio.get_running_loop().create_future())
             await self.waiting[-1]
         if self.closed or most > self.left:
-            self.closed = True  # smaller requests end too: an answer from a torn search is drawn from whole solutions
+            self.closed = True  # refuse smaller requests too: only finished solutions count after the cut
             raise OutOfTokens
         self.left -= most
         self.under_way += 1
@@ -54,7 +53,7 @@ class Allowance:
 
 
 class Limited:
-    """An engine (see `flywheel.models.engine.Engine`) that pays from an allowance."""
+    """An engine (see `flywheel.models.engine.Engine`) whose requests reserve tokens from an allowance."""
 
     def __init__(self, engine: Engine, allowance: Allowance):
         self.role, self.name, self.parameters, self.max_model_len = (
@@ -86,7 +85,7 @@ class Limited:
 
 
 def limited(searcher: Searcher, limit: int) -> Searcher:
-    """The same models, paying from one allowance of `limit` tokens, and keeping what they make."""
+    """`searcher` with its models sharing an allowance of `limit` tokens; `kept` collects partial results."""
     allowance = Allowance(limit)
 
     def paying(engine: Engine | None) -> Engine | None:

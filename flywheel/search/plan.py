@@ -1,8 +1,8 @@
-"""Plans: which strategy at which difficulty and budget, chosen on the calibration questions.
+"""Plans: the best strategy per difficulty bin and budget, chosen on the calibration questions.
 
-Snell et al., section 3: the compute-optimal strategy is chosen per difficulty bin on one
-fold and scored on the other. Two plans, because two things are wanted: to *serve*, the
-selected answer must be right; to *harvest*, gold is known and any verified solution will do.
+Snell et al., section 3: the compute-optimal strategy is chosen per difficulty bin on one fold and scored on the
+other. The *serve* plan maximises correct selected answers. The *harvest* plan maximises verified solutions: on
+training questions gold is known, so any verified candidate can be kept.
 """
 
 from __future__ import annotations
@@ -17,16 +17,15 @@ from flywheel.search.strategies import AnyStrategy, from_dict
 from flywheel.search.strategy import Strategy
 
 SCHEMA = 1
-ENOUGH = 5  # questions that a bin needs to choose for itself
+ENOUGH = 5  # questions; a bin with fewer borrows its neighbours'
 
 
 @dataclass(frozen=True, slots=True)
 class Trial:
     """One strategy on one calibration question.
 
-    `correct`: the selected answer is right. `verified`: verified solutions that a harvest
-    would keep and had not before: with its candidates they reach `harvest.min_votes`.
-    `tokens`: all that it was charged for.
+    `correct`: the selected answer is right. `verified`: number of distinct verified solutions that reach
+    `harvest.min_votes` only with this trial's candidates. `tokens`: all tokens charged.
     """
 
     question_id: str
@@ -40,10 +39,10 @@ class Trial:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """The choice for one bin and budget, and the figures that made it.
+    """The strategy chosen for one bin and budget, and the figures behind the choice.
 
-    `score`, a question: share of right answers (serve), distinct verified solutions
-    (harvest). `borrowed`: neighbouring bins whose questions helped a bin of too few.
+    `score`: mean per question of right answers in [0, 1] (serve) or of distinct verified solutions (harvest).
+    `borrowed`: neighbouring bins whose questions were added because this bin has fewer than ENOUGH.
     """
 
     bin: int
@@ -51,20 +50,20 @@ class Entry:
     strategy: Strategy
     questions: int
     score: float
-    tokens: float  # a question
+    tokens: float  # mean per question
     borrowed: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class Plan:
-    """`kind` is serve or harvest. `models`: role -> name of the artifact that it was measured with."""
+    """`kind`: serve or harvest. `models`: role -> name of the model that the trials ran with."""
 
     kind: str
     models: dict[str, str]
     entries: tuple[Entry, ...]
 
     def strategy(self, bin: int, budget: int) -> Strategy:
-        """Raises UserError where the plan has no such entry."""
+        """The strategy for questions of `bin`. Raises UserError if the plan has no such entry."""
         for entry in self.entries:
             if (entry.bin, entry.budget) == (bin, budget):
                 return entry.strategy
@@ -109,10 +108,10 @@ class Plan:
 def serve_plan(
     trials: Sequence[Trial], models: Mapping[str, str], bins: int = 5, folds: int = 2, seed: int = 0
 ) -> tuple[Plan, list[dict]]:
-    """The plan chosen on all trials, and its honest score (`figures` by budget, from `held_out`).
+    """The plan chosen on all trials, and its cross-validated score (`figures` by budget, from `held_out`).
 
-    For each bin and budget, the strategy of most right answers; ties go to the cheaper one.
-    What a strategy scored on the very trials that chose it stands in the entries.
+    For each bin and budget, the strategy with most right answers; ties go to the cheaper one.
+    The scores in the plan's entries are in-sample: from the same trials that chose the strategy.
     """
 
     fit = partial(most_right, models=models, bins=bins)
@@ -121,7 +120,7 @@ def serve_plan(
 
 
 def most_right(trials: Sequence[Trial], models: Mapping[str, str], bins: int = 5) -> Plan:
-    """The serve plan of these very trials."""
+    """The serve plan fitted on `trials`."""
     entries = []
     for budget in sorted({t.budget for t in trials}):
         at_budget = [t for t in trials if t.budget == budget]
@@ -132,16 +131,14 @@ def most_right(trials: Sequence[Trial], models: Mapping[str, str], bins: int = 5
 
 
 def harvest_plan(trials: Sequence[Trial], models: Mapping[str, str], budget: int, keep: int, bins: int = 5) -> Plan:
-    """One strategy a bin, of any budget tried, that together verify most for the harvest's tokens.
+    """One strategy per bin, from all budgets tried, that together verify most within the harvest's token budget.
 
-    Maximises the sum over bins of the mean of min(verified, keep), while the mean tokens sum
-    to no more than the cheapest strategy of `budget` costs when every question gets it.
-    (Quantile bins hold equal shares of the questions, so bins weigh alike; solutions past
-    `keep` are thrown away, so they do not count.) Verified solutions per token alone would
-    always choose the smallest budget, whose first samples gain most; with the total fixed,
-    what easy bins do not need is spent where it still finds something. Ties go to fewer
-    tokens. The optimum is exact (a multiple-choice knapsack). Every entry stands under
-    `budget`. Raises ValueError if nothing was tried at it.
+    Maximises the sum over bins of mean min(verified, keep), subject to a limit on the sum of mean tokens: the cost of
+    giving every question the cheapest strategy of `budget`. Bins weigh the same because quantile bins hold equal
+    shares of the questions; solutions beyond `keep` do not count because the harvest discards them. Maximising
+    verified solutions per token instead would always choose the smallest budget, whose first samples gain most; with
+    a fixed total, tokens that easy bins do not need go to harder ones. Ties go to fewer tokens. The optimum is exact
+    (a multiple-choice knapsack). All entries are stored under `budget`. Raises ValueError if it was not tried.
     """
     costs: dict[Strategy, list[int]] = {}
     for trial in trials:
@@ -160,14 +157,14 @@ def harvest_plan(trials: Sequence[Trial], models: Mapping[str, str], budget: int
     for row in options:
         grown = [(tokens + e.tokens, score + e.score, (*chosen, e)) for tokens, score, chosen in states for e in row]
         states = []
-        for state in sorted(grown, key=lambda s: (s[0], -s[1])):  # what costs more must verify more
+        for state in sorted(grown, key=lambda s: (s[0], -s[1])):  # keep the Pareto front of (tokens, verified)
             if state[0] <= limit and (not states or state[1] > states[-1][1] + 1e-9):
                 states.append(state)
     return Plan("harvest", dict(models), states[-1][2])
 
 
 def _options(trials: Sequence[Trial], bin: int, bins: int, budget: int, score: Callable[[Trial], float]) -> list[Entry]:
-    """One Entry a strategy, in order of appearance, over the bin's questions and any borrowed ones.
+    """One Entry per strategy, in order of appearance, over the bin's questions and any borrowed ones.
 
     Raises ValueError if a strategy was not tried exactly once on each of these questions.
     """
@@ -191,7 +188,7 @@ def _options(trials: Sequence[Trial], bin: int, bins: int, budget: int, score: C
 
 
 def _lenders(trials: Sequence[Trial], bin: int, bins: int) -> list[int]:
-    """The bin, and its neighbours, nearest first, until together they hold ENOUGH questions."""
+    """The bin, followed by its nearest neighbours until all together have ENOUGH questions."""
     sizes = {b: len({t.question_id for t in trials if t.bin == b}) for b in range(1, bins + 1)}
     used = [bin]
     for distance in range(1, bins):
@@ -207,10 +204,10 @@ def _lenders(trials: Sequence[Trial], bin: int, bins: int) -> list[int]:
 def held_out(
     trials: Sequence[Trial], fit: Callable[[Sequence[Trial]], Plan], folds: int = 2, seed: int = 0
 ) -> dict[int, list[Trial]]:
-    """Budget -> for every question, the trial of the strategy that a plan chose without that question.
+    """Cross-validation: budget -> for every question, the trial of the strategy chosen without that question.
 
-    Questions are dealt into `folds`, bin by bin, in an order drawn with `seed`; the plan
-    that serves a fold is fitted on the other ones.
+    Questions are shuffled with `seed` and split into `folds`, stratified by bin; the plan for a fold is fitted on
+    the other folds.
     """
     bin_of = {t.question_id: t.bin for t in trials}
     order = sorted(bin_of)
@@ -229,7 +226,7 @@ def held_out(
 
 
 def table(trials: Sequence[Trial]) -> list[dict]:
-    """Every (bin, budget, strategy) that was tried, with its `figures`, sorted."""
+    """`figures` of every (bin, budget, strategy) that was tried, sorted."""
     groups: dict[tuple[int, int, str], list[Trial]] = {}
     for trial in trials:
         groups.setdefault((trial.bin, trial.budget, trial.strategy.name), []).append(trial)
@@ -240,7 +237,7 @@ def table(trials: Sequence[Trial]) -> list[dict]:
 
 
 def figures(trials: Sequence[Trial]) -> dict:
-    """Over one trial a question: questions, and a question's mean accuracy, verified solutions and tokens."""
+    """Number of questions, and mean accuracy, verified solutions and tokens; `trials` hold one trial per question."""
     n = len(trials)
     sums = {
         "accuracy": sum(t.correct for t in trials),

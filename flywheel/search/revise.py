@@ -1,4 +1,4 @@
-"""Sequential revisions: each attempt sees the ones before it (Snell et al., 6.1)."""
+"""Sequential revisions: the prompt of each attempt holds the attempts before it (Snell et al., 6.1)."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ Select = Literal["weighted", "majority", "last"]
 
 @dataclass(frozen=True)
 class Revise(Strategy):
-    """`chains` independent chains of `length` attempts, each attempt shown the last `context` ones before it.
+    """`chains` independent chains of `length` attempts; a prompt holds at most the last `context` attempts.
 
-    `select`: `weighted` within each chain and then across them, `majority` over all attempts,
-    or `last`, the majority of the chains' last attempts.
+    `select`: `weighted` within each chain and then across chains, `majority` over all attempts,
+    or `last`, the majority over the last attempt of each chain.
     """
 
     length: int
@@ -35,7 +35,7 @@ class Revise(Strategy):
 
     @classmethod
     def at(cls, budget: int, *, chains: Positive = 1, select: Select = "weighted", context: Positive = 4) -> Revise:
-        """Of a budget N, each of the chains has N / chains attempts."""
+        """Chains of budget / chains attempts. Raises Unfit if that is no whole number or more than LONGEST."""
         if budget % chains:
             raise Unfit(f"revise in {chains} chains", "they do not divide it")
         if budget // chains > LONGEST:
@@ -55,9 +55,9 @@ class Revise(Strategy):
         return self.select == "weighted"
 
     async def run(self, question: Question, searcher: Searcher, tag: str) -> Sequence[Candidate]:
-        """All attempts are the reviser's, the first of a chain from the plain question. Chain after chain.
+        """Candidates chain by chain. The reviser writes every attempt, the first with no attempts in its prompt.
 
-        The plain PRM judges each attempt by itself (the paper's verifier of revisions sees the history: not here).
+        The PRM scores each attempt alone, while the paper's verifier of revisions also sees the attempts before it.
         """
 
         async def chain(number: int) -> list[Candidate]:
@@ -72,7 +72,7 @@ class Revise(Strategy):
                         question,
                         purpose=self.kind,
                         id=f"{question.id}/{tag}/{number * self.length + place}",
-                        draw=made[0].solution.id if made else None,  # an attempt sees those before it
+                        draw=made[0].solution.id if made else None,  # attempts of a chain are not independent
                         parent=made[-1].solution.id if made else None,
                         attempt=place + 1,
                     )
@@ -97,7 +97,7 @@ class Revise(Strategy):
                 raise ValueError(f"{self.name}: no such way to select")
 
     def covers(self, other: Strategy) -> bool:
-        """Chains hold the first of them and their own beginnings, and a judged set holds a vote without its judge."""
+        """True if `other` has no more and no longer chains, the same context, and needs no missing scores."""
         return (
             isinstance(other, Revise)
             and other.length <= self.length
@@ -114,10 +114,10 @@ class Revise(Strategy):
 def revision_prompt(
     reviser: Engine, question: Question, attempts: Sequence[Solution], searcher: Searcher, context: int
 ) -> list[int]:
-    """The prompt for the attempt after `attempts`, oldest first.
+    """The prompt (token ids) for the attempt after `attempts`, oldest first.
 
-    It holds the last `context` of them. One that was cut off or has no answer is left out: the reviser never saw such
-    a one in training. Where context and `max_tokens` do not fit the model, the oldest are dropped.
+    It holds the last `context` attempts that have an answer: the reviser saw no others in training. The oldest are
+    dropped until the prompt and `sample.max_tokens` fit the model.
     """
     shown = [s for s in attempts if s.answer is not None][-context:]
     while True:

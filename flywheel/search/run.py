@@ -18,9 +18,9 @@ async def search(
 ) -> Outcome:
     """Search by `strategy` and select an answer. Solution ids are `question/tag/number`, so `tag` must be unique.
 
-    With a `limit` no more than so many tokens are spent. A search that would need more is cut off and answers with its
-    finished solutions: by its own selection over those that were judged, by majority where that selects none. Raises
-    ValueError if `searcher` lacks a model that the strategy needs, and TooLong if the question does not fit.
+    At most `limit` tokens are spent. A search that needs more is cut off and answers with its finished solutions, by
+    the strategy's selection; if that selects none, or needs scores and there are none, by majority. Raises ValueError
+    if `searcher` lacks a model that the strategy needs, and TooLong if the question does not fit the model.
     """
     if not searcher.can(strategy):
         raise ValueError(f"{strategy.name}: needs a model that this search was not given")
@@ -42,10 +42,10 @@ async def search(
 async def search_all(
     asked: Sequence[tuple[int, Strategy]], question: Question, searcher: Searcher, *, tag: str
 ) -> list[tuple[int, Strategy, Outcome]]:
-    """Every (budget, strategy) of `asked` on one question, each draw made once.
+    """Run every (budget, strategy) of `asked` on one question, reusing candidates.
 
-    Of a kind, a strategy that covers others runs first, and they are read off its draws. Kinds run side by side: a
-    step of the engine costs little more for more sequences.
+    Within a kind, a strategy that covers others runs first, and their outcomes are derived from its candidates. Kinds
+    run concurrently, because larger batches cost the engine little more per step.
     """
     covered = {strategy: sum(strategy.covers(other) for _, other in asked) for _, strategy in asked}
     order = sorted(asked, key=lambda item: (-item[0], -covered[item[1]]))
@@ -67,7 +67,7 @@ async def search_all(
 
 
 def read_off(done: Strategy, outcome: Outcome, wanted: Strategy) -> Outcome:
-    """What `wanted` would have found on the draws of `done`, which covers it. Tokens are those of the part alone."""
+    """The outcome of `wanted`, from the `outcome` of `done`, which covers it. Counts only the tokens `wanted` needs."""
     if done == wanted:
         return outcome
     part: Sequence[Candidate] = wanted.part(outcome.candidates)

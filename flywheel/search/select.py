@@ -1,7 +1,7 @@
-"""From many answers to one (Snell et al., 5.1 and 6.1). Pure functions, no gold.
+"""Select one answer among many (Snell et al., 5.1 and 6.1). Pure functions that see no gold answer.
 
-Answers that differ only in writing are one answer (`answer_key`); None, where no answer
-could be parsed, never wins. Ties go to the answer that appeared first.
+Answers with the same `answer_key` count as one, so spelling does not matter. None (no answer
+could be parsed) never wins. Ties go to the answer that appeared first.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ Key = Callable[[str], str]
 def weighted(answers: Answers, scores: Sequence[float], key: Key = answer_key) -> str | None:
     """Best-of-N weighted: the answer whose solutions have the largest sum of scores.
 
-    `answers[i]` has the verifier's score `scores[i]` >= 0. Returns the winner as it was
-    first written; None where no answer could be parsed.
+    `scores[i]` >= 0 is the PRM score of `answers[i]`. Returns the first spelling of the
+    winner, or None if no answer could be parsed.
     """
     return _heaviest(answers, scores, key)[0]
 
@@ -30,7 +30,7 @@ def majority(answers: Answers, key: Key = answer_key) -> str | None:
 
 
 def argmax(answers: Answers, scores: Sequence[float]) -> str | None:
-    """Plain best-of-N: the answer of the one solution of highest score."""
+    """Plain best-of-N: the answer of the highest-scoring solution."""
     parsed = [(answer, score) for answer, score in zip(answers, scores, strict=True) if answer is not None]
     return max(parsed, key=lambda item: item[1])[0] if parsed else None
 
@@ -38,7 +38,7 @@ def argmax(answers: Answers, scores: Sequence[float]) -> str | None:
 def hierarchical(chains: Sequence[tuple[Answers, Sequence[float]]], key: Key = answer_key) -> str | None:
     """Best-of-N weighted within each revision chain, then across the chains' winners (6.1).
 
-    A winner enters the second vote with the sum of scores that it won its chain with.
+    In the second vote each winner is weighted by its sum of scores within its chain.
     """
     winners = [_heaviest(answers, scores, key) for answers, scores in chains]
     return weighted([answer for answer, _ in winners], [weight for _, weight in winners], key)

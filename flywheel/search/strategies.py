@@ -1,4 +1,4 @@
-"""The list of strategies, and how a recipe names them."""
+"""The list of strategies, and how a recipe's names and options become strategies."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from flywheel.search.best_of_n import BestOfN
 from flywheel.search.revise import Revise
 from flywheel.search.strategy import Strategy, Unfit
 
-STRATEGIES: tuple[type[Strategy], ...] = (BestOfN, Beam, Revise, Adaptive)  # a new one is a file and a name here
+STRATEGIES: tuple[type[Strategy], ...] = (BestOfN, Beam, Revise, Adaptive)  # add a new strategy here
 AnyStrategy = Union[STRATEGIES]  # noqa: UP007  (made of the list; for fields of records)
 KINDS = {strategy.kind: strategy for strategy in STRATEGIES}
 
 
 def from_dict(data: dict) -> Strategy:
-    """What `Strategy.to_dict` wrote. Raises KeyError for an unknown kind and TypeError for unknown fields."""
+    """The inverse of `Strategy.to_dict`. Raises KeyError for an unknown kind and TypeError for unknown fields."""
     return KINDS[data["kind"]](**{name: value for name, value in data.items() if name != "kind"})
 
 
 def strategies(spec: CalibrateSpec) -> list[tuple[int, Strategy]]:
-    """Every distinct (budget, strategy) that a recipe asks for, by rising budget.
+    """Every distinct (budget, strategy) that a recipe asks for, in ascending order of budget.
 
-    A budget is in the paper's unit, final answers generated. What a budget does not allow is left out
-    (`left_out` says so). Raises UserError for an unknown kind or option.
+    A budget counts generated final answers, as in the paper. Strategies that cannot spend a budget are skipped
+    (`left_out` lists them). Raises UserError for an unknown kind or option.
     """
     return list(dict.fromkeys((budget, s) for budget, s in _asked(spec) if isinstance(s, Strategy)))
 
 
 def left_out(spec: CalibrateSpec) -> list[str]:
-    """One line for every strategy of the recipe that cannot run at one of its budgets."""
+    """One line for each (budget, strategy) of the recipe that `strategies` skips, with the reason."""
     unfit = [(budget, why.args) for budget, why in _asked(spec) if isinstance(why, Unfit)]
     return [f"{what} left out at budget {budget}: {why}" for budget, (what, why) in unfit]
 

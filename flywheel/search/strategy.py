@@ -1,4 +1,4 @@
-"""What a strategy is, and the two things that all of them do: sample solutions and judge them."""
+"""The base class of strategies, and what they share: sampling a solution and scoring solutions with the PRM."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from flywheel.search.select import weighted
 
 
 class Unfit(Exception):
-    """A strategy that cannot spend a budget: (what, why)."""
+    """A strategy cannot spend this budget; args are (strategy, reason)."""
 
 
 class Strategy(ABC):
     """One way to spend a budget on one question.
 
-    A subclass is a frozen dataclass, one file of this package and one line in `strategies.py`. It says its recipe
+    A subclass is a frozen dataclass in a file of this package, listed in `strategies.py`. It defines its recipe
     options (`at`), its name, the models that it needs (`maker`, `judged`), how it searches (`run`), how it selects its
-    `answer`, and which of its draws another strategy of its kind would have made too (`covers`, `part`).
+    `answer`, and which of its candidates a smaller strategy of its kind would have drawn (`covers`, `part`).
     """
 
     kind: ClassVar[str]
@@ -35,15 +35,15 @@ class Strategy(ABC):
     @classmethod
     @abstractmethod
     def at(cls, budget: int, **options) -> Self:
-        """The strategy that spends `budget` generations; its keyword arguments are the options of a recipe.
+        """The strategy that spends `budget` generations; the keyword arguments are its recipe options.
 
-        Raises Unfit where the budget does not allow it.
+        Raises Unfit if the budget and options do not fit together.
         """
 
     @property
     @abstractmethod
     def name(self) -> str:
-        """In figures, tables and ids, e.g. `beam:16:4`. Different strategies have different names."""
+        """Unique name for figures, tables and ids, e.g. `beam:16:4`."""
 
     @property
     def label(self) -> str:
@@ -52,47 +52,47 @@ class Strategy(ABC):
 
     @property
     def judged(self) -> bool:
-        """Whether it needs the PRM's scores; a majority vote does not."""
+        """Whether the strategy needs PRM scores; a majority vote does not."""
         return True
 
     @abstractmethod
     async def run(self, question: Question, searcher: Searcher, tag: str) -> Sequence[Candidate]:
-        """Search one question; the ids of its solutions are `question/tag/number`. All candidates, in their order."""
+        """Search one question. Returns all candidates in order; their solution ids are `question/tag/number`."""
 
     def answer(self, candidates: Sequence[Candidate]) -> str | None:
-        """The answer that its candidates give: best-of-N weighted. None where no candidate has an answer."""
+        """The selected answer, by default best-of-N weighted; None if no candidate has an answer."""
         return weighted([c.solution.answer for c in candidates], [c.score for c in candidates])
 
     def covers(self, other: Strategy) -> bool:
-        """Whether the draws of this strategy hold those of `other`."""
+        """Whether the candidates of this strategy include all that `other` would draw."""
         return self == other
 
     def part(self, candidates: Sequence[Candidate]) -> Sequence[Candidate]:
-        """Those of the `candidates` of a strategy that covers this one which this one would have drawn."""
+        """The candidates that this strategy would have drawn. `candidates` are those of a strategy that covers it."""
         return candidates
 
     def to_dict(self) -> dict:
-        """The fields and the `kind`; `strategies.from_dict` reads it back."""
+        """The fields and the `kind`, as `strategies.from_dict` reads them."""
         return {"kind": self.kind, **{item.name: getattr(self, item.name) for item in fields(self)}}
 
 
 def option(text: str, value: object, usual: object) -> str:
-    """`:text` + value where an option is not the usual one, for a strategy's name."""
+    """The part of a strategy's name for one option: `:text` + value, or empty if it has its default `usual`."""
     return "" if value == usual else f":{text}{value}"
 
 
-# ---- what a strategy works with --------------------------------------------------------
+# ---- models, sampling and scoring ------------------------------------------------------
 
 
 @dataclass
 class Kept:
-    """What a search has made so far: candidates by id, and the PRM's values and score of their tokens."""
+    """What a search has made so far: candidates by solution id, and (PRM step values, score) by solution tokens."""
 
     candidates: dict[str, Candidate] = field(default_factory=dict)
     judged: dict[tuple[int, ...], tuple[tuple[float, ...], float]] = field(default_factory=dict)
 
     def found(self) -> tuple[Candidate, ...]:
-        """The candidates in their order, with the values of those that were judged."""
+        """The candidates in the order of their numbers, with PRM values where they were scored."""
         out = []
         for candidate in sorted(self.candidates.values(), key=lambda c: int(c.solution.id.rpartition("/")[2])):
             if not candidate.values and candidate.solution.tokens in self.judged:
@@ -104,9 +104,9 @@ class Kept:
 
 @dataclass(frozen=True)
 class Searcher:
-    """The models and prompts of a search; a model is None where a round has none.
+    """The models and prompts of a search; a model is None if the round has none.
 
-    `sample` limits a whole solution. `kept` collects what was made, where a limit on tokens may cut the search off.
+    `sample`: limits for a whole solution. `kept`: collects partial results if a token limit may cut the search off.
     """
 
     policy: Engine | None
@@ -121,11 +121,11 @@ class Searcher:
         return self.policy if strategy.maker == Role.POLICY else self.reviser
 
     def can(self, strategy: Strategy) -> bool:
-        """Whether the models that `strategy` needs are there."""
+        """Whether the models that `strategy` needs are loaded."""
         return self.maker(strategy) is not None and (self.prm is not None or not strategy.judged)
 
     def sampling(self) -> Sampling:
-        """How a whole solution is sampled."""
+        """Sampling parameters for a whole solution."""
         return Sampling(self.sample.max_tokens, self.sample.temperature, self.sample.top_p, self.reader.stop)
 
 
@@ -141,9 +141,9 @@ async def attempt(
     parent: str | None = None,
     attempt: int = 1,
 ) -> Candidate:
-    """Sample one whole solution after `prompt`: a candidate that knows its cost and is not judged yet.
+    """Sample one whole solution for `prompt`: a candidate with its cost in tokens and no PRM values yet.
 
-    `draw` names the independent draw that the solution belongs to: its own id if None.
+    `draw`: id of the independent draw that the solution belongs to; its own id if None.
     """
     with metered() as spent:
         [done] = await engine.generate(prompt, searcher.sampling(), purpose=purpose)
@@ -171,10 +171,10 @@ async def judge(
     kept: Kept | None = None,
     before: Sequence[Candidate] = (),
 ) -> tuple[Candidate, ...]:
-    """The candidates with PRM values. One without an answer is not judged: it cannot win.
+    """The candidates with PRM values and scores. Candidates without an answer are not scored: they cannot win.
 
-    Equal solutions are judged once, and the first of them bears the cost; one that equals a solution judged `before`
-    costs nothing. Where the last step's value is the score, it alone is asked for.
+    Equal solutions are scored once and the cost is charged to the first; one that equals a solution scored `before`
+    costs nothing. If the score is the last step's value, only that value is computed.
     """
     values: dict[tuple[int, ...], tuple[float, ...]] = {c.solution.tokens: c.values for c in before if c.values}
     first: dict[tuple[int, ...], Solution] = {}

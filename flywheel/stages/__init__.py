@@ -1,4 +1,4 @@
-"""The stages of a round, one file each, in the order in which they run."""
+"""The stages of a round, one file per stage, in the order in which they run."""
 
 from __future__ import annotations
 
@@ -20,6 +20,6 @@ ORDER = (
 
 
 def stages(round: int) -> list:
-    """Round 0 is the base: it is evaluated and nothing else."""
+    """The stages of a round, in order. Round 0 is the base model, which is only evaluated."""
     names = ("evaluate",) if round == 0 else ORDER
     return [import_module(f"flywheel.stages.{name}").STAGE for name in names]

@@ -1,8 +1,8 @@
-"""Every strategy at every budget on each bin of the calibrate split: two plans come of it.
+"""Try every strategy at every budget on the calibration questions, and fit the serve and the harvest plan.
 
-*serve* wants the selected answer to be right; *harvest* wants distinct verified solutions
-for its tokens. Bins come from the sample stage; the trials are drawn anew, so that samples
-that bin a question never score a strategy on it.
+*serve* maximises correct selected answers, *harvest* distinct verified solutions for its tokens.
+Bins come from the sample stage, while trials use new samples: the samples that assign a question's
+bin never score a strategy on that question.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def work(ctx: Context, kit: Kit, questions: Sequence[str]) -> Iterator[object]:
 
     for question, outcomes in kit.each(questions, one):
         judged = [o.candidates for _, s, o in outcomes if isinstance(s, BestOfN) and s.select == "weighted"]
-        if judged:  # what a probe of these samples would see of the question's difficulty
+        if judged:  # the search stage derives the bin edges of its probe from these scores
             yield SampleScores(question, tuple(c.score for c in max(judged, key=len)))
         distinct = {c.solution.id: c.solution for _, _, o in outcomes for c in o.candidates}
         correct = kit.correct(distinct.values())
@@ -62,7 +62,7 @@ def work(ctx: Context, kit: Kit, questions: Sequence[str]) -> Iterator[object]:
 
 
 def known_traces(ctx: Context, question: str) -> Counter[str]:
-    """Verified traces and their votes, of as many samples as a training question has before its harvest begins."""
+    """Votes by verified trace, from the first `sample.per_question` samples: what a training question has, too."""
     solutions, verdicts = sampled(ctx)
     first = solutions[question][: ctx.recipe.sample.per_question]
     return Counter(trace(s) for s in first if verdicts[s.id] is Verdict.CORRECT)

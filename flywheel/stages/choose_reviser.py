@@ -1,10 +1,10 @@
-"""Choose the reviser's checkpoint by what it is for: pass@1 of attempts 2 to 4.
+"""Choose the reviser's checkpoint by pass@1 of its revised attempts.
 
 The paper keeps a checkpoint somewhat past the lowest validation loss, because that loss is
-measured off-policy (on the policy's attempts, not the reviser's own). Here every checkpoint
-plays short revision chains on the validation questions, and the best mean pass@1 over its
-attempts after the first is kept; ties go to the earlier one. A checkpoint that only copies the
-incorrect attempt before it is not fit, and a round all of whose checkpoints do has no reviser.
+off-policy (on the policy's attempts, not the reviser's own). Here every checkpoint writes short
+revision chains on the validation questions; the one with the best mean pass@1 over the attempts
+after the first is kept, ties going to the earlier step. Checkpoints that mostly copy the incorrect
+attempt before are rejected; if all are, the round has no reviser.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def model(ctx: Context, checkpoint: dict) -> ModelRef:
 
 
 class OneAtATime:
-    """The kit of one checkpoint at a time: another one's engine is closed before it opens."""
+    """Holds the kit of one checkpoint; the engine of the previous checkpoint is closed first."""
 
     def __init__(self, ctx: Context, stack: ExitStack):
         self.ctx, self.stack, self.step, self.kit = ctx, stack, None, None
@@ -59,7 +59,7 @@ def open_kits(ctx: Context) -> Iterator[OneAtATime]:
 
 
 def work(ctx: Context, kits: OneAtATime, items: Sequence[str]) -> Iterator[object]:
-    """Short revision chains of each checkpoint, graded."""
+    """Graded revision chains of each checkpoint."""
     spec = ctx.recipe.reviser
     strategy = Revise(length=spec.probe_attempts, select="majority", context=spec.context)
     wanted: dict[int, list[str]] = {}

@@ -1,7 +1,6 @@
-"""SFT on every round's harvest: policy r.
+"""SFT on the harvests of all rounds so far gives policy r.
 
-On a fresh adapter of the frozen base, as STaR, ReST^EM and rStar-Math restart, or on from the last policy's
-(`distill.start`).
+`distill.start`: a fresh adapter on the frozen base (as STaR, ReST^EM and rStar-Math), or the last policy's adapter.
 """
 
 from __future__ import annotations

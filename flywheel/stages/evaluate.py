@@ -1,9 +1,8 @@
-"""Policy r on the test questions, single samples: the figures that measure the loop.
+"""Evaluate policy r on the test questions without search: the figures that measure the loop.
 
-The test split is read here and in `search`, and nowhere else. Round 0 draws twice: the
-first draw bins the questions (fixed bins, kept for good), the second one scores them, so
-that the samples that bin are never those that score; the two draws against each other are
-the migration that re-sampling alone gives.
+Only this stage and `search` read the test split. Round 0 samples twice: the first set assigns
+the fixed bins of all later rounds and the second is scored, so no sample does both. Comparing
+the two sets gives the migration between bins that is due to resampling alone.
 """
 
 from __future__ import annotations

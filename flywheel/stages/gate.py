@@ -1,9 +1,8 @@
-"""Does policy r replace policy r-1? Asked of the calibration questions, by paired bootstrap.
+"""Decide by paired bootstrap on the calibration questions whether policy r replaces policy r-1.
 
-It does if pass@1 rises (the whole 95% interval above zero) and pass@k does not fall (the
-interval of the difference is not wholly below zero), and nothing is wrong with what it writes
-(`flywheel.measure.health`). The old policy's samples are those of the sample stage, the new one draws
-as many.
+It does if pass@1 rises (the whole 95% interval of the gain is above zero), pass@k does not fall
+(its interval is not wholly below zero), and its solutions pass the checks of `flywheel.measure.health`.
+The old policy's samples come from the sample stage; the new policy draws as many here.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Compute-optimal inference over the training questions; what verifies is kept for distillation.
+"""Compute-optimal search on the training questions; verified solutions are kept for distillation.
 
-Gold is known here, so any verified candidate counts, not only the selected one. The samples
-that binned the questions are candidates too: their tokens are spent already.
+Gold is known here, so every verified candidate counts, not only the selected one. The solutions
+of the sample stage are candidates too: their tokens are already spent.
 """
 
 from __future__ import annotations
@@ -80,9 +80,9 @@ def finish(ctx: Context) -> dict:
 
 
 def balanced(rows: list[Harvested], limit: float) -> list[Harvested]:
-    """No bin keeps more than `limit` times the mean of the non-empty bins; the most voted stay.
+    """Cap each bin at `limit` times the mean size of the non-empty bins, keeping the rows with most votes.
 
-    Easy questions verify most, and would drown the hard ones that the round is for.
+    Easy questions yield most verified solutions and would otherwise dominate the training set.
     """
     by_bin: dict[int, list[Harvested]] = {}
     for row in rows:

@@ -1,7 +1,7 @@
-"""Monte Carlo labels: the value of a step prefix is the share of rollouts that end right.
+"""Monte Carlo labels: the value of a step prefix is the fraction of its rollouts that are correct.
 
 Snell et al. 2024, appendix D, after Math-Shepherd (Wang et al. 2023). A prefix that several
-solutions share is rolled out once; the value after the last step is the verdict itself.
+solutions share is rolled out once; the value after the last step is the solution's verdict.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ Tokens = tuple[int, ...]
 
 
 def questions(ctx: Context) -> list[str]:
-    """A seeded choice of the training questions (all of them where `label.questions` is 0).
+    """A seeded choice of `label.questions` training questions (0: all).
 
-    Those whose sampled pass rate lies in `label.prefer` come first: rollouts of a question
-    that is never, or always, answered right end alike after every step, and teach little.
+    Questions whose pass rate lies in `label.prefer` come first: if a question is never or always
+    answered right, its step values are all alike and teach little.
     """
     pool = ids(ctx, Split.TRAIN)
     spec, rates = ctx.recipe.label, sampled_rates(ctx)
@@ -35,9 +35,9 @@ def questions(ctx: Context) -> list[str]:
 
 
 def chosen(ctx: Context, question: str) -> list[tuple[Solution, bool]]:
-    """Distinct solutions of a question to label, and whether each is right. One without an answer is not labelled.
+    """At most `label.solutions` distinct solutions of a question, each with whether it is right; only decided ones.
 
-    Where a question has right and wrong ones, both are taken: the PRM is used to tell them apart.
+    Right and wrong solutions alternate while there are both, because the PRM has to tell them apart.
     """
     groups, verdicts = sampled(ctx)
     distinct: dict[str, tuple[Solution, bool]] = {}
@@ -55,7 +55,7 @@ def chosen(ctx: Context, question: str) -> list[tuple[Solution, bool]]:
 
 
 def prefixes(solution: Solution) -> list[Tokens]:
-    """The tokens up to the end of each step but the last."""
+    """The token prefixes that end with each step except the last."""
     out, tokens = [], ()
     for step in solution.steps[:-1]:
         tokens += step.tokens
@@ -64,7 +64,7 @@ def prefixes(solution: Solution) -> list[Tokens]:
 
 
 async def roll_out(ctx: Context, kit: Kit, question: str, prefix: Tokens) -> list[Solution]:
-    """`label.rollouts` continuations of `prefix` to the end of the solution; none where no token is left."""
+    """`label.rollouts` solutions that continue `prefix`; none if the prefix uses up `sample.max_tokens`."""
     room = ctx.recipe.sample.max_tokens - len(prefix)
     if room <= 0:
         return []
@@ -85,7 +85,7 @@ async def roll_out(ctx: Context, kit: Kit, question: str, prefix: Tokens) -> lis
 
 
 def work(ctx: Context, kit: Kit, questions: Sequence[str]) -> Iterator[object]:
-    """All rollouts first, then their grades: a check that hangs must not hold up the engine."""
+    """Step values of the chosen solutions. Grading follows all rollouts, so a slow check never idles the engine."""
     picked = {question: chosen(ctx, question) for question in questions}
 
     async def one(question: str) -> dict[Tokens, list[Solution]]:

@@ -1,4 +1,4 @@
-"""Sample the last policy on the training and calibration questions; difficulty comes from here."""
+"""Sample the last policy on the training and calibration questions; its pass rates define their difficulty."""
 
 from __future__ import annotations
 

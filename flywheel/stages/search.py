@@ -1,7 +1,7 @@
-"""Search r on the test questions: policy r-1 with this round's PRM, reviser and serve plan.
+"""Search on the test questions: policy r-1 with this round's PRM, reviser and serve plan.
 
-Beside it the same selection by the un-finetuned base as verifier, and the reviser's
-pass@1 by attempt with its own attempts and, as a control, with another question's.
+Baselines: the same selection with the un-finetuned base as verifier, and, as a control for the
+reviser's pass@1 by attempt, revisions with another question's attempts in the prompt.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from flywheel.stages.shared import (
 
 @dataclass(frozen=True)
 class Found:
-    """What one method answered: the answer, the solutions that it chose from, and its cost in tokens."""
+    """One method's selected answer, the solutions that it selected from, and its cost in tokens."""
 
     answer: str | None
     solutions: Sequence[Solution]
@@ -49,7 +49,7 @@ class Found:
 
 
 class OneQuestion:
-    """The searches of one test question. Methods that agree on a strategy share its draws."""
+    """All searches of one test question. Methods that use the same strategy share its outcome."""
 
     def __init__(self, ctx: Context, kit: Kit, searcher: Searcher, problem: Problem, plan: Plan):
         self.spec, self.round = ctx.recipe.evaluate, ctx.round
@@ -67,9 +67,9 @@ class OneQuestion:
         return Found(done.answer, [c.solution for c in done.candidates], done.tokens)
 
     async def after_probe(self, edges: Sequence[float]) -> Found:
-        """Bin the question by the scores of a few samples, and search as the plan says.
+        """Bin the question by the mean PRM score of `evaluate.probe` samples, then search by the plan's strategy.
 
-        The probe's samples stay candidates: best-of-N draws so many fewer, another search has them beside its own.
+        The probe's samples stay candidates: best-of-N draws that many fewer, other strategies add them to their own.
         """
         size = self.spec.probe
         probe = await search(BestOfN(size), self.question, self.searcher, tag=f"r{self.round}/probe")
@@ -90,9 +90,9 @@ class OneQuestion:
     async def all(
         self, pool: Sequence[Solution], oracle_bin: int, edges: Sequence[float]
     ) -> tuple[dict[str, Found], list[float]]:
-        """What every method found, and the PRM's scores of the pool. All at once: more sequences cost a step little.
+        """(Found by method, PRM scores of `pool`). All methods run concurrently to fill the engines' batches.
 
-        `pool`: the samples of `evaluate`. `edges`: of the bins, on the probe's mean score.
+        `pool`: the solutions of the evaluate stage. `edges`: bin edges for the probe's mean score.
         """
         k, n = len(pool), self.spec.budget
         length = max(n, self.spec.revise_attempts)
@@ -105,7 +105,7 @@ class OneQuestion:
             [self.judged(pool, self.kit.prm()), self.judged(pool[:n], self.kit.prm("prm:base")), *methods.values()]
         )
         head = len(self.kit.prompts.solve(self.question))
-        drawn = [head + len(s.tokens) + 1 for s in pool]  # prompt, solution and its end
+        drawn = [head + len(s.tokens) + 1 for s in pool]  # prompt, solution and EOS
         answers, scores, costs = [s.answer for s in pool], [c.score for c in by_prm], [c.score_cost for c in by_prm]
         base_scores, base_cost = [c.score for c in by_base], sum(c.score_cost for c in by_base)
         base = weighted(answers[:n], base_scores)
@@ -127,12 +127,12 @@ class OneQuestion:
         return await judge(self.question, [Candidate(s) for s in pool], verifier)
 
     async def chain(self) -> list[Solution]:
-        """The reviser's attempts, one after the other."""
+        """The attempts of one revision chain, in order."""
         outcome = await self.search(Revise(max(self.spec.budget, self.spec.revise_attempts)))
         return [c.solution for c in outcome.candidates]
 
     async def control(self, other: OneQuestion, context: int) -> list[Solution]:
-        """Attempts 2.. again, with the context taken from another question's chain: does context help?"""
+        """Attempts 2, 3, ... with another question's attempts in the prompt: does the right context help?"""
         reviser, theirs = self.searcher.reviser, await other.chain()
 
         async def attempt(place: int) -> Solution:
@@ -165,7 +165,7 @@ def work(ctx: Context, kit: Kit, questions: Sequence[str]) -> Iterator[object]:
         wanted: list = [mine.all(samples[question], bins[question], edges)]
         if searcher.reviser:
             wanted.append(mine.chain())
-        if searcher.reviser and mine is not other:  # a question alone has no other
+        if searcher.reviser and mine is not other:  # equal if the chunk holds one question
             wanted.append(mine.control(other, ctx.recipe.reviser.context))
         (found, scores), *attempts = await together(wanted)
         return found, scores, [s for group in attempts for s in group]
@@ -184,14 +184,14 @@ def work(ctx: Context, kit: Kit, questions: Sequence[str]) -> Iterator[object]:
 
 
 def oracle_bins(ctx: Context) -> dict[str, int]:
-    """Quantile bins of the test questions by policy r-1's pass@1: the oracle grade, labelled so."""
+    """Quantile bins of the test questions by policy r-1's pass@1, which needs gold: oracle difficulty."""
     return quantile_bins(test_rates(ctx, ctx.round - 1), ctx.recipe.calibrate.bins)
 
 
 def probe_edges(ctx: Context) -> list[float]:
-    """Where the probe's statistic, the mean PRM score of its samples, is cut into bins.
+    """Bin edges for the probe's statistic, the mean PRM score of its samples.
 
-    They are the quantiles of the same statistic on the calibration questions, whose plan is used.
+    They are the quantiles of this statistic on the calibration questions, on which the plan was fitted.
     """
     size, bins = ctx.recipe.evaluate.probe, ctx.recipe.calibrate.bins
     probes = [row.scores[:size] for row in ctx.read(SampleScores, "calibrate")]
@@ -210,7 +210,7 @@ def finish(ctx: Context) -> dict:
 
 
 def reviser_figures(ctx: Context) -> dict:
-    """pass@1 by attempt of the reviser's chains and of the control; empty in a round without a reviser."""
+    """pass@1 by attempt of the revision chains and of the control; empty in a round without a reviser."""
     correct = {g.solution_id: g.correct for g in ctx.read(Grade, "search")}
     curves: dict[str, dict[int, list[float]]] = {"revise": {}, "control": {}}
     changed: dict[str, list[bool]] = {"right_to_wrong": [], "wrong_to_right": []}

@@ -19,18 +19,18 @@ from flywheel.training.examples import targets
 
 @dataclass
 class Labelled:
-    """What the round's labels say, as training examples. `held`: the questions whose labels validate."""
+    """The round's labels as training and validation examples. `held`: the validation questions."""
 
     target: str
     held: set[str]
     fit: list[PrmExample] = field(default_factory=list)
     check: list[PrmExample] = field(default_factory=list)
-    silent: int = 0  # left out: of progress, a solution of a question that was never answered right
-    too_long: int = 0  # left out
+    silent: int = 0  # solutions left out because all their weights are 0 (only with target `progress`)
+    too_long: int = 0  # solutions left out
 
 
 def held_out(ctx: Context, questions: set[str]) -> set[str]:
-    """The questions whose labels validate: a seeded share of the labelled ones, at least one."""
+    """The validation questions: a seeded fraction of the labelled ones, at least one."""
     count = max(1, round(len(questions) * ctx.recipe.label.validation))
     return set(random.Random(ctx.seed("held out")).sample(sorted(questions), count))
 
@@ -39,7 +39,7 @@ def labelled(ctx: Context, prompts: Prompts, problems: dict[str, Problem]) -> La
     rows = list(ctx.read(StepValues, "label"))
     questions, rates = {row.question_id for row in rows}, sampled_rates(ctx)
     solutions = {s.id: s for s in ctx.read(Solution, "sample")}
-    # where no labelled question was ever answered right there is no progress to learn from, and the values serve
+    # `progress` is relative to the pass rate, so use `value` if no labelled question was ever answered right
     target = ctx.recipe.prm.target if any(rates[question] for question in questions) else "value"
     out = Labelled(target, held_out(ctx, questions))
     for row in rows:
@@ -84,7 +84,7 @@ def train(ctx: Context) -> dict:
     figures = quality(ctx, prompts, problems, found.held, labels)
     ours, bare = figures["auc_within_question"], figures["auc_within_question_base"]
     refused = {}
-    if ours is not None and ours < 0.5:  # None, where no held-out question has both kinds of solutions, says nothing
+    if ours is not None and ours < 0.5:  # None: no held-out question has both right and wrong solutions
         refused = {
             "refused": True,
             "why": f"worse than chance: within-question AUC {ours:.2f} (the un-finetuned base {bare:.2f});"
@@ -110,7 +110,7 @@ def train(ctx: Context) -> dict:
 def quality(
     ctx: Context, prompts: Prompts, problems: dict[str, Problem], held: set[str], labels: tuple[int, int]
 ) -> dict:
-    """How well the PRM, and the un-finetuned base, tell right from wrong among the samples of held-out questions."""
+    """AUC and calibration of the PRM and of the un-finetuned base on the samples of held-out questions."""
     from flywheel.training.scores import calibration, score_all, within_question_auc
 
     verdicts = {g.solution_id: g.verdict for g in ctx.read(Grade, "sample") if g.question_id in held}

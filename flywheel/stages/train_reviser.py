@@ -1,7 +1,7 @@
-"""Train the revision model: 0-4 incorrect attempts, then a correct one (Snell et al., 6.1).
+"""Train the reviser on trajectories of incorrect attempts, then a correct one (Snell et al., 6.1).
 
-The last incorrect attempt is the one of least edit distance to the correct answer, so that
-there is something to learn from it; the loss is on the correct answer alone.
+The last incorrect attempt is the one with least edit distance to the correct solution, so that
+the two are related; the loss is on the correct solution only.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from flywheel.stages.shared import closed, examples, sampled, start, trace
 
 
 def trajectories(ctx: Context) -> list[Trajectory]:
-    """At most `reviser.trajectories` a question, from its first `reviser.samples` samples."""
+    """At most `reviser.trajectories` per question, from its first `reviser.samples` samples."""
     spec = ctx.recipe.reviser
     groups, verdicts = sampled(ctx)
     out = []
@@ -34,7 +34,7 @@ def trajectories(ctx: Context) -> list[Trajectory]:
 
 
 def history(target: Solution, wrong: list[Solution], count: int, rng: random.Random) -> list[Solution]:
-    """`count` distinct incorrect attempts drawn uniformly, the nearest to `target` last."""
+    """`count` distinct incorrect attempts: the nearest to `target` last, the others drawn uniformly."""
     if not count:
         return []
     picked = rng.sample(wrong, count)

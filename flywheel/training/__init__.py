@@ -1,4 +1,4 @@
-"""LoRA trainings of the three roles, on TRL and accelerate. Importing this imports no torch."""
+"""LoRA training of the three roles with TRL and accelerate. Importing this package does not import torch."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from flywheel.training.examples import Example, PrmExample, TrainingError, rows
 
 
 def train_sft(train: Sequence[Example], validation: Sequence[Example], job: Job) -> TrainReport:
-    """Train on the mean negative log-likelihood of the tokens after `loss_from`; leaves `out/adapter/`.
+    """Train on the mean negative log-likelihood of `tokens[loss_from:]`; writes `job.out/adapter/`.
 
-    Call it on every rank of the launch environment. Called again after a kill it goes on from the
-    last complete checkpoint; called again after the end it returns the same report. Charges
-    `job.ledger` the training tokens of every epoch, and validation as scored tokens.
-    Raises TrainingError for malformed examples, ones longer than `spec.max_length`, a batch size
-    that the ranks cannot share, a loss that is not finite, or a device too small for one sequence.
+    Call it on every rank of the launch environment. Called again after a kill, it resumes from the
+    last complete checkpoint; after the end, it returns the same report. Charges `job.ledger` the
+    training tokens of every epoch, and validation as scored tokens.
+    Raises TrainingError for malformed examples, examples longer than `spec.max_length`, a batch size
+    not divisible by the number of ranks, a non-finite loss, or a device too small for one sequence.
     """
     from flywheel.training.trainer import SftTrainer, fit
 
@@ -25,10 +25,10 @@ def train_sft(train: Sequence[Example], validation: Sequence[Example], job: Job)
 def train_prm(
     train: Sequence[PrmExample], validation: Sequence[PrmExample], labels: tuple[int, int], job: Job
 ) -> TrainReport:
-    """Train the PRM: P(labels[0]) / (P(labels[0]) + P(labels[1])) at each read towards its value; labels are token ids.
+    """Train the PRM so that P(labels[0]) / (P(labels[0]) + P(labels[1])) at each read predicts its value.
 
-    The loss is soft binary cross-entropy (Snell et al. 2024, appendix D), averaged over all reads of
-    the global batch by their weights. Otherwise as `train_sft`.
+    `labels`: the token ids of the good and the bad label. The loss is soft binary cross-entropy (Snell
+    et al. 2024, appendix D), a weighted mean over all reads of the global batch. Otherwise as `train_sft`.
     """
     from flywheel.training.trainer import PrmTrainer, fit
 

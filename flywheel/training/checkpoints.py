@@ -1,10 +1,10 @@
-"""The directory of a training: what to resume from, which checkpoint is kept, the report. No torch.
+"""The directory of a training: resuming, choosing the checkpoint, the report. Does not import torch.
 
-adapter/            the adapter that was kept
+adapter/            the chosen adapter
 checkpoints/step-N/ the adapter at every validation point; after the end only with `keep="all"`
-report.json         written when all is done
-trainer/            optimizer states to resume from, only while the training runs
-micro_batch.json    the largest micro batch that fits, once memory has run out, only while it runs
+report.json         written last
+trainer/            optimizer states to resume from; deleted at the end
+micro_batch.json    the micro batch to use after memory ran out; deleted at the end
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from flywheel.runs.files import read_json, sha256, write_json
 log = logging.getLogger(__name__)
 
 ROOM = "micro_batch.json"
-MARK = "complete.json"  # written last into a checkpoint of `trainer/`, once all ranks have saved
+MARK = "complete.json"  # written into a checkpoint of `trainer/` after all ranks have saved
 
 
 @dataclass(frozen=True)
 class Job:
     """What to train, where and how; the same on every rank.
 
-    `keep`: `best` and `all` make `out/adapter` of the checkpoint with the lowest validation loss,
-    `last` of the end; `all` also leaves the adapter of every validation point in `out/checkpoints`.
-    `seed` is taken modulo 2^31. `start`: an adapter of the same shape to train on from, in place
-    of a fresh one. Rank 0 charges `ledger`, as `role`, for all ranks.
+    `keep`: with `best` and `all`, `out/adapter` is the checkpoint with the lowest validation loss,
+    with `last` the final one; `all` also keeps every validation point's adapter in `out/checkpoints`.
+    `seed` is taken modulo 2^31. `start`: an adapter of the same shape to continue training, instead
+    of a fresh one. Rank 0 charges `ledger` with `role` for all ranks.
     """
 
     model: ModelSpec
@@ -59,11 +59,11 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class TrainReport:
-    """What a training did. Losses are means in nats, per trained token (SFT) or unit of read weight (PRM).
+    """The result of a training. Losses are means in nats per trained token (SFT) or per unit of read weight (PRM).
 
-    `curve`: {step, loss, eval_loss}, None where not measured; its step 0 is the model before training.
-    `train_loss`: mean over the last stretch of the curve. `best`: the one kept as `adapter/`.
-    `checkpoints`: those still on disk. `tokens`: all ranks, every epoch, padding left out.
+    `curve`: {step, loss, eval_loss}, None where not measured; step 0 is the model before training.
+    `train_loss`: the last training loss of the curve. `best`: the checkpoint in `adapter/`.
+    `checkpoints`: those kept on disk. `tokens`: of all ranks and epochs, without padding.
     """
 
     steps: int
@@ -79,7 +79,7 @@ class TrainReport:
 
 
 def points(steps: int, count: int) -> list[int]:
-    """At most `count` of the steps 1 to `steps`, evenly spread, the last step always among them."""
+    """At most `count` evenly spaced steps of 1 to `steps`, always including the last."""
     return sorted({max(1, round(steps * (i + 1) / count)) for i in range(count)})
 
 
@@ -89,7 +89,7 @@ def digest(*parts: object) -> str:
 
 
 def copy_adapter(source: Path, target: Path) -> None:
-    """Copy a PEFT adapter (weights and config only); `target` appears whole or not at all."""
+    """Copy a PEFT adapter (weights and config only) to `target`, atomically."""
     temporary = target.with_name(target.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -100,20 +100,19 @@ def copy_adapter(source: Path, target: Path) -> None:
 
 
 def save_point(out: Path, step: int, mark: dict[str, Any], seconds: float) -> None:
-    """Copy the adapter of the trainer's checkpoint at `step`, and mark that checkpoint as complete."""
+    """Copy the adapter out of the trainer's checkpoint at `step`, and mark the checkpoint as complete."""
     checkpoint = out / "trainer" / f"checkpoint-{step}"
     copy_adapter(checkpoint, out / "checkpoints" / f"step-{step}")
     write_json(checkpoint / MARK, {**mark, "seconds": seconds, "files": _sums(checkpoint)})
 
 
 def resume_point(out: Path, mark: dict[str, Any]) -> tuple[TrainReport | None, str | None, float]:
-    """What there is of the training that `mark` identifies: (report, checkpoint to resume from, seconds spent so far).
+    """(report, checkpoint to resume from, seconds spent so far) of the training that `mark` identifies.
 
-    The report is None unless the training is finished, the checkpoint None where it starts anew;
-    then `out` is cleared. A checkpoint without its mark was cut off while it was written and is
-    deleted; so is one whose files have changed since, because torch unpickles them. A checkpoint
-    with another mark (other data or settings; DeepSpeed with another number of ranks) means that
-    all of them belong to another training.
+    The report is None unless the training is finished. The checkpoint is None if there is none to resume
+    from; then `out` is cleared. A checkpoint without a mark is incomplete and is deleted, as is one whose
+    files have changed, because torch unpickles them. A checkpoint with another mark (other data or
+    settings, or DeepSpeed with another number of ranks) means that all belong to another training.
     """
     done = read_json(out / "report.json")
     if done and done.pop("fingerprint") == mark["fingerprint"]:
@@ -139,7 +138,7 @@ def resume_point(out: Path, mark: dict[str, Any]) -> tuple[TrainReport | None, s
 
 
 def _sums(checkpoint: Path) -> dict[str, str]:
-    """sha256 of every file of a trainer's checkpoint but its mark."""
+    """sha256 by file of a trainer's checkpoint, without its mark."""
     files = [path for path in sorted(checkpoint.rglob("*")) if path.is_file() and path.name != MARK]
     return {str(path.relative_to(checkpoint)): sha256(path) for path in files}
 
@@ -147,7 +146,7 @@ def _sums(checkpoint: Path) -> dict[str, str]:
 def choose(
     job: Job, steps: Sequence[int], curve: list[dict], epochs_per_step: float
 ) -> tuple[list[Checkpoint], Checkpoint]:
-    """Make `out/adapter` of the best checkpoint of those saved at `steps`, or of the last (`job.keep`).
+    """Copy the best (or last, see `job.keep`) of the checkpoints saved at `steps` to `out/adapter`.
 
     Returns (the checkpoints that `conclude` leaves on disk, the chosen one).
     """
@@ -162,7 +161,7 @@ def choose(
 
 
 def conclude(job: Job, report: TrainReport, fingerprint: str) -> None:
-    """Write the report, then drop what only a resume needs; safe to call again after a kill in between."""
+    """Write the report, then delete what only resuming needs. Safe to call again after a kill."""
     write_json(job.out / "report.json", {"fingerprint": fingerprint, **asdict(report)})
     for name in ("trainer",) if job.keep == "all" else ("trainer", "checkpoints"):
         shutil.rmtree(job.out / name, ignore_errors=True)
@@ -170,7 +169,7 @@ def conclude(job: Job, report: TrainReport, fingerprint: str) -> None:
 
 
 def curve_of(history: list[dict]) -> list[dict[str, Any]]:
-    """A trainer's log as {step, loss, eval_loss}, by step."""
+    """A trainer's log as a list of {step, loss, eval_loss} in order of step; None where not measured."""
     curve: dict[int, dict] = {}
     for entry in history:
         if "loss" in entry or "eval_loss" in entry:

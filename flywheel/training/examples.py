@@ -1,4 +1,4 @@
-"""Training examples as token ids: what they hold, their checks, their order and their batches. No torch."""
+"""Training examples as token ids: their contents, checks, order and batches. Does not import torch."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from dataclasses import dataclass
 
 from flywheel.errors import UserError
 
-WINDOW = 16  # batches sorted by length together: little padding, and batches are still mixtures
+WINDOW = 16  # batches whose examples are sorted by length together: little padding, yet batches stay random
 
 
 class TrainingError(UserError):
-    """A training that cannot go on; the message says why and what to change."""
+    """Training cannot continue; the message says why and what to change."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """A text for supervised fine-tuning (SFT): the loss is on `tokens[loss_from:]`, with EOS if it is to be learned."""
+    """A text for supervised fine-tuning (SFT), with EOS if it is to be learned; the loss is on `tokens[loss_from:]`."""
 
     tokens: tuple[int, ...]
     loss_from: int
@@ -35,11 +35,11 @@ class Example:
 
 @dataclass(frozen=True)
 class PrmExample:
-    """A solution for the process reward model (PRM), and where its step values are read.
+    """A solution for the process reward model (PRM), with the positions and labels of its step values.
 
-    `reads[i]` is a prefix length in tokens: the value after step i is read from the logits at
-    position reads[i] - 1. `values[i]` in [0, 1] is its soft label, for instance the fraction of
-    correct rollouts (Snell et al. 2024, appendix D). `weights[i]` >= 0, 1 where not given.
+    `reads[i]`: a prefix length in tokens; the value after step i is read from the logits at position
+    reads[i] - 1. `values[i]`: its soft label in [0, 1], e.g. the fraction of correct rollouts (Snell
+    et al. 2024, appendix D). `weights[i]` >= 0, of positive sum; None: all 1.
     """
 
     tokens: tuple[int, ...]
@@ -71,10 +71,10 @@ class PrmExample:
 
 
 def rows(name: str, examples: Sequence[Example] | Sequence[PrmExample], longest: int | None = None) -> list[dict]:
-    """The examples as rows for the trainers. Nothing is cut: one of more than `longest` tokens is an error.
+    """The examples as rows for the trainers. Nothing is truncated.
 
-    Raises TrainingError for the first example that is malformed or too long; `name` says in the
-    message which examples these are.
+    Raises TrainingError for the first example that is malformed or has more than `longest` tokens;
+    `name` says in the message which set it belongs to.
     """
 
     def which(index: int) -> str:
@@ -98,14 +98,14 @@ def rows(name: str, examples: Sequence[Example] | Sequence[PrmExample], longest:
 def targets(values: Sequence[float], start: float, target: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """(labels, weights) for the PRM from the Monte Carlo values of one solution's steps, each in [0, 1].
 
-    `value`: the values themselves, each of weight 1 (Snell et al. 2024, appendix D).
+    `value`: the values themselves, all with weight 1 (Snell et al. 2024, appendix D).
 
     `progress`: the fraction of the success probability that survives the step, min(1, v_i / v_(i-1)),
-    with weight v_(i-1), because a quotient of small counts is mostly noise. v_0 is `start`, the
-    question's pass rate. Steps after one of value 0 get weight 0. The product of a solution's labels
-    is its last value over `start` (where no step raises the value), so at test time a PRM of progress
-    is aggregated by `product` where a PRM of values is by `last`; the model then need not sum up the
-    steps itself, which a small one learns badly (measured: eval/LOG.md). Setlur et al. 2024
+    with weight v_(i-1), because a ratio of small counts is mostly noise. v_0 is `start`, the question's
+    pass rate. A step after a value of 0 gets weight 0. If no step raises the value, the product of a
+    solution's labels is its last value divided by `start`. So a PRM trained on progress is aggregated by
+    `product`, one trained on values by `last`; with `product` the model need not combine the steps
+    itself, which a small model learns badly (measured: eval/LOG.md). Setlur et al. 2024
     (arXiv 2410.08146) reward a similar quantity, the difference v_i - v_(i-1).
     """
     if target == "value":
@@ -115,11 +115,11 @@ def targets(values: Sequence[float], start: float, target: str) -> tuple[tuple[f
 
 
 def order(lengths: Sequence[int], batch_size: int, epochs: float, seed: int) -> list[int]:
-    """Indices of the examples in training order: ceil(epochs x n / batch_size) whole batches of `batch_size`.
+    """Indices of the examples in training order: ceil(epochs x n / batch_size) full batches of `batch_size`.
 
-    The epochs are one stream of shuffles, so every batch is full, fractions of an epoch work,
-    and the batches are the same whatever the number of ranks. The examples of a batch have
-    similar lengths, in ascending order.
+    Epochs are concatenated shuffles, so every batch is full, fractional epochs work, and the
+    batches do not depend on the number of ranks. The examples of a batch have similar lengths,
+    in ascending order.
     """
     count = len(lengths)
     steps = max(1, math.ceil(round(epochs * count / batch_size, 9)))
@@ -127,7 +127,7 @@ def order(lengths: Sequence[int], batch_size: int, epochs: float, seed: int) -> 
     while len(stream) < steps * batch_size:
         stream += rng.sample(range(count), count)
     stream = stream[: steps * batch_size]
-    # a window is no longer than an epoch, so that a batch does not hold one example several times
+    # a window longer than an epoch would put copies of one example into a batch
     window = batch_size * min(WINDOW, max(1, count // batch_size))
     ordered = []
     for start in range(0, len(stream), window):
@@ -139,9 +139,9 @@ def order(lengths: Sequence[int], batch_size: int, epochs: float, seed: int) -> 
 
 
 def share(batch_size: int, micro_batch_size: int, world: int) -> tuple[int, int]:
-    """(sequences on one device at once, accumulation steps) so that their product x world = batch_size.
+    """(micro batch per device, accumulation steps), such that their product x `world` = `batch_size`.
 
-    Takes the largest micro batch that divides. Raises TrainingError where the ranks cannot share it.
+    The micro batch is at most `micro_batch_size`. Raises TrainingError if `world` does not divide `batch_size`.
     """
     if batch_size % world:
         raise TrainingError(

@@ -1,4 +1,4 @@
-"""Step values of a PRM by a direct transformers forward, and how good they are: AUC and calibration."""
+"""A PRM's step values by a transformers forward pass, and their quality: AUC and calibration."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from flywheel.training.examples import PrmExample, rows
 class PrmCollator:
     """Rows to padded tensors: input_ids and attention_mask (B, T); values, weights and `at` (B, R).
 
-    `positions` (U,) are the distinct positions read anywhere in the batch, and logits are computed
-    at these only; `at` is the index into `positions` of each read. Padding reads have weight 0.
+    `positions` (U,): the distinct positions read anywhere in the batch; logits are computed only there.
+    `at`: the index into `positions` of each read. Padding reads have weight 0.
     """
 
     def __init__(self, pad: int):
@@ -44,7 +44,7 @@ class PrmCollator:
 
 
 def label_margins(model, batch: dict, labels: tuple[int, int]) -> torch.Tensor:
-    """Logit of labels[0] minus that of labels[1] at every read, (B, R), float32; its sigmoid is the value."""
+    """Logit of labels[0] minus logit of labels[1] at every read: (B, R), float32. Its sigmoid is the value."""
     logits = model(
         input_ids=batch["input_ids"],
         attention_mask=batch["attention_mask"],
@@ -56,19 +56,19 @@ def label_margins(model, batch: dict, labels: tuple[int, int]) -> torch.Tensor:
 
 
 def on_cpu() -> bool:
-    """Whether there is no CUDA device, or accelerate was told not to use it."""
+    """Whether there is no CUDA device or accelerate was told not to use it."""
     return not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
 
 
 def dtype() -> str:
-    """That of the frozen base. LoRA weights and losses are always float32."""
+    """The dtype of the frozen base. LoRA weights and losses are always float32."""
     return "float32" if on_cpu() or not torch.cuda.is_bf16_supported() else "bfloat16"
 
 
 def forward_values(
     base: str, adapter: str | None, rows: list[dict], labels: tuple[int, int], batch_size: int
 ) -> tuple[list[tuple[float, ...]], int]:
-    """(values at each row's reads, in the order of the rows; parameters of the model, adapter included)."""
+    """(values at each row's reads, in the order of `rows`; number of parameters, adapter included)."""
     device = "cpu" if on_cpu() else "cuda"
     model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype(), use_safetensors=True).to(device)
     if adapter:
@@ -96,9 +96,9 @@ def score_all(
     purpose: str = "score",
     batch_size: int = 64,
 ) -> list[tuple[float, ...]]:
-    """The values in [0, 1] at every example's reads, in the order given; all reads of an example in one pass.
+    """The values in [0, 1] at each example's reads, in the order of `examples`; one pass per example.
 
-    Charges `ledger` as the PRM. Not distributed: call it on one rank. Raises TrainingError for a malformed example.
+    Charges `ledger` with role PRM. Not distributed: call it on one rank. Raises TrainingError for a malformed example.
     """
     values, parameters = forward_values(base, adapter, rows("scored", examples), labels, batch_size)
     ledger.charge(Role.PRM, purpose, parameters=parameters, scored=sum(len(e.tokens) for e in examples))
@@ -106,9 +106,9 @@ def score_all(
 
 
 def within_question_auc(scores: Sequence[float], correct: Sequence[bool], questions: Sequence[str]) -> float | None:
-    """Mean ROC AUC of the questions that have both correct and incorrect solutions; None if there is none.
+    """Mean ROC AUC over the questions that have both correct and incorrect solutions; None if there are none.
 
-    Unlike the AUC over all solutions it gives no credit for telling easy questions from hard ones.
+    Unlike an AUC over all solutions, it gives no credit for telling easy questions from hard ones.
     """
     from sklearn.metrics import roc_auc_score
 
@@ -120,9 +120,9 @@ def within_question_auc(scores: Sequence[float], correct: Sequence[bool], questi
 
 
 def calibration(scores: Sequence[float], targets: Sequence[float], bins: int = 10) -> list[dict]:
-    """Equal-width bins over [0, 1]: {low, high, n, score, target}, the means of each non-empty bin.
+    """{low, high, n, mean score, mean target} of each non-empty bin of equal width over [0, 1].
 
-    A calibrated PRM has score = target in every bin. The last bin includes 1. Raises ValueError for other scores.
+    A calibrated PRM has score = target in every bin. The last bin includes 1. Raises ValueError for a score outside.
     """
     groups: dict[int, list[tuple[float, float]]] = defaultdict(list)
     for score, target in zip(scores, targets, strict=True):

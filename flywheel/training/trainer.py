@@ -1,6 +1,6 @@
-"""LoRA trainings of the policy, the reviser and the PRM, on TRL's `SFTTrainer`.
+"""LoRA training of the policy, the reviser and the PRM with TRL's `SFTTrainer`.
 
-Nothing here sets torch's number of threads: that is the launcher's to choose.
+Nothing here sets torch's number of threads: the launcher does.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ LOGS_PER_EVAL = 4
 
 
 class SftTrainer(SFTTrainer):
-    """TRL's loss, summed over the global batch and divided by its trained tokens."""
+    """TRL's loss, summed over the global batch and divided by its number of trained tokens."""
 
-    loss_is_scaled_for_ga = True  # divided by the items of all micro batches, so not by their number
+    loss_is_scaled_for_ga = True  # already divided by the items of all micro batches: do not divide by their number
 
     def items(self, batch: dict) -> torch.Tensor:
-        """What the loss is a mean over: the tokens that are predicted."""
+        """The denominator of the loss, a scalar: the number of predicted tokens in the batch."""
         return batch["labels"][:, 1:].ne(-100).sum()
 
     @staticmethod
@@ -56,7 +56,7 @@ class SftTrainer(SFTTrainer):
 
     @staticmethod
     def filler(row: dict) -> dict:
-        """The row without any loss: fills the last validation batches, so that averages stay exact."""
+        """A copy of the row that contributes no loss, to fill up the last validation batches."""
         return {**row, "labels": [-100] * len(row["labels"])}
 
     def _get_num_items_in_batch(self, batch_samples, device):
@@ -66,7 +66,7 @@ class SftTrainer(SFTTrainer):
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ):
-        """The exact mean over all items of all ranks; the stock loop averages the batches' means."""
+        """The exact mean loss over all items of all ranks; the stock loop averages the means of batches."""
         model = self.model_wrapped
         model.eval()
         sums = torch.zeros(2, device=self.args.device)
@@ -89,14 +89,14 @@ class SftTrainer(SFTTrainer):
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs):
-        """The ledger counts FLOPs; the stock count walks over all modules at every micro batch (24 layers: 14 ms)."""
+        """Not needed: the ledger counts FLOPs. The stock count takes 14 ms per micro batch with 24 layers."""
         return 0
 
     def create_model_card(self, *args, **kwargs):
-        """No card for a trainer's checkpoint: `flywheel.export` writes the one for the model."""
+        """Disabled for checkpoints: `flywheel.export` writes the model card."""
 
     def _send_telemetry(self):
-        """No usage ping."""
+        """Disabled."""
 
 
 class PrmTrainer(SftTrainer):
@@ -123,10 +123,10 @@ class PrmTrainer(SftTrainer):
 
 
 class Schedule(TrainerCallback):
-    """Logs, validates and saves at evenly spread steps, and marks each checkpoint when it is complete.
+    """Logs, validates and saves at evenly spaced steps, and marks each checkpoint when it is complete.
 
-    transformers' own `eval_steps` is a fixed interval and then the last step: 31 steps in 6 points
-    would be 6, 12, 18, 24, 30, 31, and 9 steps in 8 points would be 5 points.
+    transformers' own `eval_steps` is a fixed interval plus the last step: 6 points in 31 steps would be
+    6, 12, 18, 24, 30, 31 (an interval of 6 leaves a last one of 1), and 8 points in 9 steps would be only 5.
     """
 
     def __init__(self, job: Job, steps: int, validate: bool, mark: dict, ranks: PartialState, spent: float):
@@ -157,7 +157,7 @@ def _config(job: Job, micro: int, accumulate: int, steps: int, show_progress: bo
         per_device_train_batch_size=micro,
         per_device_eval_batch_size=micro,
         gradient_accumulation_steps=accumulate,
-        num_train_epochs=1,  # the data set is all epochs, in order
+        num_train_epochs=1,  # the data set holds all epochs, in training order
         train_sampling_strategy="sequential",
         learning_rate=spec.learning_rate,
         lr_scheduler_type="cosine",
@@ -168,14 +168,14 @@ def _config(job: Job, micro: int, accumulate: int, steps: int, show_progress: bo
         use_cpu=cpu,
         bf16=dtype() == "bfloat16",
         model_init_kwargs={"dtype": dtype(), "use_safetensors": True},
-        gradient_checkpointing=not cpu,  # costs a third of the speed; device memory is what is short
+        gradient_checkpointing=not cpu,  # a third slower, but GPU memory is scarce
         dataset_kwargs={"skip_prepare_dataset": True},
-        max_length=None,  # checked, never cut
+        max_length=None,  # `rows` checks lengths; nothing is truncated
         remove_unused_columns=False,
         dataloader_pin_memory=not cpu,
         ddp_find_unused_parameters=False,
         logging_nan_inf_filter=False,
-        logging_strategy="no",  # `Schedule` says when to log, to validate and to save
+        logging_strategy="no",  # `Schedule` decides when to log, validate and save
         save_strategy="no",
         save_total_limit=2,
         report_to="none",
@@ -201,21 +201,21 @@ def _trainer(kind: type[SftTrainer], args: SFTConfig, train: Dataset, validation
     )
     if job.start:
         set_peft_model_state_dict(trainer.model, load_peft_weights(job.start, device="cpu"))
-    trainer.processing_class = None  # lest every checkpoint hold the tokenizer, and training change the model's config
+    trainer.processing_class = None  # or checkpoints would hold the tokenizer and training would change the config
     trainer.remove_callback(PrinterCallback)
     return trainer
 
 
 def _out_of_memory(error: RuntimeError) -> bool:
-    """On a CPU torch has no type for it."""
+    """Whether `error` is an out-of-memory error; on a CPU torch has no type for it, only the message."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _train(trainer: SftTrainer, resume: str | None, job: Job, micro: int, world: int) -> bool:
-    """Whether the training came to its end; if not, a smaller micro batch is noted on disk for the next try.
+    """Train; returns False if memory ran out and a smaller micro batch was written to disk for the next try.
 
-    Raises TrainingError where there is no smaller one, and where there are several ranks: then the
-    others wait in a collective operation that this one will not join.
+    Raises TrainingError if there is no smaller one, or if there are several ranks, because the others
+    wait in a collective operation that this one will not join.
     """
     try:
         trainer.train(resume_from_checkpoint=resume)
@@ -257,7 +257,7 @@ def _report(trainer: SftTrainer, schedule: Schedule, epochs_per_step: float, tok
 def fit(
     kind: type[SftTrainer], train: list[dict], validation: list[dict], job: Job, labels: tuple[int, int] | None = None
 ) -> TrainReport:
-    """The training behind `train_sft` and `train_prm`, whose docstrings hold the contract; takes checked rows."""
+    """Implements `train_sft` and `train_prm`; takes rows that were checked by `rows`."""
     job = replace(job, seed=job.seed % 2**31)
     spec, ranks = job.spec, PartialState(cpu=on_cpu())
     main, world = ranks.is_main_process, ranks.num_processes
@@ -267,9 +267,9 @@ def fit(
     indices = order(lengths, spec.batch_size, spec.epochs, job.seed)
     steps, epochs_per_step = len(indices) // spec.batch_size, spec.batch_size / len(train)
     args = _config(job, micro, accumulate, steps, show_progress=main and sys.stderr.isatty())
-    # not the micro batch: it changes memory, not what is learned
+    # without the micro batch, which changes memory use but not the result
     settings = spec.model_dump(exclude={"micro_batch_size"}, exclude_none=True)
-    zero = args.deepspeed_plugin  # its checkpoints are cut by rank
+    zero = args.deepspeed_plugin  # its checkpoints are sharded by rank
     mark = {
         "fingerprint": digest(train, validation, job.model.model_dump(), settings, job.seed, job.keep, labels),
         "sharding": zero and f"ZeRO-{zero.zero_stage} on {world} processes",
