@@ -1,8 +1,8 @@
 """Bring a run to the end of a round: accelerate launch -m flywheel.iterate --round 3
 
 Finished work is skipped, unfinished work is continued, and nothing is computed twice.
-Rank 0 decides and prints; the other ranks follow its orders. Every stage runs in a process
-of its own (flywheel.runs.isolate).
+Rank 0 decides and prints; the other ranks follow its orders. Every stage runs in its own
+process (flywheel.runs.isolate).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from flywheel.recipe import Recipe
 
 PACKAGE = Path(__file__).resolve().parent
-# Where the files that ship lie: in the package where it is installed, else in the checkout that holds it.
+# Recipes and accelerate configs are inside an installed package, but next to the package in a checkout.
 SHARE = PACKAGE / "share" if (PACKAGE / "share").is_dir() else PACKAGE.parent
 AGAIN = "what is finished is kept; to continue, run the same command again"
 
@@ -79,11 +79,11 @@ def main(
     preload: tuple[str, ...] = PRELOAD,
     preflight: str | None = "flywheel.stages.kit:preflight",
 ) -> int:
-    """Returns the exit code.
+    """Run the command; returns the exit code.
 
     stages: `module:function(round) -> list[Stage]`. report: a module with `after_round(run, round)`,
-    `summary(run)` and `print_round(summary, round)`. preload: modules that the server of stage processes
-    loads. preflight: `module:function(recipe)`, called before a run is made; it raises UserError.
+    `summary(run)` and `print_round(summary, round)`. preload: modules that the fork server imports.
+    preflight: `module:function(recipe)`, called before a run is created; may raise UserError.
     """
     args = parser().parse_args(argv)
     if args.round < 0:
@@ -95,7 +95,7 @@ def main(
         if args.fork is None:
             parser().error("--fork: no run of that name or path")
         args.recipe = args.recipe or str(args.fork / "recipe.yaml")
-    from flywheel.runs.loop import Loop, Stopped, signals  # not before --help is answered
+    from flywheel.runs.loop import Loop, Stopped, signals  # imported late to keep --help fast
     from flywheel.runs.ranks import Ranks
 
     ranks = Ranks.from_env()
@@ -116,12 +116,12 @@ def main(
 
 
 def shipped(folder: str) -> dict[str, Path]:
-    """The YAML files of `recipes` or `accelerate_configs` that ship with flywheel, by name."""
+    """Name -> path of the YAML files in `folder` (`recipes` or `accelerate_configs`) that ship with flywheel."""
     return {path.stem: path for path in sorted((SHARE / folder).glob("*.yaml"))}
 
 
 def find_recipe(name: str) -> Path:
-    """The file `name`, else the recipe of that name that ships. Raises UserError where there is neither."""
+    """The file `name`, else the shipped recipe of that name. Raises UserError if there is neither."""
     path, recipes = Path(name), shipped("recipes")
     if name in recipes and not path.is_file():
         return recipes[name]
@@ -131,23 +131,23 @@ def find_recipe(name: str) -> Path:
 
 
 def load_recipe(args: argparse.Namespace) -> Recipe:
-    """The recipe with its overrides and with absolute paths. Raises UserError, RecipeError."""
+    """The recipe with its overrides applied and paths made absolute. Raises UserError, RecipeError."""
     from flywheel import recipe
     from flywheel.search import strategies
 
     path = find_recipe(args.recipe or "chain")
     overrides = list(args.set)
-    if args.problems:  # limits and step checker are for the recipe's own questions; --set may give others
+    if args.problems:  # the recipe's limits and step checker do not fit other questions; --set may set new ones
         own = json.dumps(str(Path(args.problems).absolute()))
         overrides = ["problems.limits={}", "problems.step_checker=null", *args.set]
         overrides += [f"problems.path={own}", "problems.format=jsonl"]
     loaded = recipe.load(path, overrides)
     folder = path.resolve().parent
     root = folder.parent if folder.name == "recipes" else folder
-    # a recipe may name functions of its project (checkers); a fork's lies in a run
+    # a recipe may name functions of its project (checkers); a fork's recipe is in a run
     for project in (root, SHARE, Path.cwd()):
         if str(project) not in sys.path:
-            # those that ship come first: the current directory may hold a package `data` too
+            # shipped code first: the current directory may contain a package `data` too
             sys.path.insert(0 if project == SHARE else len(sys.path), str(project))
     strategies.strategies(loaded.calibrate)  # raises for an unknown strategy or option
     return loaded.model_copy(
@@ -159,7 +159,7 @@ def load_recipe(args: argparse.Namespace) -> Recipe:
 
 
 def located(path: str, root: Path) -> str:
-    """A recipe's path: from the current directory, else from the recipe's project; else as it is."""
+    """`path` made absolute, relative to the current directory or else to `root`; unchanged if in neither."""
     for found in (Path(path), root / path):
         if found.exists():
             return str(found.absolute())

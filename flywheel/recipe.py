@@ -1,7 +1,7 @@
-"""The recipe: every choice of a run, typed and strict, from YAML and command-line overrides.
+"""The recipe: all settings of a run, typed and strict, from YAML and command-line overrides.
 
-Unknown keys fail and name the nearest known one. A stage's fingerprint holds the sections
-that it reads (`Stage.sections`), so a change elsewhere does not invalidate finished work.
+An unknown key is an error that names the nearest known one. A stage's fingerprint holds only the
+sections that it reads (`Stage.sections`), so changes elsewhere do not invalidate finished work.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Pair = Annotated[
 
 
 class Loader(yaml.SafeLoader):
-    """YAML in which 1e-3 is a number, as it is in JSON and in Python."""
+    """YAML in which 1e-3 is a number, as in JSON and Python."""
 
 
 Loader.add_implicit_resolver(
@@ -36,7 +36,7 @@ Loader.add_implicit_resolver(
 
 
 class RecipeError(UserError):
-    """One line: which key, what is wrong, the mend."""
+    """A faulty recipe; the message is one line with the key, what is wrong and the fix."""
 
 
 class Spec(BaseModel):
@@ -44,11 +44,11 @@ class Spec(BaseModel):
 
 
 class ProblemSpec(Spec):
-    """Where the questions come from. `limits` takes the first n of a split (0: all)."""
+    """The problem set. `limits` takes the first n questions of a split (0: all)."""
 
     format: Literal["jsonl", "gsm8k", "math"] = "jsonl"
     path: str
-    fields: dict[str, str] = {}  # our name -> the file's name, e.g. {question: problem}
+    fields: dict[str, str] = {}  # field name here -> in the file, e.g. {question: problem}
     limits: dict[Literal["train", "calibrate", "validation", "test"], Annotated[int, Field(ge=0)]] = {}
     checker: str = "flywheel.problems.grading:same_answer"  # module:function(gold, answer) -> bool
     step_checker: str | None = None  # module:function(question, solution text) -> bool, reported only
@@ -68,16 +68,16 @@ class ModelSpec(Spec):
 class EngineSpec(Spec):
     # `vllm`, or module:function of another engine (see `flywheel.models.backend.open_backend`)
     kind: Annotated[str, Field(pattern=r"^(vllm|[\w.]+:\w+)$")] = "vllm"
-    # How LoRA adapters are served. merged: each is merged into the base, one engine a model; runtime: one engine
+    # How LoRA adapters are served. merged: each is merged into the base, one engine per model; runtime: one engine
     # serves the base with all its adapters; auto: merged on a CPU, runtime on a GPU.
     adapters: Literal["auto", "merged", "runtime"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     max_model_len: Positive = 1024
-    kv_cache_mb: Positive = 256  # KV cache of each engine; on a CPU only
+    kv_cache_mb: Positive = 256  # KV cache per engine; only on a CPU
     gpu_memory: Share = 0.9  # fraction of the GPU's memory for all engines together
-    max_running: Positive = 256  # sequences decoded at once
-    chunk: Positive = 50  # questions to a shard: the most work that a kill can cost
-    # sampling processes of a rank; 0: one for each core on a CPU with a small model, else one
+    max_running: Positive = 256  # sequences decoded concurrently
+    chunk: Positive = 50  # questions per shard: a kill loses at most this much work per process
+    # sampling processes per rank; 0: one per core on a CPU with a small model, else one
     workers: Annotated[int, Field(ge=0)] = 0
 
 
@@ -88,13 +88,13 @@ class PromptSpec(Spec):
     check: str
     again: str  # between two attempts of a revision chain
     step: str = "\n"
-    stop: list[str] = []  # tokens that end a solution beside EOS
+    stop: list[str] = []  # tokens that end a solution, besides EOS
     answer: str = "boxed"  # `boxed`, or a regular expression with one group
 
 
 class SampleSpec(Spec):
-    per_question: Positive = 16  # a training question
-    calibrate: Positive = 64  # a calibration question; also what the gate draws from the new policy
+    per_question: Positive = 16  # samples per training question
+    calibrate: Positive = 64  # samples per calibration question, also for the new policy in the gate
     temperature: Annotated[float, Field(gt=0)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     max_tokens: Positive = 96
@@ -105,47 +105,45 @@ class LabelSpec(Spec):
     """Monte Carlo labels (Snell et al., appendix D)."""
 
     questions: Annotated[int, Field(ge=0)] = 0  # 0: all training questions
-    prefer: Pair[Share] = (0.0, 1.0)  # questions whose sampled pass rate lies between these are labelled first
-    solutions: Positive = 4  # a question, of the sampled ones
-    rollouts: Positive = 8  # a distinct step prefix
-    validation: Annotated[float, Field(gt=0, lt=1)] = 0.1  # of questions
+    prefer: Pair[Share] = (0.0, 1.0)  # questions with a pass rate in this range are labelled first
+    solutions: Positive = 4  # sampled solutions to label per question
+    rollouts: Positive = 8  # per distinct step prefix
+    validation: Annotated[float, Field(gt=0, lt=1)] = 0.1  # fraction of the labelled questions
 
 
 class TrainSpec(Spec):
-    start: Literal["policy"] | None = (
-        None  # the adapter to train on from: the last policy's; none: a fresh one on the base
-    )
+    start: Literal["policy"] | None = None  # adapter to start from: the last policy's; None: a fresh one on the base
     epochs: Annotated[float, Field(gt=0)] = 3
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
-    batch_size: Positive = 32  # global, over all ranks and accumulation steps
-    micro_batch_size: Positive = 32  # on one device at once
-    evals: Positive = 8  # validation points over the training
-    warmup: Share = 0.05
+    batch_size: Positive = 32  # global: over all ranks and accumulation steps
+    micro_batch_size: Positive = 32  # sequences per device and forward pass
+    evals: Positive = 8  # number of validation points
+    warmup: Share = 0.05  # fraction of the steps
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     max_length: Positive = 1024
 
 
 class PrmSpec(TrainSpec):
     labels: Pair[str] = ("+", "-")  # good, bad: single tokens
-    target: Literal["value", "progress"] = "value"  # what a step's label says: see training/examples.py, `targets`
+    target: Literal["value", "progress"] = "value"  # the label of a step: see `targets` in training/examples.py
     aggregate: Literal["last", "min", "product", "mean"] = "last"
 
 
 class ReviserSpec(TrainSpec):
-    samples: Positive = 16  # a question, of the sampled ones
-    trajectories: Positive = 8  # a question at most
-    context: Positive = 4  # incorrect attempts before the correct one, at most
-    probe_questions: Positive = 40  # questions for choosing the checkpoint
-    probe_attempts: Positive = 4
+    samples: Positive = 16  # samples per question to build trajectories from
+    trajectories: Positive = 8  # per question, at most
+    context: Positive = 4  # attempts in the prompt, at most
+    probe_questions: Positive = 40  # validation questions for choosing the checkpoint
+    probe_attempts: Positive = 4  # length of the revision chains for choosing the checkpoint
 
 
 class StrategySpec(BaseModel):
-    """A strategy that competes for a place in the plan. `search/strategies.py` checks its options."""
+    """A strategy to try in calibration; other keys are its options, which `search/strategies.py` checks."""
 
     model_config = ConfigDict(extra="allow", strict=True, frozen=True)
 
     kind: str
-    max_budget: Positive | None = None  # no larger one of `calibrate.budgets` is tried with it
+    max_budget: Positive | None = None  # larger ones of `calibrate.budgets` are not tried; None: all are
 
     @property
     def options(self) -> dict[str, Any]:
@@ -154,24 +152,24 @@ class StrategySpec(BaseModel):
 
 class CalibrateSpec(Spec):
     strategies: Annotated[list[StrategySpec], Field(min_length=1)]
-    budgets: Annotated[list[Positive], Field(min_length=1)]  # in generations: final answers generated
+    budgets: Annotated[list[Positive], Field(min_length=1)]  # numbers of generated final answers
     bins: Positive = 5
-    edges: list[Share] = [0.8, 0.6, 0.4, 0.2]  # of the fixed bins, on pass@1, easiest first
+    edges: list[Share] = [0.8, 0.6, 0.4, 0.2]  # edges of the fixed bins on pass@1, descending
 
 
 class HarvestSpec(Spec):
     budget: Positive = 16
-    keep: Positive = 4  # traces a question, at most
-    min_votes: Positive = 2  # candidates that must have drawn a trace: one drawn once is often luck
-    balance: Annotated[float, Field(ge=1)] = 3.0  # no bin keeps more than this times the smallest's mean
+    keep: Positive = 4  # traces per question, at most
+    min_votes: Positive = 2  # independent draws that must give a trace: one that was drawn once is often luck
+    balance: Annotated[float, Field(ge=1)] = 3.0  # a bin's limit, in units of the mean size of non-empty bins
 
 
 class EvaluateSpec(Spec):
-    samples: Positive = 64
-    budget: Positive = 16
-    probe: Positive = 4
-    revise_attempts: Positive = 8
-    bootstrap: Positive = 2000
+    samples: Positive = 64  # per test question
+    budget: Positive = 16  # of the searches
+    probe: Positive = 4  # samples that predict a question's bin
+    revise_attempts: Positive = 8  # number of attempts in pass@1 by attempt
+    bootstrap: Positive = 2000  # resamples
 
 
 class TrackSpec(Spec):
@@ -203,7 +201,7 @@ class Recipe(Spec):
         return self
 
     def _faults(self) -> Iterator[str]:
-        """What of one section contradicts another, a line each."""
+        """Contradictions between keys, one line per fault."""
         edges, bins, budgets = self.calibrate.edges, self.calibrate.bins, self.calibrate.budgets
         if len(edges) != bins - 1 or any(a <= b for a, b in itertools.pairwise(edges)):
             yield f"calibrate.edges: {bins - 1} falling numbers wanted, got {edges}"
@@ -245,7 +243,7 @@ class Recipe(Spec):
 def load(path: str | Path, overrides: list[str] = ()) -> Recipe:
     """Read a YAML recipe and apply `section.key=value` overrides (values are YAML).
 
-    Raises RecipeError with one line that names the file and the key.
+    Raises RecipeError, naming the file and the key.
     """
     path = Path(path)
     try:
@@ -285,7 +283,7 @@ def _set(data: dict, keys: list[str], value: Any) -> None:
 
 
 def _one_line(error: ValidationError) -> str:
-    """The first fault as `key: what is wrong`; unknown keys name the nearest known one."""
+    """One fault as `key: what is wrong`: the first unknown key, with the nearest known one, else the first fault."""
     faults = error.errors()
     fault = next((f for f in faults if f["type"] == "extra_forbidden"), faults[0])
     parts = [str(part) if str(part).strip() and str(part).isprintable() else repr(part) for part in fault["loc"]]
@@ -299,7 +297,7 @@ def _one_line(error: ValidationError) -> str:
 
 
 def nearest_key(written: str) -> str | None:
-    """The recipe's key nearest to `written`; else the one whose last part is nearest to its last part."""
+    """The known key nearest to `written`, else the one whose last part is nearest to its last part, else None."""
     known = known_keys()
     if near := difflib.get_close_matches(written, known, 1, 0.5):
         return near[0]

@@ -1,8 +1,7 @@
-"""The nouns of the project: frozen dataclasses, standard library only.
+"""The records of the project: frozen dataclasses, standard library only.
 
-Everything that a stage writes to disk is one of these records; everything that a
-strategy, a training or a study takes is made of them. `runs/files.py` turns them into
-parquet rows and back.
+Stages write them to disk; strategies, trainings and studies take them as input.
+`runs/files.py` converts them to parquet rows and back.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from enum import StrEnum
 
 
 class Split(StrEnum):
-    """The four disjoint sets of questions. `TEST` is read by `evaluate` alone."""
+    """The four disjoint sets of questions. Only the stages `evaluate` and `search` read `TEST`."""
 
     TRAIN = "train"
     CALIBRATE = "calibrate"
@@ -21,7 +20,7 @@ class Split(StrEnum):
 
 
 class Role(StrEnum):
-    """Which of the three models of a round does the work."""
+    """The three models of a round."""
 
     POLICY = "policy"
     PRM = "prm"
@@ -30,10 +29,10 @@ class Role(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ModelRef:
-    """A frozen base plus at most one LoRA adapter, under the name that every figure quotes.
+    """A frozen base plus at most one LoRA adapter, with the name used in all figures.
 
-    With `labels`, the token ids of a good and a bad label, it is asked for `Engine.score` with
-    these labels alone, which lets an engine read all prefixes of a text in one pass.
+    `labels`: token ids of a good and a bad label. If set, the model only serves `Engine.score` with
+    these labels, so an engine can score all prefixes of a text in one pass.
     """
 
     name: str
@@ -44,7 +43,7 @@ class ModelRef:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What search may see."""
+    """A question without its answer: all that search may see."""
 
     id: str
     text: str
@@ -52,12 +51,12 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """A question with its gold answer. Search never receives one."""
+    """A question with its gold answer. Search never receives a Problem."""
 
     question: Question
     answer: str
     split: Split
-    level: str = ""  # the label that the problem set carries (chain length, MATH level)
+    level: str = ""  # difficulty label of the problem set (chain length, MATH level)
 
     @property
     def id(self) -> str:
@@ -66,10 +65,9 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One step of a solution, as text and as the very token ids that were sampled.
+    """One step of a solution, as text and as the sampled token ids.
 
-    `tokens` include the separator that ends the step; the end-of-sequence token is
-    never part of a step.
+    `tokens` include the separator that ends the step, but never the EOS token.
     """
 
     text: str
@@ -78,17 +76,16 @@ class Step:
 
 class Finish(StrEnum):
     STOP = "stop"  # the model ended its answer
-    LENGTH = "length"  # cut off by a limit on tokens, steps or rounds
+    LENGTH = "length"  # truncated by a limit on tokens, steps or beam rounds
 
 
 @dataclass(frozen=True, slots=True)
 class Solution:
-    """One attempt at a question. A chain of `parent`s is a revision chain.
+    """One attempt at a question. Attempts linked by `parent` form a revision chain.
 
-    `answer` is the extracted final answer (normalised text), or None where none could
-    be parsed. `purpose` is what it was drawn for (`sample`, `beam`, `control`), `model` the name of the model that
-    wrote it. `draw` names the independent draw that it belongs to: a whole revision chain, or a whole beam search, is
-    one.
+    `answer`: the extracted final answer, or None if none could be parsed. `purpose`: what it was sampled for (`sample`,
+    `beam`, `control`). `model`: name of the model that wrote it. `draw`: id of its independent draw; a whole revision
+    chain or beam search is one draw.
     """
 
     id: str
@@ -100,7 +97,7 @@ class Solution:
     model: str
     draw: str
     parent: str | None = None
-    attempt: int = 1  # position in its revision chain, from 1
+    attempt: int = 1  # position in the revision chain, from 1
 
     @property
     def text(self) -> str:
@@ -115,8 +112,8 @@ class Verdict(StrEnum):
     CORRECT = "correct"
     INCORRECT = "incorrect"
     UNPARSABLE = "unparsable"  # finished, but no answer could be extracted
-    TRUNCATED = "truncated"  # cut off before an answer
-    UNDECIDED = "undecided"  # the checker ran out of time or died
+    TRUNCATED = "truncated"  # truncated before an answer
+    UNDECIDED = "undecided"  # the checker failed, ran out of time or died
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +123,7 @@ class Grade:
     solution_id: str
     question_id: str
     verdict: Verdict
-    purpose: str = ""  # its solution's
+    purpose: str = ""  # of the solution
 
     @property
     def correct(self) -> bool:
@@ -135,7 +132,7 @@ class Grade:
 
 @dataclass(frozen=True, slots=True)
 class StepValues:
-    """The Monte Carlo value in [0, 1] after each step of a solution, from `rollouts[i]` rollouts."""
+    """Monte Carlo values of a solution: `values[i]` in [0, 1] after step i, from `rollouts[i]` rollouts."""
 
     solution_id: str
     question_id: str
@@ -145,7 +142,7 @@ class StepValues:
 
 @dataclass(frozen=True, slots=True)
 class SampleScores:
-    """The PRM's scores of samples of one question, in their order."""
+    """PRM scores in [0, 1] of the samples of one question, in their order."""
 
     question_id: str
     scores: tuple[float, ...]
@@ -153,15 +150,15 @@ class SampleScores:
 
 @dataclass(frozen=True, slots=True)
 class Trajectory:
-    """Training text of the reviser: incorrect attempts, then a correct one (Snell et al., 6.1)."""
+    """A training example of the reviser: incorrect attempts, then a correct one (Snell et al., 6.1)."""
 
     question_id: str
-    attempts: tuple[Solution, ...]  # the last one is correct; 0-4 incorrect before it
+    attempts: tuple[Solution, ...]  # up to `reviser.context` incorrect ones, then the correct one
 
 
 @dataclass(frozen=True, slots=True)
 class Difficulty:
-    """One question's difficulty. Bins count from 1 (easiest) to 5 (hardest)."""
+    """One question's difficulty. Bins count from 1 (easiest) to `calibrate.bins` (hardest)."""
 
     question_id: str
     pass_at_1: float
@@ -171,7 +168,7 @@ class Difficulty:
 
 @dataclass(frozen=True, slots=True)
 class Harvested:
-    """One verified trace. `votes`: independent candidates that produced it; `tokens`: its ids."""
+    """One verified trace. `votes`: number of independent draws that gave it; `bin`: its question's fixed bin."""
 
     question_id: str
     question: str
@@ -185,12 +182,12 @@ class Harvested:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A finished solution inside a search.
+    """A finished solution in a search.
 
-    `values`: those of the PRM's step values that the aggregation needs, and `score` what
-    they come to; empty and 0 where nothing was scored (no answer, or a majority vote).
-    `cost` and `score_cost`: tokens charged to sample and to score this candidate alone;
-    0 in beam search, which shares its work, and where an equal solution was scored before.
+    `values`: the PRM step values that aggregation needs, and `score` in [0, 1] their aggregate;
+    empty and 0 if it was not scored (no answer, or a majority vote). `cost` and `score_cost`:
+    tokens charged to sample and to score this candidate alone; 0 in beam search, where candidates
+    share work. `score_cost` is also 0 if an equal solution was scored before.
     """
 
     solution: Solution
@@ -198,16 +195,16 @@ class Candidate:
     score: float = 0.0
     cost: int = 0
     score_cost: int = 0
-    cached: int = 0  # of `cost`, what the prefix cache served
-    score_cached: int = 0  # of `score_cost`
+    cached: int = 0  # tokens of `cost` that the prefix cache served
+    score_cached: int = 0  # the same for `score_cost`
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a strategy answers for one question: all candidates and the answer selected.
+    """The result of a strategy on one question: all candidates and the selected answer.
 
-    `answer` is None where no candidate had a parsable answer. `tokens` are all tokens that the strategy was charged for
-    (prompt + generated + scored, nominal). `cut_off`: a limit on tokens ended the search.
+    `answer`: None if no candidate had a parsable answer. `tokens`: all tokens charged (prompt + generated + scored,
+    nominal). `cut_off`: a token limit ended the search.
     """
 
     question_id: str
@@ -215,13 +212,13 @@ class Outcome:
     candidates: tuple[Candidate, ...]
     answer: str | None
     tokens: int
-    cached: int = 0  # of `tokens`, what the prefix cache served
+    cached: int = 0  # tokens of `tokens` that the prefix cache served
     cut_off: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """What one method answered for one test question, whether it was right, and its cost."""
+    """Whether one method's answer to one test question was right, and its cost in tokens."""
 
     question_id: str
     method: str

@@ -1,4 +1,4 @@
-"""What a finished stage was made from and what it holds: fingerprints, manifests, their checks.
+"""Fingerprints (what a stage is made from), manifests (what a finished stage holds), and their checks.
 
 A manifest is written last, so a stage is finished if and only if it has one.
 """
@@ -18,16 +18,16 @@ from flywheel.runs.files import Damaged, read_json, read_rows, sha256, write_jso
 from flywheel.runs.shards import shard_dirs
 from flywheel.runs.stage import At, Scheduled
 
-FORMAT = 2  # of records, shards and manifests: another one cannot be continued
+FORMAT = 2  # of records, shards and manifests; a run of another format cannot be continued
 MANIFEST, FINGERPRINT = "manifest.json", "fingerprint.json"
-SCRATCH = ("trainer",)  # a training's own checkpoints: not part of what the stage made
-MODEL_FILES = (".json", ".safetensors", ".model", ".txt", ".jinja")  # of a base: weights, config, tokenizer, template
+SCRATCH = ("trainer",)  # a training's checkpoints to resume from: not part of the stage's result
+MODEL_FILES = (".json", ".safetensors", ".model", ".txt", ".jinja")  # weights, config, tokenizer, chat template
 UNLISTED = (MANIFEST, FINGERPRINT, "claims.lock")
-PATHS = ("model.base", "problems.path")  # what the files hold counts, not where they lie
+PATHS = ("model.base", "problems.path")  # fingerprints hold the contents of these files, not their paths
 
 
 class Changed(UserError):
-    """What a run was made from is not what it would be continued with."""
+    """A stage's fingerprint differs from the one it would get now."""
 
 
 def stage_dir(run: Path, round: int, stage: str) -> Path:
@@ -47,7 +47,7 @@ def last_round(run: Path) -> int:
 
 
 def flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The leaves of nested mappings, by dotted key. A list is a leaf."""
+    """(dotted key, value) of the leaves of nested mappings. A list is a leaf."""
     if isinstance(value, dict) and value:
         for key, item in value.items():
             yield from flat(item, f"{prefix}{key}.")
@@ -56,7 +56,7 @@ def flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def recipe_leaves(recipe: Recipe, sections: Sequence[str] | None) -> dict[str, Any]:
-    """The leaves below `sections` (dotted keys; None: all). Raises ValueError for a section that is none."""
+    """The recipe's leaves below `sections` (dotted keys; None: all). Raises ValueError for an unknown section."""
     leaves = dict(flat(recipe.model_dump(mode="json")))
     for section in sections or ():
         if not any(key == section or key.startswith(f"{section}.") for key in leaves):
@@ -66,9 +66,9 @@ def recipe_leaves(recipe: Recipe, sections: Sequence[str] | None) -> dict[str, A
 
 
 def source_files(recipe: Recipe) -> dict[str, str]:
-    """sha256 of the base model's and the problem set's files. Raises UserError.
+    """sha256 by file of the base model and the problem set; for a base on the Hub, its name instead.
 
-    A base that is no directory is a name on the Hub: it stands for itself.
+    Raises UserError if either does not exist or is not of the expected kind.
     """
     base, problems = Path(recipe.model.base), Path(recipe.problems.path)
     if base.is_dir():
@@ -96,7 +96,7 @@ def source_files(recipe: Recipe) -> dict[str, str]:
 
 
 def fingerprint(run: Path, recipe: Recipe, sources: dict[str, str], scheduled: Scheduled) -> dict[str, Any]:
-    """Everything that a stage's outcome depends on, flat. Raises Damaged if an input is not finished."""
+    """Everything that a stage's result depends on, by dotted key. Raises Damaged if an input is not finished."""
     made_from = {}
     for at in scheduled.reads:
         path = stage_dir(run, *at) / MANIFEST
@@ -108,7 +108,7 @@ def fingerprint(run: Path, recipe: Recipe, sources: dict[str, str], scheduled: S
 
 
 def difference(old: dict[str, Any], new: dict[str, Any]) -> tuple[str, Any, Any] | None:
-    """The first key that differs, with both values: "nothing" where a side lacks it, checksums cut short."""
+    """(key, old value, new value) of the first difference; "nothing" for a missing value, checksums shortened."""
     for key in dict.fromkeys([*new, *old]):
         was, now = old.get(key, "nothing"), new.get(key, "nothing")
         if was != now:
@@ -117,7 +117,7 @@ def difference(old: dict[str, Any], new: dict[str, Any]) -> tuple[str, Any, Any]
 
 
 def check_unchanged(directory: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
-    """Raises Changed, naming the key."""
+    """Raises Changed, naming the first key that differs."""
     if found := difference(old, new):
         key, was, now = found
         if key.startswith("input "):
@@ -133,7 +133,7 @@ def check_unchanged(directory: Path, old: dict[str, Any], new: dict[str, Any]) -
 
 
 def check_recipe(run: Path, recipe: Recipe) -> None:
-    """The recipe of an existing run must be this one; `track` and the place of files may change. Raises Changed."""
+    """Raises Changed if an existing run has another recipe, apart from `track` and PATHS; Damaged if unreadable."""
     import yaml
 
     try:
@@ -166,7 +166,7 @@ def load(run: Path, round: int, stage: str) -> dict[str, Any] | None:
 def seal(
     run: Path, scheduled: Scheduled, made_from: dict[str, Any], figures: dict, seconds: float, ranks: int
 ) -> dict[str, Any]:
-    """Write the manifest: from here on the stage is finished. Returns it."""
+    """Write and return the manifest, which makes the stage finished."""
     directory = stage_dir(run, *scheduled.at)
     files = {str(p.relative_to(directory)): p for p in _listed(directory)}
     counts: dict[str, int] = {}
@@ -193,7 +193,7 @@ def seal(
 
 
 def _listed(directory: Path) -> list[Path]:
-    """The files that a stage made: none of its scratch, logs and locks."""
+    """The files that a stage made, without scratch, logs and locks."""
     found = []
     for folder, folders, names in os.walk(directory):
         scratch = SCRATCH if folder == str(directory) else ()
@@ -204,14 +204,14 @@ def _listed(directory: Path) -> list[Path]:
 
 
 def check_files(directory: Path, manifest: dict[str, Any], contents: bool = False) -> None:
-    """Every file that the manifest lists has its size (with `contents`, its checksum). Raises Damaged with the mend."""
+    """Raises Damaged if a file that the manifest lists is missing or has another size or (`contents`) checksum."""
     shards.check_files(directory, manifest["files"], f"delete {directory} to redo the stage", contents)
 
 
 def check_run(run: Path, recipe: Recipe, sources: dict[str, str], plan: Sequence[Scheduled]) -> None:
-    """Every stage that is there was made from what is there now, and its files are whole.
+    """Check all existing stages: fingerprints match what is there now, and files have their sizes.
 
-    `plan`: the stages in their order. Raises Damaged or Changed with the mend.
+    `plan`: the stages in order. Raises Damaged or Changed; the message says how to mend it.
     """
     for scheduled in plan:
         try:
@@ -222,7 +222,7 @@ def check_run(run: Path, recipe: Recipe, sources: dict[str, str], plan: Sequence
 
 
 class Lost(Damaged):
-    """A stage that another was made from is not there."""
+    """An input of an existing stage is missing."""
 
     input: At
 
@@ -230,7 +230,7 @@ class Lost(Damaged):
 def check_stage(
     run: Path, recipe: Recipe, sources: dict[str, str], scheduled: Scheduled, contents: bool = False
 ) -> bool:
-    """Whether the stage is there, finished or not. Raises Damaged, Lost or Changed."""
+    """Check one stage; returns whether it has been started. Raises Damaged, Lost or Changed."""
     directory = stage_dir(run, *scheduled.at)
     manifest = load(run, *scheduled.at)
     started = manifest["fingerprint"] if manifest else read_json(directory / FINGERPRINT)
@@ -253,7 +253,7 @@ def check_stage(
 
 
 def made_from(at: At, plan: Sequence[Scheduled]) -> list[At]:
-    """The stages that were made from `at`, directly or not, in their order."""
+    """The stages that depend on `at`, directly or indirectly, in the order of `plan`."""
     gone = {at}
     for scheduled in plan:
         if gone & set(scheduled.reads):

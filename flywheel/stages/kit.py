@@ -1,4 +1,4 @@
-"""What a sampling stage works with: open engines, prompts, the reader of solutions, the grader."""
+"""What a sampling stage works with: open engines, prompts, the parser of solutions, the grader."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ R = TypeVar("R")
 
 
 def prompts_and_reader(run: Run) -> tuple[Prompts, Reader]:
-    """For the run's tokenizer; no engine."""
+    """The prompts and the solution parser for the run's tokenizer; opens no engine."""
     spec = run.recipe.prompts
     tokenizer = load_tokenizer(run.recipe.model.base)
     return Prompts(spec, tokenizer), Reader(tokenizer, spec.step, spec.answer, spec.stop)
 
 
 def preflight(recipe: Recipe) -> None:
-    """Find what a stage would find hours later: words that are no tokens, a template, a model too short, a checker.
+    """Check before the run what would fail a stage hours later: stop words, labels, templates, context length, checkers.
 
     Raises UserError.
     """
@@ -61,7 +61,7 @@ def preflight(recipe: Recipe) -> None:
 
 @dataclass
 class Kit:
-    """Open engines, by key (a role, or a name such as `prm:base`), and all that goes with them."""
+    """Open engines by key (a role, or a name such as `prm:base`), with prompts, parser, grader and problems by id."""
 
     recipe: Recipe
     backend: Backend
@@ -77,7 +77,7 @@ class Kit:
         return Prm(self.engine(key), self.prompts, self.recipe.prm.labels, self.recipe.prm.aggregate)
 
     def searcher(self, policy: bool = True, prm: bool = True, reviser: bool = True) -> Searcher:
-        """The engines as a search wants them: those that are asked for."""
+        """A searcher with the engines whose flag is set."""
         return Searcher(
             self.engine() if policy else None,
             self.prm() if prm else None,
@@ -88,17 +88,17 @@ class Kit:
         )
 
     def each(self, items: Iterable[T], work: Callable[[T], Awaitable[R]]) -> Iterator[tuple[T, R]]:
-        """`work` on all items at once, results in the order of `items` whatever order they end in."""
+        """Run `work` on all items concurrently; yields (item, result) in the order of `items`."""
         items = list(items)
         return zip(items, self.backend.run(items, work))
 
     def sampling(self, **changes: object) -> Sampling:
-        """How a whole solution is sampled."""
+        """Sampling parameters for a whole solution, with `changes`."""
         spec = self.recipe.sample
         return replace(Sampling(spec.max_tokens, spec.temperature, spec.top_p, self.reader.stop), **changes)
 
     async def solutions(self, question: Question, n: int, *, purpose: str, tag: str) -> list[Solution]:
-        """`n` independent solutions of `question` by the policy."""
+        """Sample `n` independent solutions of `question` from the policy."""
         engine = self.engine()
         completions = await engine.generate(self.prompts.solve(question), self.sampling(), purpose=purpose, n=n)
         return [
@@ -114,7 +114,7 @@ class Kit:
         ]
 
     def sample_all(self, counts: Mapping[str, int], *, purpose: str, tag: str) -> Iterator[Solution | Grade]:
-        """`counts[id]` solutions of each question, then their grades."""
+        """Sample `counts[id]` solutions of each question; yields a question's solutions, then their grades."""
 
         async def one(question: str) -> list[Solution]:
             return await self.solutions(self.problems[question].question, counts[question], purpose=purpose, tag=tag)
@@ -126,7 +126,7 @@ class Kit:
     def search_all(
         self, questions: Iterable[str], searcher: Searcher, strategy: Callable[[str], Strategy], tag: str
     ) -> Iterator[Solution | Grade]:
-        """Search each question by the strategy of its id: all candidates of a question, then their grades."""
+        """Search each question by `strategy(id)`; yields all candidates of a question, then their grades."""
 
         async def one(question: str) -> list[Solution]:
             outcome = await search(strategy(question), self.problems[question].question, searcher, tag=tag)
@@ -140,13 +140,13 @@ class Kit:
         return self.grader.verdicts([(self.problems[s.question_id], s) for s in solutions])
 
     def correct(self, solutions: Iterable[Solution]) -> dict[str, bool]:
-        """Solution id -> whether it is right."""
+        """Solution id -> whether it is correct."""
         return {grade.solution_id: grade.correct for grade in self.grade(list(solutions))}
 
 
 @contextmanager
 def open_kit(run: Run, models: Mapping[str, ModelRef], *splits: Split, ledger: Ledger, seed: int) -> Iterator[Kit]:
-    """Open the engines of `models` for questions of `splits`; everything is closed at the end."""
+    """Open the engines of `models` and the problems of `splits`; closes all engines on exit."""
     prompts, reader = prompts_and_reader(run)
     problems = {p.id: p for p in run.problems(*splits)}
     judges = {key for key in models if key.partition(":")[0] == Role.PRM}
@@ -161,5 +161,5 @@ def open_kit(run: Run, models: Mapping[str, ModelRef], *splits: Split, ledger: L
 
 
 def kit(ctx: Context, models: Mapping[str, ModelRef], *splits: Split):
-    """`open_kit` for a stage: its ledger is charged, and its identity seeds the engines."""
+    """`open_kit` for a stage, with the stage's ledger and a seed from run, round and stage."""
     return open_kit(ctx, models, *splits, ledger=ctx.ledger, seed=ctx.seed("engine"))

@@ -1,4 +1,4 @@
-"""What several stages compute alike, from the records of a run."""
+"""Functions that several stages share: difficulty, grades, traces, training texts, models of a round."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def by_question(records: Iterable[T]) -> dict[str, list[T]]:
 
 
 def pass_rates(grades: Iterable[Grade]) -> dict[str, float]:
-    """Share of correct solutions by question. Undecided ones count neither way."""
+    """Fraction of correct solutions by question, leaving out undecided ones; 0.0 if all are undecided."""
     rates = {}
     for question, group in by_question(grades).items():
         decided = [g.correct for g in group if g.verdict is not Verdict.UNDECIDED]
@@ -48,7 +48,7 @@ def verdict_counts(grades: Sequence[Grade]) -> dict[str, int]:
     return {str(v): sum(g.verdict is v for g in grades) for v in Verdict}
 
 
-@lru_cache(maxsize=1)  # a stage's process asks for every chunk
+@lru_cache(maxsize=1)  # called for every chunk
 def sampled(ctx: Context) -> tuple[dict[str, list[Solution]], dict[str, Verdict]]:
     """The sample stage's solutions by question, and their verdicts by solution id."""
     verdicts = {grade.solution_id: grade.verdict for grade in ctx.read(Grade, "sample")}
@@ -62,10 +62,10 @@ def sampled_rates(ctx: Context) -> dict[str, float]:
 
 @lru_cache(maxsize=1)
 def difficulties(ctx: Context) -> dict[str, Difficulty]:
-    """Bins of the train and calibrate questions from the sample stage's pass rates.
+    """Bins of the train and calibrate questions by the sample stage's pass rates.
 
-    Quantiles are taken within each split: the splits are drawn alike, and their numbers of
-    samples differ, so that ties at a rate of 0 would otherwise part them.
+    Quantiles are taken within each split. With one quantile over both, their different numbers of
+    samples per question, which change how often a rate is exactly 0, would shift one split's bins.
     """
     spec = ctx.recipe.calibrate
     rates = sampled_rates(ctx)
@@ -77,12 +77,12 @@ def difficulties(ctx: Context) -> dict[str, Difficulty]:
 
 
 def test_grades(run: Run, round: int, purpose: str = "evaluate") -> dict[str, list[Grade]]:
-    """The grades of one draw on the test questions, by question: `evaluate`, or in round 0 `bin` too."""
+    """Grades of the test questions, by question. `purpose`: `evaluate`, or in round 0 also `bin`."""
     return by_question(g for g in run.read(Grade, "evaluate", round) if g.purpose == purpose)
 
 
 def test_rates(run: Run, round: int, purpose: str = "evaluate") -> dict[str, float]:
-    """pass@1 of the test questions in one draw."""
+    """pass@1 by test question. `purpose` as in `test_grades`."""
     return pass_rates(g for group in test_grades(run, round, purpose).values() for g in group)
 
 
@@ -91,7 +91,7 @@ def test_solutions(run: Run, round: int) -> dict[str, list[Solution]]:
 
 
 def answer_is_right(answer: str | None, solutions: Iterable[Solution], correct: Mapping[str, bool]) -> float:
-    """1.0 if the selected `answer` is right: the verdict of a solution that gave it; None is wrong."""
+    """1.0 if the selected `answer` is right, by the verdict of a solution that gave it; None is wrong."""
     if answer is None:
         return 0.0
     given = (s for s in solutions if s.answer is not None and answer_key(s.answer) == answer_key(answer))
@@ -99,7 +99,7 @@ def answer_is_right(answer: str | None, solutions: Iterable[Solution], correct: 
 
 
 def interval(ctx: Context, values: Sequence[float]) -> tuple[float, list[float]]:
-    """The mean and its 95% bootstrap interval over questions."""
+    """(mean, [low, high]): the mean and its 95% bootstrap interval over questions."""
     mean, low, high = bootstrap_mean(values, n=ctx.recipe.evaluate.bootstrap, seed=ctx.seed("bootstrap") % 2**31)
     return mean, [low, high]
 
@@ -108,17 +108,17 @@ def interval(ctx: Context, values: Sequence[float]) -> tuple[float, list[float]]
 
 
 def trace(solution: Solution) -> str:
-    """What two solutions share if they are the same derivation: their text, spacing apart."""
+    """The text with normalised whitespace: solutions with equal traces are the same derivation."""
     return " ".join(solution.text.split())
 
 
 def votes(right: Iterable[Solution]) -> Counter[str]:
-    """trace -> how many independent draws gave it, of the `right` solutions (`Solution.draw`)."""
+    """trace -> number of independent draws (`Solution.draw`) that gave it, among the `right` solutions."""
     return Counter(text for text, _ in dict.fromkeys((trace(s), s.draw) for s in right))
 
 
 def harvested(ctx: Context, rounds: range) -> list[Harvested]:
-    """The harvest of several rounds, a trace of a question once (votes of its first round)."""
+    """The harvest of several rounds. A trace of a question is kept once, as its first round recorded it."""
     seen: dict[tuple[str, str], Harvested] = {}
     for round in rounds:
         for row in read_table(ctx.path("harvest", round) / "harvest.parquet", Harvested):
@@ -129,9 +129,9 @@ def harvested(ctx: Context, rounds: range) -> list[Harvested]:
 def examples(
     rows: Iterable[tuple[str, Sequence[int], Sequence[int]]], held: set[str], longest: int
 ) -> tuple[list[Example], list[Example], int]:
-    """(to train on, to validate on, how many were too long) of (question id, prompt, target) token ids.
+    """Split (question id, prompt ids, target ids) into (training examples, validation examples, number too long).
 
-    The questions of `held` validate. What is longer than `longest` tokens is left out and counted, never cut.
+    Questions in `held` validate. A row of more than `longest` tokens is left out and counted, never truncated.
     """
     fit, check, too_long = [], [], 0
     for question, prompt, target in rows:
@@ -143,14 +143,14 @@ def examples(
 
 
 def closed(solution: Solution, eos: int) -> tuple[int, ...]:
-    """A finished solution as training text: its own token ids and EOS."""
+    """The token ids of a finished solution plus EOS, as a training target. Raises ValueError if it is truncated."""
     if solution.finish is not Finish.STOP:
         raise ValueError(f"{solution.id}: a truncated solution cannot be a training text")
     return (*solution.tokens, eos)
 
 
 def start(ctx: Context, spec: TrainSpec) -> str | None:
-    """The adapter that a training begins with: the last policy's if the recipe says so and there is one."""
+    """The adapter to initialise training from: the last policy's if `spec.start` is `policy`, else None."""
     return ctx.model(Role.POLICY, ctx.round - 1).adapter if spec.start == "policy" else None
 
 
@@ -158,9 +158,9 @@ def start(ctx: Context, spec: TrainSpec) -> str | None:
 
 
 def search_models(ctx: Context) -> dict[Role, ModelRef]:
-    """The models of this round's search: the policy that was sampled, this round's PRM and reviser.
+    """The models of this round's search: the last round's policy, and this round's PRM and reviser.
 
-    A round without a reviser (nothing to train it on) searches without one.
+    There is no reviser key if the round has none.
     """
     models = {Role.POLICY: ctx.model(Role.POLICY, ctx.round - 1), Role.PRM: ctx.model(Role.PRM, ctx.round)}
     if ctx.figures("choose_reviser").get("chosen"):
@@ -169,5 +169,5 @@ def search_models(ctx: Context) -> dict[Role, ModelRef]:
 
 
 def model_names(models: Mapping[Role, ModelRef]) -> dict[str, str]:
-    """The names of models by role, as a plan and the figures hold them."""
+    """Model names by role, as stored in plans and figures."""
     return {str(role): ref.name for role, ref in models.items()}
