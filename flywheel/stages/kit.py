@@ -38,7 +38,7 @@ def prompts_and_reader(run: Run) -> tuple[Prompts, Reader]:
 
 
 def preflight(recipe: Recipe) -> None:
-    """Check before the run what would fail a stage hours later: stop words, labels, templates, context length, checkers.
+    """Check before the run what would fail a stage hours later: stop words, labels, templates, lengths, checkers.
 
     Raises UserError.
     """
