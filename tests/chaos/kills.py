@@ -35,6 +35,7 @@ ROUND = "2"
 @dataclass
 class Tally:
     tries: int = 0
+    kills: int = 0  # two a try where it is killed while resuming
     lost: int = 0  # a table other than the undisturbed run's, or a finished shard touched
     hung: int = 0
     leaked: int = 0  # a process left
@@ -178,6 +179,7 @@ def one_run(rng: random.Random, case: str, folder: Path, wanted: dict[str, bytes
         wait_for_work(project, processes, rng.randrange(1, 40) if attempt == 0 else rng.randrange(1, 6))
         time.sleep(rng.random() * 0.06)
         kill(rng, project, processes, case)
+        tally.kills += 1
         # a killed child ends its rank, a killed rank the others: by themselves
         if not ended(processes, PATIENCE):
             tally.hung += 1
@@ -238,14 +240,18 @@ def main() -> int:
             one_run(rng, case, Path(scratch, f"run{done}"), wanted, tallies[case])
             tallies[case].tries += 1
             done += 1
-    print(f"{'case':36s} {'tries':>5s} {'lost':>5s} {'hung':>5s} {'leaked':>6s} {'redone':>6s} {'missed':>6s}")
+    print(
+        f"{'case':36s} {'tries':>5s} {'lost':>5s} {'hung':>5s} {'leaked':>6s} {'redone':>6s} {'missed':>6s} of {'kills':>5s}"
+    )
     for case, t in tallies.items():
-        print(f"{case:36s} {t.tries:5d} {t.lost:5d} {t.hung:5d} {t.leaked:6d} {t.redone:6d} {t.missed:6d}")
+        print(
+            f"{case:36s} {t.tries:5d} {t.lost:5d} {t.hung:5d} {t.leaked:6d} {t.redone:6d} {t.missed:6d}    {t.kills:5d}"
+        )
     faults = [line for t in tallies.values() for line in t.faults]
     faults += [
-        f"{case}: {t.missed} of {t.tries} kills ended no launch"
+        f"{case}: {t.missed} of {t.kills} kills ended no launch"
         for case, t in tallies.items()
-        if 2 * t.missed > t.tries
+        if 2 * t.missed > t.kills
     ]
     print(
         f"{done} kills in {time.monotonic() - started:.0f} s, {len(wanted)} tables compared after each",
