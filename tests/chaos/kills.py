@@ -240,12 +240,10 @@ def main() -> int:
             one_run(rng, case, Path(scratch, f"run{done}"), wanted, tallies[case])
             tallies[case].tries += 1
             done += 1
-    print(
-        f"{'case':36s} {'tries':>5s} {'lost':>5s} {'hung':>5s} {'leaked':>6s} {'redone':>6s} {'missed':>6s} of {'kills':>5s}"
-    )
+    print(f"{'case':36s} {'tries':>5s} {'lost':>5s} {'hung':>5s} {'leaked':>6s} {'redone':>6s} {'missed':>6s} of kills")
     for case, t in tallies.items():
         print(
-            f"{case:36s} {t.tries:5d} {t.lost:5d} {t.hung:5d} {t.leaked:6d} {t.redone:6d} {t.missed:6d}    {t.kills:5d}"
+            f"{case:36s} {t.tries:5d} {t.lost:5d} {t.hung:5d} {t.leaked:6d} {t.redone:6d} {t.missed:6d} of {t.kills:5d}"
         )
     faults = [line for t in tallies.values() for line in t.faults]
     faults += [
