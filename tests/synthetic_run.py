@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import yaml
 
 from flywheel.ledger import Ledger
+from flywheel.runs.manifest import FORMAT
 from flywheel.stages import ORDER
 
 RECIPE = {
@@ -229,7 +230,7 @@ def add_round(path: Path, r: int, refused: tuple[int, ...] = ()) -> None:
                     pa.Table.from_pylist(ledger.take()), folder / "shards" / f"{shard:05d}" / "ledger.parquet"
                 )
         manifest = {
-            "format": 2,
+            "format": FORMAT,
             "stage": stage,
             "round": r,
             "place": i,

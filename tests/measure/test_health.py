@@ -9,6 +9,7 @@ import pytest
 
 from flywheel.measure.health import copies, faults, health
 from flywheel.records import Finish, Grade, Role, Solution, Step, Verdict
+from flywheel.runs.manifest import FORMAT
 from flywheel.runs.run import Run
 from flywheel.stages import choose_reviser, gate
 
@@ -121,6 +122,7 @@ def test_a_prm_that_was_refused_leaves_the_base_to_judge(tmp_path):
         ({"auc_within_question": 0.8}, "prm_1", str(folder / "adapter")),
         ({"refused": "worse than chance"}, "policy_0", None),
     ):
-        (folder / "manifest.json").write_text(json.dumps({"round": 1, "stage": "train_prm", "figures": figures}))
+        made = {"format": FORMAT, "round": 1, "stage": "train_prm", "figures": figures}
+        (folder / "manifest.json").write_text(json.dumps(made))
         ref = run.model(Role.PRM, 1)
         assert (ref.name, ref.adapter) == (name, adapter)
