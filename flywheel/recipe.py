@@ -81,6 +81,14 @@ class EngineSpec(Spec):
     workers: Annotated[int, Field(ge=0)] = 0
 
 
+class ExampleSpec(Spec):
+    """A worked example. With a `level` (a task of reasoning_gym, MATH's level) only questions of it are shown it."""
+
+    question: str
+    solution: str
+    level: str = ""
+
+
 class PromptSpec(Spec):
     chat: bool = False
     system: str | None = None
@@ -88,8 +96,10 @@ class PromptSpec(Spec):
     check: str
     again: str  # between two attempts of a revision chain
     step: str = "\n"
-    stop: list[str] = []  # tokens that end a solution, besides EOS
+    stop: list[Annotated[str, Field(min_length=1)]] = []  # texts that end a solution, besides EOS
     answer: str = "boxed"  # `boxed`, or a regular expression with one group
+    end_at_answer: bool = True  # a solution ends with the step that holds its answer
+    examples: list[ExampleSpec] = []  # worked examples, shown to the base alone: what it learns replaces them
 
 
 class SampleSpec(Spec):
@@ -160,7 +170,8 @@ class CalibrateSpec(Spec):
 class HarvestSpec(Spec):
     budget: Positive = 16
     keep: Positive = 4  # traces per question, at most
-    min_votes: Positive = 2  # independent draws that must give a trace: one that was drawn once is often luck
+    vote: Literal["answer", "trace"] = "answer"  # what independent draws vote for: their answer, or their very text
+    min_votes: Positive = 2  # draws that must agree: what was drawn once is often luck
     balance: Annotated[float, Field(ge=1)] = 3.0  # a bin's limit, in units of the mean size of non-empty bins
 
 

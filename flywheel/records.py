@@ -47,6 +47,7 @@ class Question:
 
     id: str
     text: str
+    level: str = ""  # the problem set's word for its kind or difficulty (chain length, MATH level, task)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +57,14 @@ class Problem:
     question: Question
     answer: str
     split: Split
-    level: str = ""  # difficulty label of the problem set (chain length, MATH level)
 
     @property
     def id(self) -> str:
         return self.question.id
+
+    @property
+    def level(self) -> str:
+        return self.question.level
 
 
 @dataclass(frozen=True, slots=True)

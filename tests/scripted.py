@@ -43,7 +43,9 @@ def open_backend(spec: EngineSpec, models: Mapping[str, ModelRef], ledger: Ledge
     """See `flywheel.models.backend.open_backend`. Adapters are not read; the model's name enters the draws."""
     devices = [ScriptedDevice(ref.base, (seed, str(role), ref.name), spec.max_running) for role, ref in models.items()]
     engines = {
-        role: ServedModel(role, ref.name, device.parameters, spec.max_model_len, device, ledger)
+        role: ServedModel(
+            role, ref.name, device.parameters, spec.max_model_len, device, ledger, bare=ref.adapter is None
+        )
         for device, (role, ref) in zip(devices, models.items())
     }
     return Backend(engines, devices)
@@ -134,8 +136,9 @@ class ScriptedDevice:
         )
         tokens = [*solution[begun:], self._tokenizer.eos_token_id]
         for i, token in enumerate(tokens[: request.max_tokens]):
-            if token in request.stop or i == len(tokens) - 1:
-                return Output(tuple(tokens[: i + 1]), Finish.STOP, i == len(tokens) - 1)
+            last = i == len(tokens) - 1
+            if token in request.stop or last or (request.done and request.done(tokens[: i + 1])):
+                return Output(tuple(tokens[: i + 1]), Finish.STOP, last)
         return Output(tuple(tokens[: request.max_tokens]), Finish.LENGTH, False)
 
     def _judge(self, prompt: tuple[int, ...], chance: random.Random) -> float:

@@ -18,7 +18,7 @@ from flywheel.ledger import Ledger, total
 from flywheel.measure.bins import fixed_bins, quantile_bins
 from flywheel.measure.stats import edit_distance
 from flywheel.models.steps import Reader
-from flywheel.recipe import Loader, Recipe, RecipeError, known_keys, parse
+from flywheel.recipe import Loader, PromptSpec, Recipe, RecipeError, known_keys, parse
 from flywheel.records import (
     Answered,
     Candidate,
@@ -133,7 +133,7 @@ def test_a_recipe_edited_at_random_is_a_recipe_or_one_clear_line(shipped, edits)
 # ---- steps and text ----------------------------------------------------------------------
 
 TOKENIZER = micro.tokenizer()
-READER = Reader(TOKENIZER, "\n", r"Answer (\S+)")
+READER = Reader(TOKENIZER, PromptSpec(solve="", check="", again="", answer=r"Answer (\S+)"))
 
 
 @given(st.lists(st.integers(0, len(TOKENIZER) - 1), max_size=30))

@@ -33,7 +33,7 @@ def greedy(run: Run, model: ModelRef, questions: Sequence[str]) -> tuple[dict[st
 
         async def one(question: str) -> tuple[Solution, int]:
             prompt, sampling = (
-                kit.prompts.solve(kit.problems[question].question),
+                kit.prompts.solve(kit.problems[question].question, kit.engine().bare),
                 kit.sampling(temperature=0.0, top_p=1.0),
             )
             [done] = await kit.engine().generate(prompt, sampling, purpose="greedy")

@@ -81,6 +81,7 @@ class ServedModel:
     device: Device
     ledger: Ledger
     adapter: Any = None
+    bare: bool = False
 
     async def generate(
         self, prompt: Sequence[int], sampling: Sampling, *, purpose: str, n: int = 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,12 +11,16 @@ from flywheel.records import Finish, Role
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """Sampling parameters. Temperature 0 is greedy. A token id in `stop` ends the completion and is kept in it."""
+    """Sampling parameters. Temperature 0 is greedy. A token id in `stop` ends the completion and is kept in it.
+
+    `done`: asked after each token with all tokens of the completion so far; if true, the completion ends there.
+    """
 
     max_tokens: int
     temperature: float = 1.0
     top_p: float = 1.0
     stop: frozenset[int] = frozenset()
+    done: Callable[[Sequence[int]], bool] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +41,7 @@ class Engine(Protocol):
     role: Role
     name: str  # of the model, e.g. policy_2
     parameters: int  # all parameters of the model, adapter included
+    bare: bool  # the base itself, without an adapter
     max_model_len: int  # tokens
 
     async def generate(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from flywheel.recipe import PromptSpec
+from flywheel.recipe import ExampleSpec, PromptSpec
 from flywheel.records import Question, Solution, Step
 
 
@@ -22,18 +22,25 @@ class Prompts:
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False)
 
-    def _head(self, template: str, question: Question) -> list[int]:
+    def _head(self, template: str, question: Question, examples: Sequence[ExampleSpec] = ()) -> list[int]:
+        asked = [(template.replace("{question}", shown.question), shown.solution) for shown in examples]
         text = template.replace("{question}", question.text)
         if not self.spec.chat:
-            return self._encode(text)
-        turns = [{"role": "user", "content": text}]
-        if self.spec.system:
-            turns.insert(0, {"role": "system", "content": self.spec.system})
+            return self._encode("".join(f"{before}{solution}\n\n" for before, solution in asked) + text)
+        turns = [{"role": "system", "content": self.spec.system}] if self.spec.system else []
+        for before, solution in asked:
+            turns += [{"role": "user", "content": before}, {"role": "assistant", "content": solution}]
+        turns.append({"role": "user", "content": text})
         return self._encode(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
 
-    def solve(self, question: Question) -> list[int]:
-        """The prompt for a first attempt."""
-        return self._head(self.spec.solve, question)
+    def solve(self, question: Question, bare: bool = False) -> list[int]:
+        """The prompt for a first attempt. The `bare` base is shown the `prompts.examples` of the question's level.
+
+        If no example is of that level, it is shown those without a level.
+        """
+        examples = [e for e in self.spec.examples if bare and e.level == question.level]
+        examples = examples or [e for e in self.spec.examples if bare and not e.level]
+        return self._head(self.spec.solve, question, examples)
 
     def revise(self, question: Question, attempts: Sequence[Solution]) -> list[int]:
         """The prompt for the attempt after `attempts` (oldest first); equals `solve` if there are none."""

@@ -8,35 +8,38 @@ token. Sampled token ids are kept; text is never tokenized again.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from flywheel.models.engine import Completion
 from flywheel.problems.grading import last_boxed
+from flywheel.recipe import PromptSpec
 from flywheel.records import Finish, Solution, Step
 
 
 class Reader:
     """Parses sampled tokens into steps and solutions.
 
-    tokenizer: a Hugging Face tokenizer. separator: the text that ends a step. answer: a regular
-    expression whose one group is the final answer, or `boxed` for the last \\boxed{...}. stop: words,
-    each a single token, that end a solution like EOS.
-    Raises ValueError if no token contains the separator, a stop word is not a single token, or
-    `answer` does not have exactly one group.
+    tokenizer: a Hugging Face tokenizer. spec: `step` is the text that ends a step; `answer` a regular
+    expression whose one group is the final answer, or `boxed` for the last \\boxed{...}; `stop` texts
+    end a solution like EOS, as does a complete step with an answer if `end_at_answer`.
+    Raises ValueError if no token contains the separator or `answer` does not have exactly one group.
     """
 
-    def __init__(self, tokenizer, separator: str, answer: str, stop: Sequence[str] = ()):
-        self.tokenizer = tokenizer
-        self.pattern = None if answer == "boxed" else re.compile(answer)
+    def __init__(self, tokenizer, spec: PromptSpec):
+        self.tokenizer, self.end_at_answer, separator = tokenizer, spec.end_at_answer, spec.step
+        self.pattern = None if spec.answer == "boxed" else re.compile(spec.answer)
         if self.pattern and self.pattern.groups != 1:
-            raise ValueError(f"prompts.answer: {answer!r} needs exactly one group, has {self.pattern.groups}")
+            raise ValueError(f"prompts.answer: {spec.answer!r} needs exactly one group, has {self.pattern.groups}")
         texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))], clean_up_tokenization_spaces=False)
         special = set(tokenizer.all_special_ids)
         self.ends = frozenset(i for i, text in enumerate(texts) if separator in text and i not in special)
         if not self.ends:
             raise ValueError(f"prompts.step: no token of the vocabulary holds the separator {separator!r}")
         self.blank = frozenset(i for i, text in enumerate(texts) if i not in special and not text.strip())
-        self.stop = frozenset(one_token(tokenizer, name, "prompts.stop") for name in stop)
+        single = {text: find_token(tokenizer, text) for text in spec.stop}
+        self.stop = frozenset(token for token in single.values() if token is not None)  # stops that are one token
+        self.stop_texts = tuple(text for text, token in single.items() if token is None)
+        self._window = max(map(len, self.stop_texts), default=0)  # a stop text spans at most so many tokens
         self.eos = tokenizer.eos_token_id
 
     def text(self, tokens: Sequence[int]) -> str:
@@ -50,11 +53,33 @@ class Reader:
         pieces = [tuple(tokens[a:b]) for a, b in zip([0, *cuts], cuts) if b > a]
         return tuple(Step(self.text(piece), piece) for piece in pieces)
 
+    def stopped(self, tokens: Sequence[int]) -> int:
+        """The number of final tokens that hold a stop text; 0 if `tokens` do not end in one."""
+        if tokens and tokens[-1] in self.stop:
+            return 1
+        if self.stop_texts and self.text(tokens[-self._window :]).endswith(self.stop_texts):
+            return next(k for k in range(1, self._window + 1) if self.text(tokens[-k:]).endswith(self.stop_texts))
+        return 0
+
+    @property
+    def done(self) -> Callable[[Sequence[int]], bool] | None:
+        """What an engine asks after each token (see `Sampling.done`): None if single tokens end every solution."""
+        return self.finished if self.end_at_answer or self.stop_texts else None
+
+    def finished(self, tokens: Sequence[int]) -> bool:
+        """Whether a solution whose text, or last part of whole steps, is `tokens` ends here."""
+        return bool(self.stopped(tokens)) or (self.end_at_answer and self._answered(tokens))
+
+    def _answered(self, tokens: Sequence[int]) -> bool:
+        """Whether `tokens` end with a complete step that holds an answer."""
+        if not tokens or tokens[-1] not in self.ends:
+            return False
+        last = next((i for i in range(len(tokens) - 1, 0, -1) if tokens[i - 1] in self.ends), 0)
+        return self.answer(self.text(tokens[last:])) is not None
+
     def trim(self, tokens: Sequence[int]) -> tuple[int, ...]:
-        """`tokens` without a final stop token and without the blank tokens before it."""
-        end = len(tokens)
-        if end and tokens[end - 1] in self.stop:
-            end -= 1
+        """`tokens` without a final stop text and without the blank tokens before it."""
+        end = len(tokens) - self.stopped(tokens)
         while end and tokens[end - 1] in self.blank:
             end -= 1
         return tuple(tokens[:end])
@@ -66,12 +91,9 @@ class Reader:
         found = self.pattern.findall(text)
         return found[-1].strip() or None if found else None
 
-    def ended(self, completion: Completion) -> bool:
-        """Whether the solution ends with this completion: by EOS, a stop token, or a complete step with an answer."""
-        if completion.eos or (completion.tokens and completion.tokens[-1] in self.stop):
-            return True
-        last = self.steps(completion.tokens)[-1:]
-        return bool(last) and last[0].tokens[-1] in self.ends and self.answer(last[0].text) is not None
+    def ended(self, step: Completion, before: Sequence[int] = ()) -> bool:
+        """Whether a solution ends with this step, sampled alone after `before`: by EOS, a stop text, or its answer."""
+        return step.eos or bool(self.stopped([*before, *step.tokens])) or self._answered(step.tokens)
 
     def solution(
         self,
@@ -94,6 +116,13 @@ class Reader:
 
 def one_token(tokenizer, word: str, key: str) -> int:
     """The id of `word` as a single token, alone or after a space. Raises ValueError naming the recipe's `key`."""
+    if (token := find_token(tokenizer, word)) is None:
+        raise ValueError(f"{key}: {word!r} is not a single token of this tokenizer; choose a word that is one")
+    return token
+
+
+def find_token(tokenizer, word: str) -> int | None:
+    """The id of `word` as a single token, alone or after a space; None if it is none."""
     for text in (word, " " + word):
         try:
             ids = tokenizer.encode(text, add_special_tokens=False)
@@ -101,4 +130,4 @@ def one_token(tokenizer, word: str, key: str) -> int:
             continue
         if len(ids) == 1 and ids[0] != tokenizer.unk_token_id:
             return ids[0]
-    raise ValueError(f"{key}: {word!r} is not a single token of this tokenizer; choose a word that is one")
+    return None

@@ -80,7 +80,9 @@ def open_backend(spec: EngineSpec, models: Mapping[str, ModelRef], ledger: Ledge
         for role, ref in models.items():
             device = devices[engine_of(ref)]
             adapter = device.adapters.get(ref.adapter)
-            served[role] = ServedModel(role, ref.name, parameters(ref), spec.max_model_len, device, ledger, adapter)
+            served[role] = ServedModel(
+                role, ref.name, parameters(ref), spec.max_model_len, device, ledger, adapter, bare=ref.adapter is None
+            )
         opened.pop_all()
     return Backend(served, list(devices.values()), run_seed.start_run)
 
@@ -160,6 +162,7 @@ class VllmDevice:
     ):
         self.llm, self.name, self.run_seed, self.adapters = engine, name, run_seed, adapters or {}
         self._waiting: dict[str, tuple[asyncio.Future[Output], Sampling | Scoring]] = {}
+        self._made: dict[str, list[int]] = {}  # the tokens so far, of requests with `Sampling.done`
         self._count = 0
 
     def submit(
@@ -170,11 +173,14 @@ class VllmDevice:
         id, future = str(self._count), asyncio.get_running_loop().create_future()
         self.llm.add_request(id, tokens_input(list(prompt)), self._vllm_params(request), lora_request=adapter)
         self._waiting[id] = (future, request)
+        if isinstance(request, Sampling) and request.done:
+            self._made[id] = []
         future.add_done_callback(functools.partial(self._drop, id))
         return future
 
     def _drop(self, id: str, future: asyncio.Future[Output]) -> None:
         if future.cancelled() and self._waiting.pop(id, None) is not None:
+            self._made.pop(id, None)
             self.llm.abort_request([id])
 
     @property
@@ -184,21 +190,39 @@ class VllmDevice:
     def step(self) -> None:
         self.run_seed.apply()
         try:
-            finished = self.llm.step()
+            results = self.llm.step()
         except Exception as error:
             raise EngineDied(f"vLLM died while it served {self.name}: {_reason(error)}") from error
-        for result in finished:
-            if result.request_id in self._waiting:
-                future, request = self._waiting.pop(result.request_id)
-                if not future.done():
-                    future.set_result(self._output(result, request))
+        over = []
+        for result in results:
+            id = result.request_id
+            if id not in self._waiting:
+                continue
+            future, request = self._waiting[id]
+            made = self._made.get(id)
+            if made is not None:
+                made += result.outputs[0].token_ids
+            if result.finished:
+                output = self._output(result, request, made)
+            elif request.done(made):
+                over.append(id)
+                output = Output(tuple(made), Finish.STOP, False, result.num_cached_tokens or 0)
+            else:
+                continue
+            del self._waiting[id]
+            self._made.pop(id, None)
+            if not future.done():
+                future.set_result(output)
+        if over:
+            self.llm.abort_request(over)
 
     def _vllm_params(self, request: Sampling | Scoring) -> SamplingParams | PoolingParams:
         return _sampling_params(request)
 
-    def _output(self, result, request: Sampling | Scoring) -> Output:
+    def _output(self, result, request: Sampling | Scoring, made: Sequence[int] | None = None) -> Output:
+        """`made`: all tokens of the sequence, where `result` holds only the last of them."""
         sequence, cached = result.outputs[0], result.num_cached_tokens or 0
-        tokens, values = tuple(sequence.token_ids), ()
+        tokens, values = tuple(sequence.token_ids if made is None else made), ()
         if isinstance(request, Scoring):
             good, bad = (sequence.logprobs[0][label].logprob for label in request.labels)
             values = (1 / (1 + math.exp(min(bad - good, 700.0))),)  # exp overflows beyond 709
@@ -238,7 +262,7 @@ class VllmJudge(VllmDevice):
             )
         return PoolingParams(task="classify" if len(request.reads) == 1 else "token_classify")
 
-    def _output(self, result, request: Scoring) -> Output:
+    def _output(self, result, request: Scoring, made: None = None) -> Output:
         good = result.outputs.data.view(-1, 2)[:, 0].tolist()  # one row per token, or only the last token's
         values = good if len(request.reads) == 1 else [good[read - 1] for read in request.reads]
         return Output((), Finish.LENGTH, False, result.num_cached_tokens or 0, tuple(values))
@@ -246,7 +270,10 @@ class VllmJudge(VllmDevice):
 
 @functools.lru_cache(maxsize=1024)
 def _sampling_params(request: Sampling | Scoring) -> SamplingParams:
+    kind = RequestOutputKind.FINAL_ONLY
     if isinstance(request, Sampling):
+        if request.done:
+            kind = RequestOutputKind.DELTA
         chosen = {
             "max_tokens": request.max_tokens,
             "temperature": request.temperature,
@@ -256,7 +283,7 @@ def _sampling_params(request: Sampling | Scoring) -> SamplingParams:
     else:
         chosen = {"max_tokens": 1, "temperature": 0.0, "logprob_token_ids": list(request.labels)}
     # skip_clone: otherwise vLLM deep-copies them for every request, which costs as much as two tokens
-    return SamplingParams(**chosen, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY, skip_clone=True)
+    return SamplingParams(**chosen, detokenize=False, output_kind=kind, skip_clone=True)
 
 
 def _reason(error: BaseException) -> str:

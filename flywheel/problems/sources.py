@@ -46,7 +46,7 @@ def load(spec: ProblemSpec, notes: list[str] | None = None) -> dict[Split, list[
     problems: dict[Split, list[Problem]] = {split: [] for split in Split}
     for row in kept:
         split = drawn.get(row.key, row.split)
-        problems[split].append(Problem(Question(row.id or row.hash[:12], row.question), row.answer, split, row.level))
+        problems[split].append(Problem(Question(row.id or row.hash[:12], row.question, row.level), row.answer, split))
     for name, limit in spec.limits.items():
         found = problems[Split(name)]
         if limit and limit < len(found):

@@ -57,7 +57,7 @@ class Adaptive(Strategy):
     async def run(self, question: Question, searcher: Searcher, tag: str) -> Sequence[Candidate]:
         """Sample `step` solutions at a time, score them, and stop when the vote is decided or there are `n`."""
         revising = self.maker == Role.REVISER
-        prompt = searcher.prompts.revise(question, []) if revising else searcher.prompts.solve(question)
+        prompt = searcher.prompts.solve(question, not revising and searcher.policy.bare)
         made: list[Candidate] = []
         while len(made) < self.n and not self.decided(made):
             drawn = await together(

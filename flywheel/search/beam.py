@@ -96,7 +96,7 @@ class BeamSearch:
 
     def __init__(self, beam: Beam, question: Question, searcher: Searcher, id: str):
         self.beam, self.question, self.searcher, self.id = beam, question, searcher, id
-        self.head = searcher.prompts.solve(question)
+        self.head = searcher.prompts.solve(question, searcher.policy.bare)
         self.values: dict[Tokens, float] = {}  # PRM value by prefix; keys lack trailing blank tokens
         self.candidates: list[Candidate] = []
 
@@ -108,8 +108,8 @@ class BeamSearch:
         for prefix, step in grown:
             tokens = prefix.tokens + step.tokens
             full = final or step.finish is Finish.LENGTH or len(tokens) >= self.searcher.sample.max_tokens
-            if full or reader.ended(step):
-                finish = Finish.STOP if reader.ended(step) else Finish.LENGTH
+            if (over := reader.ended(step, prefix.tokens)) or full:
+                finish = Finish.STOP if over else Finish.LENGTH
                 ended.append((prefix, self.solution(tokens, finish, len(self.candidates) + len(ended))))
             else:
                 going[tokens] = prefix
@@ -136,6 +136,7 @@ class BeamSearch:
             usual,
             max_tokens=usual.max_tokens - len(tokens),
             stop=reader.ends | reader.stop,
+            done=reader.stopped if reader.stop_texts else None,
             temperature=usual.temperature if temperature is None else temperature,
         )
 
@@ -172,7 +173,8 @@ class BeamSearch:
         for _ in range(self.beam.lookahead):
             sampling = self.sampling(looked, temperature=0.0)
             [step] = await self.searcher.policy.generate([*self.head, *looked], sampling, purpose="lookahead")
+            over = reader.ended(step, looked)
             looked += step.tokens
-            if step.finish is Finish.LENGTH or reader.ended(step) or len(looked) >= self.searcher.sample.max_tokens:
+            if step.finish is Finish.LENGTH or over or len(looked) >= self.searcher.sample.max_tokens:
                 break
         return await self.value(reader.steps(reader.trim(looked) if self.beam.lookahead else looked))

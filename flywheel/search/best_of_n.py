@@ -40,7 +40,7 @@ class BestOfN(Strategy):
         return self.select != "majority"
 
     async def run(self, question: Question, searcher: Searcher, tag: str) -> Sequence[Candidate]:
-        prompt = searcher.prompts.solve(question)
+        prompt = searcher.prompts.solve(question, searcher.policy.bare)
         candidates = await together(
             attempt(searcher.policy, prompt, searcher, question, purpose=self.kind, id=f"{question.id}/{tag}/{i}")
             for i in range(self.n)

@@ -56,12 +56,8 @@ class Limited:
     """An engine (see `flywheel.models.engine.Engine`) whose requests reserve tokens from an allowance."""
 
     def __init__(self, engine: Engine, allowance: Allowance):
-        self.role, self.name, self.parameters, self.max_model_len = (
-            engine.role,
-            engine.name,
-            engine.parameters,
-            engine.max_model_len,
-        )
+        self.role, self.name, self.parameters = engine.role, engine.name, engine.parameters
+        self.max_model_len, self.bare = engine.max_model_len, engine.bare
         self.engine, self.allowance = engine, allowance
 
     async def generate(

@@ -126,7 +126,8 @@ class Searcher:
 
     def sampling(self) -> Sampling:
         """Sampling parameters for a whole solution."""
-        return Sampling(self.sample.max_tokens, self.sample.temperature, self.sample.top_p, self.reader.stop)
+        spec = self.sample
+        return Sampling(spec.max_tokens, spec.temperature, spec.top_p, self.reader.stop, self.reader.done)
 
 
 async def attempt(

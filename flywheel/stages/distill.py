@@ -21,11 +21,11 @@ def train(ctx: Context) -> dict:
     spec = ctx.recipe.distill
     rows = harvested(ctx, range(1, ctx.round + 1))
     if not rows:
-        return {
-            "trained": False,
-            "examples": 0,
-            "why": "no verified solution in any round: nothing to distill, the policy stays",
-        }
+        found = sum(ctx.figures("harvest", r)["verified"] for r in range(1, ctx.round + 1))
+        why = "no verified solution in any round"
+        if found:
+            why = f"{found} verified solutions, none drawn often enough (harvest.min_votes, harvest.vote)"
+        return {"trained": False, "examples": 0, "why": f"{why}: nothing to distill, the policy stays"}
     questions = sorted({row.question_id for row in rows})
     held = set(random.Random(ctx.seed("held out")).sample(questions, len(questions) // 20))
     targets = (

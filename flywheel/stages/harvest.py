@@ -45,8 +45,9 @@ def finish(ctx: Context) -> dict:
         for solution in group:
             first.setdefault(trace(solution), solution)
         text, bin = problems[question].question.text, bins[question].fixed_bin
+        drawn = len({s.draw for s in group})  # all give the right answer
         for found, count in votes(group).most_common(spec.keep):
-            if count < spec.min_votes:
+            if (count if spec.vote == "trace" else drawn) < spec.min_votes:
                 once += 1
                 continue
             s = first[found]

@@ -34,7 +34,7 @@ def prompts_and_reader(run: Run) -> tuple[Prompts, Reader]:
     """The prompts and the solution parser for the run's tokenizer; opens no engine."""
     spec = run.recipe.prompts
     tokenizer = load_tokenizer(run.recipe.model.base)
-    return Prompts(spec, tokenizer), Reader(tokenizer, spec.step, spec.answer, spec.stop)
+    return Prompts(spec, tokenizer), Reader(tokenizer, spec)
 
 
 def preflight(recipe: Recipe) -> None:
@@ -45,7 +45,7 @@ def preflight(recipe: Recipe) -> None:
     try:
         tokenizer = load_tokenizer(recipe.model.base)
         prompts = Prompts(recipe.prompts, tokenizer)
-        Reader(tokenizer, recipe.prompts.step, recipe.prompts.answer, recipe.prompts.stop)
+        Reader(tokenizer, recipe.prompts)
         prompts.solve(Question("preflight", "1"))
         label_ids(tokenizer, recipe.prm.labels)
         check_length(recipe.model.base, recipe.engine.max_model_len)
@@ -95,12 +95,15 @@ class Kit:
     def sampling(self, **changes: object) -> Sampling:
         """Sampling parameters for a whole solution, with `changes`."""
         spec = self.recipe.sample
-        return replace(Sampling(spec.max_tokens, spec.temperature, spec.top_p, self.reader.stop), **changes)
+        usual = Sampling(spec.max_tokens, spec.temperature, spec.top_p, self.reader.stop, self.reader.done)
+        return replace(usual, **changes)
 
     async def solutions(self, question: Question, n: int, *, purpose: str, tag: str) -> list[Solution]:
         """Sample `n` independent solutions of `question` from the policy."""
         engine = self.engine()
-        completions = await engine.generate(self.prompts.solve(question), self.sampling(), purpose=purpose, n=n)
+        completions = await engine.generate(
+            self.prompts.solve(question, engine.bare), self.sampling(), purpose=purpose, n=n
+        )
         return [
             self.reader.solution(
                 done.tokens,

@@ -68,8 +68,8 @@ async def roll_out(ctx: Context, kit: Kit, question: str, prefix: Tokens) -> lis
     room = ctx.recipe.sample.max_tokens - len(prefix)
     if room <= 0:
         return []
-    prompt = [*kit.prompts.solve(kit.problems[question].question), *prefix]
     engine, sampling = kit.engine(), kit.sampling(max_tokens=room)
+    prompt = [*kit.prompts.solve(kit.problems[question].question, engine.bare), *prefix]
     drawn = await engine.generate(prompt, sampling, purpose="rollout", n=ctx.recipe.label.rollouts)
     return [
         kit.reader.solution(

@@ -104,7 +104,7 @@ class OneQuestion:
         by_prm, by_base, *searched = await together(
             [self.judged(pool, self.kit.prm()), self.judged(pool[:n], self.kit.prm("prm:base")), *methods.values()]
         )
-        head = len(self.kit.prompts.solve(self.question))
+        head = len(self.kit.prompts.solve(self.question, self.kit.engine().bare))
         drawn = [head + len(s.tokens) + 1 for s in pool]  # prompt, solution and EOS
         answers, scores, costs = [s.answer for s in pool], [c.score for c in by_prm], [c.score_cost for c in by_prm]
         base_scores, base_cost = [c.score for c in by_base], sum(c.score_cost for c in by_base)

@@ -20,9 +20,12 @@ from tests import micro
 
 TOKENIZER = micro.tokenizer()
 PROMPTS = Prompts(
-    PromptSpec(solve="Q {question} ? \n Try", check="Q {question} ? \n Check", again="\n Again"), TOKENIZER
+    PromptSpec(
+        solve="Q {question} ? \n Try", check="Q {question} ? \n Check", again="\n Again", answer=r"Answer (\S+)"
+    ),
+    TOKENIZER,
 )
-READER = Reader(TOKENIZER, "\n", r"Answer (\S+)")
+READER = Reader(TOKENIZER, PROMPTS.spec)
 QUESTIONS = [Question(f"q{i}", f"{i} + {i + 1}") for i in range(4)]
 STEPS = [
     READER.steps(TOKENIZER.encode(f"{i} + {i} = {2 * i} \n {2 * i} + 1 = {2 * i + 1} \n Answer {2 * i + 1}"))

@@ -36,7 +36,7 @@ SPEC = PromptSpec(
     stop=["Again"],
     answer=r"Answer (\S+)",
 )
-READER = Reader(TOKENIZER, SPEC.step, SPEC.answer, SPEC.stop)
+READER = Reader(TOKENIZER, SPEC)
 QUESTION = Question("q1", "5 +3 *2")
 
 

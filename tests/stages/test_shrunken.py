@@ -58,10 +58,7 @@ def test_what_is_built_loads_as_the_recipe_of_a_published_model(built):
 
 def test_a_planted_text_is_cut_into_its_lines_with_steps_that_end_inside_bpe_tokens(built):
     made, tokenizer, _ = open_model(built)
-    reader, prompts = (
-        Reader(tokenizer, made.prompts.step, made.prompts.answer, made.prompts.stop),
-        Prompts(made.prompts, tokenizer),
-    )
+    reader, prompts = (Reader(tokenizer, made.prompts), Prompts(made.prompts, tokenizer))
     problem = problems.load(made.problems)[Split.TRAIN][0]
     prompt = prompts.solve(problem.question)
     assert tokenizer.decode(prompt).endswith("on the last line.<|im_end|>\n<|im_start|>assistant\n")
@@ -82,7 +79,7 @@ def test_the_trained_model_is_right_often_but_not_always(tmp_path):
 
     shrunken.build(tmp_path)
     made, tokenizer, model = open_model(tmp_path)
-    reader, prompts = Reader(tokenizer, made.prompts.step, made.prompts.answer), Prompts(made.prompts, tokenizer)
+    reader, prompts = Reader(tokenizer, made.prompts), Prompts(made.prompts, tokenizer)
     torch.manual_seed(0)
     pairs = []
     for problem in problems.load(made.problems)[Split.TRAIN][:60]:
