@@ -161,7 +161,7 @@ def load_recipe(args: argparse.Namespace) -> Recipe:
 def located(path: str, root: Path) -> str:
     """`path` made absolute, relative to the current directory or else to `root`; unchanged if in neither."""
     for found in (Path(path), root / path):
-        if found.exists():
+        if path and found.exists():
             return str(found.absolute())
     return path
 

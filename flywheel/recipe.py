@@ -43,17 +43,50 @@ class Spec(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
+class TaskSpec(Spec):
+    """A task of reasoning-gym, and how many questions each split gets of it."""
+
+    task: str  # its name in reasoning-gym
+    name: str | None = None  # the level of its questions; the task's name if None
+    config: dict[str, Any] = {}  # its knobs
+    question: str | None = None  # regular expression whose one group is the question to ask; None: the whole text
+    train: Annotated[int, Field(ge=0)] = 0
+    calibrate: Annotated[int, Field(ge=0)] = 0
+    validation: Annotated[int, Field(ge=0)] = 0
+    test: Annotated[int, Field(ge=0)] = 0
+
+    @property
+    def level(self) -> str:
+        return self.name or self.task
+
+
 class ProblemSpec(Spec):
     """The problem set. `limits` takes the first n questions of a split (0: all)."""
 
-    format: Literal["jsonl", "gsm8k", "math"] = "jsonl"
-    path: str
+    format: Literal["jsonl", "gsm8k", "math", "reasoning_gym"] = "jsonl"
+    path: str = ""  # file or folder
+    tasks: list[TaskSpec] = []  # of reasoning-gym
+    seed: int = 0  # of reasoning-gym's questions
     fields: dict[str, str] = {}  # field name here -> in the file, e.g. {question: problem}
     limits: dict[Literal["train", "calibrate", "validation", "test"], Annotated[int, Field(ge=0)]] = {}
     checker: str = "flywheel.problems.grading:same_answer"  # module:function(gold, answer) -> bool
     step_checker: str | None = None  # module:function(question, solution text) -> bool, reported only
     check_seconds: Annotated[float, Field(gt=0)] = 5.0
     check_workers: Positive = 1
+
+    @model_validator(mode="before")
+    @classmethod
+    def _own_checker(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("format") == "reasoning_gym":
+            return {"checker": "flywheel.problems.gym:right", **data}
+        return data
+
+    @model_validator(mode="after")
+    def _place(self) -> ProblemSpec:
+        gym = self.format == "reasoning_gym"
+        if not (self.tasks if gym else self.path):
+            raise ValueError(f"problems.{'tasks' if gym else 'path'}: missing; problems.format {self.format} needs it")
+        return self
 
 
 class ModelSpec(Spec):

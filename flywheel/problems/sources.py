@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from flywheel.errors import UserError
+from flywheel.problems import gym
 from flywheel.problems.grading import last_boxed
 from flywheel.problems.overlap import NEAR, WORDS, near
 from flywheel.problems.splits import Row, check_ids, distinct, draw_splits
@@ -38,11 +39,13 @@ def load(spec: ProblemSpec, notes: list[str] | None = None) -> dict[Split, list[
             rows = list(_gsm8k(spec))
         case "math":
             rows = list(_math(spec, notes))
+        case "reasoning_gym":
+            rows = list(gym.rows(spec))
     if not rows:
         raise UserError(f"{spec.path}: no questions in it")
     kept = distinct(rows, spec.format == "jsonl", notes)
     check_ids(rows)
-    drawn = draw_splits(kept, spec.path, notes)
+    drawn = draw_splits(kept, spec.path or spec.format, notes)
     problems: dict[Split, list[Problem]] = {split: [] for split in Split}
     for row in kept:
         split = drawn.get(row.key, row.split)
@@ -63,6 +66,8 @@ def load(spec: ProblemSpec, notes: list[str] | None = None) -> dict[Split, list[
 
 def files(spec: ProblemSpec) -> list[Path]:
     """The files that `load` reads, in order. Raises UserError if there are none."""
+    if spec.format == "reasoning_gym":
+        return []
     root = Path(spec.path)
     if not root.exists():
         raise UserError(f"{root}: no such file or folder (problems.path)")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,9 @@ def source_files(recipe: Recipe) -> dict[str, str]:
         raise UserError(f"model.base: {base} is not a model directory, nor the name of one on the Hub (owner/name)")
     else:
         files = {}
-    if problems.is_dir():
+    if recipe.problems.format == "reasoning_gym":
+        pass  # made from the recipe; its package's version is in `sums`
+    elif problems.is_dir():
         inside = sorted(p for p in problems.rglob("*") if p.is_file() and not p.name.startswith("."))
         files |= {f"problems.path/{p.relative_to(problems)}": p for p in inside}
     elif problems.is_file():
@@ -92,6 +95,8 @@ def source_files(recipe: Recipe) -> dict[str, str]:
     else:
         raise UserError(f"problems.path: {problems} does not exist")
     sums = {name: sha256(path) for name, path in files.items()}
+    if recipe.problems.format == "reasoning_gym":
+        sums["reasoning-gym"] = metadata.version("reasoning-gym")
     return sums if base.is_dir() else {"model.base": recipe.model.base, **sums}
 
 
