@@ -69,9 +69,14 @@ def dtype(spec: EngineSpec) -> str:
     """
     if spec.dtype != "auto":
         return spec.dtype
+    return "bfloat16" if has_bfloat16() else "float32"
+
+
+def has_bfloat16() -> bool:
+    """Whether this CPU has instructions for bfloat16; without them it is emulated."""
     cpu = Path("/proc/cpuinfo")
     flags = cpu.read_text() if cpu.exists() else ""
-    return "bfloat16" if "avx512_bf16" in flags or "amx_bf16" in flags else "float32"
+    return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
 def engine_arguments(spec: EngineSpec) -> dict[str, Any]:

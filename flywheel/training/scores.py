@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from flywheel.ledger import Ledger
+from flywheel.models.vllm_cpu import has_bfloat16
 from flywheel.records import Role
 from flywheel.training.examples import PrmExample, rows
 
@@ -60,9 +62,19 @@ def on_cpu() -> bool:
     return not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
 
 
-def dtype() -> str:
-    """The dtype of the frozen base. LoRA weights and losses are always float32."""
-    return "float32" if on_cpu() or not torch.cuda.is_bf16_supported() else "bfloat16"
+LARGE = 100 << 20  # bytes of weights from which bfloat16 trains faster on a CPU; a smaller model has small matrices
+
+
+def dtype(base: str) -> str:
+    """The dtype of the frozen base and of its matrix products. LoRA weights and losses are always float32.
+
+    A model of 135M parameters on two cores with AMX trained 382 tokens/s in bfloat16 and 319 in float32 with bfloat16
+    products; float32 throughout was several times slower.
+    """
+    if not on_cpu():
+        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
+    size = sum(path.stat().st_size for path in Path(base).glob("*.safetensors"))
+    return "bfloat16" if size > LARGE and has_bfloat16() else "float32"
 
 
 def forward_values(
@@ -70,7 +82,7 @@ def forward_values(
 ) -> tuple[list[tuple[float, ...]], int]:
     """(values at each row's reads, in the order of `rows`; number of parameters, adapter included)."""
     device = "cpu" if on_cpu() else "cuda"
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype(), use_safetensors=True).to(device)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype(base), use_safetensors=True).to(device)
     if adapter:
         model = PeftModel.from_pretrained(model, adapter).to(device)
     model.eval()

@@ -166,8 +166,8 @@ def _config(job: Job, micro: int, accumulate: int, steps: int, show_progress: bo
         optim="adamw_torch",
         seed=job.seed,
         use_cpu=cpu,
-        bf16=dtype() == "bfloat16",
-        model_init_kwargs={"dtype": dtype(), "use_safetensors": True},
+        bf16=dtype(job.model.base) == "bfloat16",
+        model_init_kwargs={"dtype": dtype(job.model.base), "use_safetensors": True},
         gradient_checkpointing=not cpu,  # a third slower, but GPU memory is scarce
         dataset_kwargs={"skip_prepare_dataset": True},
         max_length=None,  # `rows` checks lengths; nothing is truncated

@@ -208,6 +208,28 @@ def test_a_completion_keeps_its_stop_token_and_never_shows_eos(served):
     assert row["generated"] == sum(len(one.tokens) + one.eos for one in done)
 
 
+def test_done_is_asked_after_each_token_and_ends_a_completion(served):
+    backend, ledger = served
+
+    def three_and_small(tokens):
+        return len(tokens) >= 3 and tokens[-1] < 30
+
+    async def work(i):
+        return await backend.engine(Role.POLICY).generate(
+            PROMPTS[i], Sampling(16, 1.0, done=three_and_small), purpose="sample", n=20
+        )
+
+    every = [one for group in results(backend, range(6), work).values() for one in group]
+    for one in every:
+        first = next((k for k in range(1, 17) if three_and_small(one.tokens[:k])), None)
+        assert first in (None, len(one.tokens)) or one.eos
+        assert one.finish is (Finish.STOP if one.eos or first else Finish.LENGTH)
+    kinds = {(one.eos, one.finish) for one in every}
+    assert kinds >= {(True, Finish.STOP), (False, Finish.STOP)}
+    [row] = ledger.rows()  # what was made after the end is neither shown nor charged
+    assert row["generated"] == sum(len(one.tokens) + one.eos for one in every)
+
+
 def test_what_does_not_fit_raises_and_is_not_cut(served):
     backend, ledger = served
     engine = backend.engine(Role.POLICY)

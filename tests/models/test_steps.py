@@ -1,0 +1,82 @@
+"""Where a sampled solution ends: at its answer, at a stop text of one or several tokens, at EOS."""
+
+from __future__ import annotations
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from flywheel.models.engine import Completion
+from flywheel.models.steps import Reader
+from flywheel.recipe import PromptSpec
+from flywheel.records import Finish
+
+
+def characters() -> PreTrainedTokenizerFast:
+    """Every byte is a token, so a blank line is two and `Question:` nine."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = Tokenizer(models.BPE({c: i for i, c in enumerate([*alphabet, "<eos>"])}, []))
+    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", clean_up_tokenization_spaces=False)
+
+
+TOKENIZER = characters()
+
+
+def reader(**changes) -> Reader:
+    spec = {"solve": "", "check": "", "again": "", "answer": "Answer: (.+)", "stop": ["\n\n", "Question:", "#"]}
+    return Reader(TOKENIZER, PromptSpec(**{**spec, **changes}))
+
+
+def ids(text: str) -> list[int]:
+    return TOKENIZER.encode(text)
+
+
+def ends(made: Reader, text: str) -> int | None:
+    """After how many characters `done` ends `text`, asked token by token; None: never."""
+    tokens = ids(text)
+    return next((i for i in range(1, len(tokens) + 1) if made.done(tokens[:i])), None)
+
+
+@pytest.mark.parametrize(
+    ("text", "at"),
+    [
+        ("1 + 1 = 2\nAnswer: 2\nand more", "1 + 1 = 2\nAnswer: 2\n"),  # at the step that holds the answer
+        ("Answer: 2", None),  # the line may go on: 2 or 25?
+        ("1 + 1 = 2\n\nmore", "1 + 1 = 2\n\n"),  # a stop text of two tokens
+        ("1 Question: what", "1 Question:"),
+        ("1 Quest", None),
+        ("1 # 2", "1 #"),
+    ],
+)
+def test_a_solution_ends_at_its_answer_or_at_a_stop_text(text, at):
+    assert ends(reader(), text) == (at and len(at))
+
+
+def test_a_solution_may_go_on_after_its_answer():
+    made = reader(end_at_answer=False)
+    assert ends(made, "Answer: 2\nmore") is None
+    assert ends(made, "Answer: 2\nmore\n\n") == len("Answer: 2\nmore\n\n")
+    assert reader(end_at_answer=False, stop=["#"]).done is None  # the engine knows tokens by itself
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [("1 = 1\nQuestion:", "1 = 1"), ("1 = 1\n\n", "1 = 1"), ("1 = 1#", "1 = 1"), ("1 = 1\n2", "1 = 1\n2")],
+)
+def test_a_stop_text_is_no_part_of_the_solution(text, kept):
+    assert TOKENIZER.decode(reader().trim(ids(text))) == kept
+
+
+def test_a_step_sampled_alone_sees_a_stop_text_that_began_before_it():
+    step = Completion(tuple(ids("\n")), Finish.STOP, False)
+    assert reader().ended(step, before=ids("1 = 1\n")) and not reader().ended(step, before=ids("1 = 1"))
+    answer = Completion(tuple(ids("Answer: 7\n")), Finish.STOP, False)
+    assert reader().ended(answer) and reader(end_at_answer=False).ended(answer)  # beam search ends at an answer anyway
+
+
+def test_the_answer_of_a_cut_line_is_not_read():
+    named = {"id": "s", "question_id": "q", "purpose": "sample", "model": "m"}
+    assert reader().solution(ids("Answer: 2"), Finish.LENGTH, **named).answer is None
+    assert reader().solution(ids("Answer: 25\n"), Finish.STOP, **named).answer == "25"
