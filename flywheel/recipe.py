@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from flywheel.errors import UserError
 
@@ -43,13 +43,25 @@ class Spec(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
+def _one_group(pattern: str) -> str:
+    try:
+        if re.compile(pattern).groups == 1:
+            return pattern
+    except re.error as error:
+        raise ValueError(f"no regular expression: {error}") from None
+    raise ValueError("a regular expression with one group wanted")
+
+
+OneGroup = Annotated[str, AfterValidator(_one_group)]
+
+
 class TaskSpec(Spec):
     """A task of reasoning-gym, and how many questions each split gets of it."""
 
     task: str  # its name in reasoning-gym
     name: str | None = None  # the level of its questions; the task's name if None
     config: dict[str, Any] = {}  # its knobs
-    question: str | None = None  # regular expression whose one group is the question to ask; None: the whole text
+    question: OneGroup | None = None  # regular expression whose one group is the question to ask; None: the whole text
     train: Annotated[int, Field(ge=0)] = 0
     calibrate: Annotated[int, Field(ge=0)] = 0
     validation: Annotated[int, Field(ge=0)] = 0
@@ -86,6 +98,12 @@ class ProblemSpec(Spec):
         gym = self.format == "reasoning_gym"
         if not (self.tasks if gym else self.path):
             raise ValueError(f"problems.{'tasks' if gym else 'path'}: missing; problems.format {self.format} needs it")
+        levels = [task.level for task in self.tasks]
+        if twice := {level for level in levels if levels.count(level) > 1}:
+            raise ValueError(f"problems.tasks: two are called {min(twice)}; give one another `name`")
+        for split in ("train", "calibrate", "validation", "test") if gym else ():
+            if not any(getattr(task, split) for task in self.tasks):
+                raise ValueError(f"problems.tasks: no task has {split} questions")
         return self
 
 

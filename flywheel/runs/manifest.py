@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from flywheel.errors import UserError
 from flywheel.ledger import total
+from flywheel.problems import gym
 from flywheel.recipe import Recipe
 from flywheel.runs import shards
 from flywheel.runs.files import Damaged, read_json, read_rows, sha256, write_json
@@ -96,7 +96,7 @@ def source_files(recipe: Recipe) -> dict[str, str]:
         raise UserError(f"problems.path: {problems} does not exist")
     sums = {name: sha256(path) for name, path in files.items()}
     if recipe.problems.format == "reasoning_gym":
-        sums["reasoning-gym"] = metadata.version("reasoning-gym")
+        sums["reasoning-gym"] = gym.version()
     return sums if base.is_dir() else {"model.base": recipe.model.base, **sums}
 
 
