@@ -53,6 +53,8 @@ def _one_group(pattern: str) -> str:
 
 
 OneGroup = Annotated[str, AfterValidator(_one_group)]
+Gold = Annotated[str, AfterValidator(lambda pattern: pattern if pattern == "boxed" else _one_group(pattern))]
+SplitName = Literal["train", "calibrate", "validation", "test"]
 
 
 class TaskSpec(Spec):
@@ -75,12 +77,18 @@ class TaskSpec(Spec):
 class ProblemSpec(Spec):
     """The problem set. `limits` takes the first n questions of a split (0: all)."""
 
-    format: Literal["jsonl", "gsm8k", "math", "reasoning_gym"] = "jsonl"
-    path: str = ""  # file or folder
+    format: Literal["jsonl", "datasets", "reasoning_gym"] = "jsonl"
+    path: str = ""  # file or folder; for `datasets` also a name on the Hub
+    config: str | None = None  # of a data set on the Hub
+    revision: str | None = None  # of a data set on the Hub
     tasks: list[TaskSpec] = []  # of reasoning-gym
     seed: int = 0  # of reasoning-gym's questions
-    fields: dict[str, str] = {}  # field name here -> in the file, e.g. {question: problem}
-    limits: dict[Literal["train", "calibrate", "validation", "test"], Annotated[int, Field(ge=0)]] = {}
+    # field name here -> there, e.g. {question: problem}; columns are joined by "{Body} {Question}"
+    fields: dict[str, str] = {}
+    splits: dict[SplitName, str | Share] = {}  # split here -> name there, or the share to draw
+    # cuts the gold answer out of the answer field: its last match, or the last \boxed{}; None: the whole field
+    answer: Gold | None = None
+    limits: dict[SplitName, Annotated[int, Field(ge=0)]] = {}
     checker: str = "flywheel.problems.grading:same_answer"  # module:function(gold, answer) -> bool
     step_checker: str | None = None  # module:function(question, solution text) -> bool, reported only
     check_seconds: Annotated[float, Field(gt=0)] = 5.0

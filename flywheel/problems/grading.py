@@ -172,17 +172,17 @@ class Grader:
         for problem, solution in pairs:
             if problem.id != solution.question_id:
                 raise ValueError(f"solution {solution.id} answers {solution.question_id}, not {problem.id}")
-        wanted = dict.fromkeys((p.answer, s.answer) for p, s in pairs if s.answer is not None)
+        wanted = dict.fromkeys((g, s.answer) for p, s in pairs if s.answer is not None for g in (p.answer, *p.also))
         self._settle([pair for pair in wanted if pair not in self._same])
         return [Grade(s.id, s.question_id, self._verdict(p, s), s.purpose) for p, s in pairs]
 
     def _verdict(self, problem: Problem, solution: Solution) -> Verdict:
         if solution.answer is None:
             return Verdict.TRUNCATED if solution.finish is Finish.LENGTH else Verdict.UNPARSABLE
-        same = self._same[problem.answer, solution.answer]
-        if same is None:
-            return Verdict.UNDECIDED
-        return Verdict.CORRECT if same else Verdict.INCORRECT
+        same = {self._same[gold, solution.answer] for gold in (problem.answer, *problem.also)}
+        if True in same:
+            return Verdict.CORRECT
+        return Verdict.UNDECIDED if None in same else Verdict.INCORRECT
 
     def _settle(self, pairs: list[tuple[str, str]]) -> None:
         """Decide every pair and store the verdict in `_same`."""
