@@ -137,9 +137,10 @@ def load_recipe(args: argparse.Namespace) -> Recipe:
 
     path = find_recipe(args.recipe or "chain")
     overrides = list(args.set)
-    if args.problems:  # the recipe's limits and step checker do not fit other questions; --set may set new ones
+    if args.problems:  # what the recipe says of its own questions does not fit others; --set may say it anew
         own = json.dumps(str(Path(args.problems).absolute()))
-        overrides = ["problems.limits={}", "problems.step_checker=null", *args.set]
+        overrides = [f"problems.{key}={{}}" for key in ("limits", "fields", "splits")]
+        overrides += ["problems.answer=null", "problems.step_checker=null", *args.set]
         overrides += [f"problems.path={own}", "problems.format=jsonl"]
     loaded = recipe.load(path, overrides)
     folder = path.resolve().parent

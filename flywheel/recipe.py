@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from flywheel.errors import UserError
 
@@ -43,13 +43,27 @@ class Spec(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
+def _one_group(pattern: str) -> str:
+    try:
+        if re.compile(pattern).groups == 1:
+            return pattern
+    except re.error as error:
+        raise ValueError(f"no regular expression: {error}") from None
+    raise ValueError("a regular expression with one group wanted")
+
+
+OneGroup = Annotated[str, AfterValidator(_one_group)]
+Gold = Annotated[str, AfterValidator(lambda pattern: pattern if pattern == "boxed" else _one_group(pattern))]
+SplitName = Literal["train", "calibrate", "validation", "test"]
+
+
 class TaskSpec(Spec):
     """A task of reasoning-gym, and how many questions each split gets of it."""
 
     task: str  # its name in reasoning-gym
     name: str | None = None  # the level of its questions; the task's name if None
     config: dict[str, Any] = {}  # its knobs
-    question: str | None = None  # regular expression whose one group is the question to ask; None: the whole text
+    question: OneGroup | None = None  # regular expression whose one group is the question to ask; None: the whole text
     train: Annotated[int, Field(ge=0)] = 0
     calibrate: Annotated[int, Field(ge=0)] = 0
     validation: Annotated[int, Field(ge=0)] = 0
@@ -63,12 +77,18 @@ class TaskSpec(Spec):
 class ProblemSpec(Spec):
     """The problem set. `limits` takes the first n questions of a split (0: all)."""
 
-    format: Literal["jsonl", "gsm8k", "math", "reasoning_gym"] = "jsonl"
-    path: str = ""  # file or folder
+    format: Literal["jsonl", "datasets", "reasoning_gym"] = "jsonl"
+    path: str = ""  # file or folder; for `datasets` also a name on the Hub
+    config: str | None = None  # of a data set on the Hub
+    revision: str | None = None  # of a data set on the Hub
     tasks: list[TaskSpec] = []  # of reasoning-gym
     seed: int = 0  # of reasoning-gym's questions
-    fields: dict[str, str] = {}  # field name here -> in the file, e.g. {question: problem}
-    limits: dict[Literal["train", "calibrate", "validation", "test"], Annotated[int, Field(ge=0)]] = {}
+    # field name here -> there, e.g. {question: problem}; columns are joined by "{Body} {Question}"
+    fields: dict[str, str] = {}
+    splits: dict[SplitName, str | Share] = {}  # split here -> name there, or the share to draw
+    # cuts the gold answer out of the answer field: its last match, or the last \boxed{}; None: the whole field
+    answer: Gold | None = None
+    limits: dict[SplitName, Annotated[int, Field(ge=0)]] = {}
     checker: str = "flywheel.problems.grading:same_answer"  # module:function(gold, answer) -> bool
     step_checker: str | None = None  # module:function(question, solution text) -> bool, reported only
     check_seconds: Annotated[float, Field(gt=0)] = 5.0
@@ -86,6 +106,12 @@ class ProblemSpec(Spec):
         gym = self.format == "reasoning_gym"
         if not (self.tasks if gym else self.path):
             raise ValueError(f"problems.{'tasks' if gym else 'path'}: missing; problems.format {self.format} needs it")
+        levels = [task.level for task in self.tasks]
+        if twice := {level for level in levels if levels.count(level) > 1}:
+            raise ValueError(f"problems.tasks: two are called {min(twice)}; give one another `name`")
+        for split in ("train", "calibrate", "validation", "test") if gym else ():
+            if not any(getattr(task, split) for task in self.tasks):
+                raise ValueError(f"problems.tasks: no task has {split} questions")
         return self
 
 

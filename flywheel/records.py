@@ -57,6 +57,7 @@ class Problem:
     question: Question
     answer: str
     split: Split
+    also: tuple[str, ...] = ()  # other accepted answers
 
     @property
     def id(self) -> str:

@@ -1,18 +1,21 @@
-"""Read problem sets: your own JSON lines, and GSM8K and MATH as published.
+"""Read problem sets: your own JSON files, whatever the library `datasets` reads, and what reasoning-gym makes.
 
-Every fault in a file raises UserError with one line: file, line number, what is wrong, and the fix.
+Every fault raises UserError with one line: file, line number, what is wrong, and the fix.
 """
 
 from __future__ import annotations
 
 import difflib
+import gzip
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import astuple
 from pathlib import Path
 
 from flywheel.errors import UserError
-from flywheel.problems import gym
+from flywheel.problems import gym, tables
 from flywheel.problems.grading import last_boxed
 from flywheel.problems.overlap import NEAR, WORDS, near
 from flywheel.problems.splits import Row, check_ids, distinct, draw_splits
@@ -21,35 +24,38 @@ from flywheel.records import Problem, Question, Split
 
 FIELDS = ("question", "answer", "id", "split", "level")
 REQUIRED = ("question", "answer")
-MATH_FOLDERS = {"train": Split.TRAIN, "val": Split.VALIDATION, "validation": Split.VALIDATION, "test": Split.TEST}
+SPLITS = {**{split: split for split in Split}, **dict.fromkeys(("dev", "val", "valid"), Split.VALIDATION)}
+UNCUT = 0.1  # the fraction of rows without a gold answer from which on `problems.answer` is taken to be wrong
+# What other data sets call our fields. The letters of `solution` are close to those of `question`.
+USUAL = {"question": ("problem", "prompt", "query", "input"), "answer": ("gold", "target", "solution", "output")}
 
 
 def load(spec: ProblemSpec, notes: list[str] | None = None) -> dict[Split, list[Problem]]:
-    """All four splits, disjoint, each in file order and limited by `spec.limits`.
+    """All four splits, disjoint, each in the source's order and limited by `spec.limits`.
 
-    A split that is not in the files is drawn from the training questions by a hash of each question, so adding rows
+    A split that is not in the source is drawn from the training questions by a hash of each question, so adding rows
     does not move other questions. If `notes` is a list, lines are appended to it: what was dropped, drawn or limited,
-    and how many test questions nearly repeat one of another split. Raises UserError for faulty files.
+    and how many test questions nearly repeat one of another split. Raises UserError for a faulty source.
     """
     look_for_near, notes = notes is not None, [] if notes is None else notes
     match spec.format:
         case "jsonl":
-            rows = list(_jsonl(spec))
-        case "gsm8k":
-            rows = list(_gsm8k(spec))
-        case "math":
-            rows = list(_math(spec, notes))
+            rows = list(_rows(spec, _json_files(spec), notes))
+        case "datasets":
+            rows = list(_rows(spec, tables.rows(spec), notes))
         case "reasoning_gym":
             rows = list(gym.rows(spec))
     if not rows:
         raise UserError(f"{spec.path}: no questions in it")
     kept = distinct(rows, spec.format == "jsonl", notes)
     check_ids(rows)
-    drawn = draw_splits(kept, spec.path or spec.format, notes)
+    shares = {split: share for split, share in spec.splits.items() if not isinstance(share, str)}
+    drawn = draw_splits(kept, spec.path or spec.format, notes, shares)
     problems: dict[Split, list[Problem]] = {split: [] for split in Split}
     for row in kept:
         split = drawn.get(row.key, row.split)
-        problems[split].append(Problem(Question(row.id or row.hash[:12], row.question, row.level), row.answer, split))
+        question = Question(row.id or row.hash[:12], row.question, row.level)
+        problems[split].append(Problem(question, row.answer, split, row.also))
     for name, limit in spec.limits.items():
         found = problems[Split(name)]
         if limit and limit < len(found):
@@ -64,85 +70,80 @@ def load(spec: ProblemSpec, notes: list[str] | None = None) -> dict[Split, list[
     return problems
 
 
-def files(spec: ProblemSpec) -> list[Path]:
-    """The files that `load` reads, in order. Raises UserError if there are none."""
-    if spec.format == "reasoning_gym":
-        return []
-    root = Path(spec.path)
-    if not root.exists():
-        raise UserError(f"{root}: no such file or folder (problems.path)")
-    match spec.format:
-        case "jsonl":
-            found = [root] if root.is_file() else [root / f"{split}.jsonl" for split in Split]
-            found = [path for path in found if path.is_file()]
-            wanted = "train.jsonl, calibrate.jsonl, validation.jsonl or test.jsonl"
-        case "gsm8k":
-            found = [root / "train.jsonl", root / "test.jsonl"]
-            found = found if all(path.is_file() for path in found) else []
-            wanted = "train.jsonl and test.jsonl, as in openai/grade-school-math"
-        case "math":
-            found = [path for name in MATH_FOLDERS for path in sorted((root / name).rglob("*.json"))]
-            wanted = "train/*.json (and val/, test/), as in hendrycks/math"
-    if not found:
-        raise UserError(f"{root}: no problem files in it; {wanted} wanted for problems.format {spec.format}")
-    return found
+def digest(spec: ProblemSpec) -> str:
+    """sha256 of all problems as `load` makes them, for a source that is no file."""
+    rows = [astuple(problem) for found in load(spec).values() for problem in found]
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
-def _jsonl(spec: ProblemSpec) -> Iterator[Row]:
+# ---- rows ----
+
+
+def _rows(spec: ProblemSpec, found: Iterable[tables.Read], notes: list[str]) -> Iterator[Row]:
+    """Our rows of a source's. Those without a gold answer are dropped, with a word in `notes`."""
     for name in spec.fields:
         if name not in FIELDS:
             known = f"{_did_you_mean(name, FIELDS)}; known: {', '.join(FIELDS)}"
             raise UserError(f"problems.fields.{name}: unknown field{known}")
+    ours = {theirs: Split(split) for split, theirs in spec.splits.items() if isinstance(theirs, str)}
+    count, uncut, unmapped = 0, [], set()
+    for where, theirs, id, row in found:
+        values = {name: _value(row, name, spec, where) for name in FIELDS if name != "answer"}
+        theirs = _of_split(theirs, values["split"], where)
+        if theirs is not None and Split.TRAIN in ours.values() and theirs not in ours:
+            unmapped.add(theirs)
+            continue
+        count += 1
+        answers = [_cut(spec.answer, answer) for answer in _answers(row, spec, where)]
+        if None in answers:
+            uncut.append(where)
+            continue
+        split = ours.get(theirs) or (_split(theirs, where) if theirs and not spec.splits else None)
+        id = values["id"] or id
+        yield Row(values["question"], answers[0], split, id, values["level"], where, tuple(answers[1:]))
+    if unmapped and not count:
+        had = ", ".join(sorted(unmapped))
+        raise UserError(f"{spec.path}: problems.splits: no split {', '.join(ours)} in it; it has {had}")
+    if len(uncut) > UNCUT * count:
+        fault = f"no gold answer by problems.answer {spec.answer!r} in {len(uncut)} of {count} rows"
+        raise UserError(f"{uncut[0]}: {fault}, this the first")
+    if uncut:
+        notes.append(f"{len(uncut)} questions with no gold answer by problems.answer dropped, the first at {uncut[0]}")
+
+
+def _of_split(file: str | None, field: str, where: str) -> str | None:
+    """The split that a row names, by its file or its field."""
+    if file and field and SPLITS.get(field, field) != SPLITS.get(file, file):
+        raise UserError(f"{where}: split {field} in the file of split {file}; move the row or drop its split")
+    return field or file or None
+
+
+def _cut(pattern: str | None, text: str) -> str | None:
+    """The gold answer in `text`; None if there is none."""
+    if pattern is None:
+        return text
+    if pattern == "boxed":  # TeX allows a single token without braces: `\boxed 9`
+        return last_boxed(text) or _cut(r"\\boxed\s+([^\s{}$.]+)", text)
+    return next((found.strip() for found in reversed(re.findall(pattern, text)) if found.strip()), None)
+
+
+def _json_files(spec: ProblemSpec) -> Iterator[tables.Read]:
     folder = Path(spec.path).is_dir()
-    for path in files(spec):
-        for where, row in _lines(path):
-            values = {name: _value(row, name, spec, where) for name in FIELDS}
-            split = _split(values["split"], where) if values["split"] else None
-            if folder and split not in (None, Split(path.stem)):
-                mend = "move the row or drop its split"
-                raise UserError(f"{where}: split {split} in the file of split {path.stem}; {mend}")
-            if folder:
-                split = Split(path.stem)
-            yield Row(values["question"], values["answer"], split, values["id"] or None, values["level"], where)
+    for path in _files(spec):
+        for where, row in _json_rows(path):
+            yield where, path.stem if folder else None, None, row
 
 
-def _gsm8k(spec: ProblemSpec) -> Iterator[Row]:
-    for path in files(spec):
-        for number, (where, row) in enumerate(_lines(path)):
-            question, solution = (_value(row, name, spec, where) for name in REQUIRED)
-            _, marker, gold = solution.rpartition("####")
-            if not marker or not gold.strip():
-                raise UserError(f"{where}: no gold answer after ####; is this GSM8K as published?")
-            yield Row(question, gold.strip().replace(",", ""), Split(path.stem), f"{path.stem}-{number}", "", where)
-
-
-def _math(spec: ProblemSpec, notes: list[str]) -> Iterator[Row]:
-    unknown, empty = [], []  # rows to drop: the published files contain a few of each kind
-    for path in files(spec):
-        name = path.relative_to(spec.path).with_suffix("")
-        data = _parse(_text(path), str(path))
-        many = isinstance(data, list)
-        for number, row in enumerate(data if many else [data]):
-            where = f"{path}[{number}]" if many else str(path)
-            problem, solution, level = (_text_field(row, field, where) for field in ("problem", "solution", "level"))
-            if level == "Level ?":
-                unknown.append(where)
-                continue
-            gold = last_boxed(solution) or _short_boxed(solution)
-            if gold is None:
-                empty.append(where)
-                continue
-            id = "-".join([*name.parts, str(number)] if many else name.parts)
-            yield Row(problem, gold, MATH_FOLDERS[name.parts[0]], id, level, where)
-    for what, places in (("of unknown level", unknown), ("with no answer in \\boxed{}", empty)):
-        if places:
-            notes.append(f"{len(places)} questions {what} dropped, the first at {places[0]}")
-
-
-def _short_boxed(solution: str) -> str | None:
-    """The answer in `\\boxed 9`: TeX allows a single token without braces."""
-    found = re.findall(r"\\boxed\s+([^\s{}$.]+)", solution)
-    return found[-1] if found else None
+def _files(spec: ProblemSpec) -> list[Path]:
+    """The JSON files of a problem set, in order. Raises UserError if there are none."""
+    root = Path(spec.path)
+    if not root.exists():
+        raise UserError(f"{root}: no such file or folder (problems.path)")
+    found = [root] if root.is_file() else [path for name in SPLITS if (path := root / f"{name}.jsonl").is_file()]
+    if not found:
+        wanted = "train.jsonl, calibrate.jsonl, validation.jsonl or test.jsonl"
+        raise UserError(f"{root}: no {wanted} in it; for other files set problems.format=datasets")
+    return found
 
 
 # ---- one file ----
@@ -150,19 +151,31 @@ def _short_boxed(solution: str) -> str | None:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_bytes().decode("utf-8-sig")
+        data = path.read_bytes()
+        if data.startswith(b"\x1f\x8b"):
+            data = gzip.decompress(data)
+    except (OSError, EOFError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    if data.startswith(b"PAR1"):
+        raise UserError(f"{path}: a parquet file; set problems.format=datasets")
+    try:
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = path.read_bytes()[: error.start].count(b"\n") + 1
+        line = data[: error.start].count(b"\n") + 1
         raise UserError(f"{path}:{line}: not UTF-8; save the file as UTF-8") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def _lines(path: Path) -> Iterator[tuple[str, dict]]:
-    """(file:line, JSON object) of each line that is not blank."""
+def _json_rows(path: Path) -> Iterator[tuple[str, dict]]:
+    """(file:line, JSON object) of each line that is not blank, or (file[number], object) of one array."""
     text = _text(path)
     if not text.strip():
         raise UserError(f"{path}: empty; one JSON object a line wanted")
+    if text.lstrip().startswith("["):
+        for number, row in enumerate(_parse(text, str(path))):
+            if not isinstance(row, dict):
+                raise UserError(f"{path}[{number}]: a JSON object wanted, got {type(row).__name__}")
+            yield f"{path}[{number}]", row
+        return
     for number, line in enumerate(text.split("\n"), 1):  # splitlines would also split at U+2028 inside a string
         if line.strip():
             where = f"{path}:{number}"
@@ -177,7 +190,7 @@ def _parse(text: str, where: str) -> object:
         raise UserError(f"{where}: {constant} is not JSON, and no answer")
 
     try:
-        return json.loads(text, parse_constant=refuse)
+        return json.loads(text, parse_constant=refuse, parse_float=str)  # 1e-7 stays as written
     except json.JSONDecodeError as error:
         at = f"{where}:{error.lineno}" if "\n" in text else where
         raise UserError(f"{at}: not JSON: {error.msg} (column {error.colno})") from None
@@ -187,25 +200,44 @@ def _parse(text: str, where: str) -> object:
         raise UserError(f"{where}: a number of too many digits; write it as text") from None
 
 
-def _text_field(row: object, name: str, where: str) -> str:
-    value = row.get(name) if isinstance(row, dict) else None
-    if not isinstance(value, str) or not value.strip():
-        raise UserError(f"{where}: no {name}; is this MATH as published?")
-    return value.strip()
-
-
 def _value(row: dict, name: str, spec: ProblemSpec, where: str) -> str:
     """The stripped text of one field; empty if an optional field is absent."""
     column = spec.fields.get(name, name)
-    value = row.get(column)
+    if "{" in column and column not in row:
+        text = re.sub(r"\{([^{}]+)\}", lambda found: _scalar(_column(row, found[1], name, spec, where), where), column)
+    else:
+        text = _scalar(_column(row, column, name, spec, where), f"{where}: {column}")
+    if not text and name in REQUIRED:
+        raise UserError(f"{where}: the question is empty")
+    return text.strip()
+
+
+def _answers(row: dict, spec: ProblemSpec, where: str) -> list[str]:
+    """The texts of the answer field: one, or all that are accepted."""
+    column = spec.fields.get("answer", "answer")
+    value = _column(row, column, "answer", spec, where)
+    values = value if isinstance(value, list) else [value]
+    texts = list(dict.fromkeys(_scalar(value, f"{where}: {column}") for value in values))
+    if not all(texts) or not texts:
+        raise UserError(f"{where}: a question with no answer")
+    return texts
+
+
+def _column(row: dict, column: str, name: str, spec: ProblemSpec, where: str) -> object:
     if column not in row and (name in REQUIRED or name in spec.fields):
-        close = _closest(column, map(str, row))
-        mend = f"it has {', '.join(row) or 'nothing'}"
+        known = {str(key).lower(): str(key) for key in row}
+        close = next((known[usual] for usual in USUAL.get(name, ()) if usual in known), None)
+        close = close or known.get(_closest(column, known, 0.7))
+        mend = f"it has {', '.join(map(str, row)) or 'nothing'}"
         if close is not None:
             mend = f"did you mean {close!r}? Then set problems.fields.{name}={close}"
         raise UserError(f"{where}: no field {column!r}; {mend}")
+    return row.get(column)
+
+
+def _scalar(value: object, where: str) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int | float | None):
-        raise UserError(f"{where}: {column}: text or a number wanted, got {json.dumps(value)[:40]}")
+        raise UserError(f"{where}: text or a number wanted, got {json.dumps(value, default=str)[:40]}")
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     text = "" if value is None else str(value).strip()
@@ -213,23 +245,20 @@ def _value(row: dict, name: str, spec: ProblemSpec, where: str) -> str:
         text.encode()
     except UnicodeEncodeError:
         fault = "half a character (a lone surrogate, \\ud800 to \\udfff); write the whole one"
-        raise UserError(f"{where}: {column}: {fault}") from None
-    if not text and name in REQUIRED:
-        fault = "a question with no answer" if name == "answer" else "the question is empty"
-        raise UserError(f"{where}: {fault}")
+        raise UserError(f"{where}: {fault}") from None
     return text
 
 
 def _split(name: str, where: str) -> Split:
     try:
-        return Split(name)
-    except ValueError:
+        return SPLITS[name]
+    except KeyError:
         known = f"{_did_you_mean(name, list(Split))}; known: {', '.join(Split)}"
         raise UserError(f"{where}: unknown split {name!r}{known}") from None
 
 
-def _closest(name: str, known: Iterable[str]) -> str | None:
-    return next(iter(difflib.get_close_matches(name.lower(), list(known), 1, 0.5)), None)
+def _closest(name: str, known: Iterable[str], cutoff: float = 0.5) -> str | None:
+    return next(iter(difflib.get_close_matches(name.lower(), list(known), 1, cutoff)), None)
 
 
 def _did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from flywheel.errors import UserError
@@ -25,6 +25,7 @@ class Row:
     id: str | None  # None: derived from the question's hash
     level: str
     where: str  # file:line, for messages
+    also: tuple[str, ...] = ()  # other accepted answers
 
     @property
     def key(self) -> str:
@@ -54,7 +55,7 @@ def distinct(rows: Sequence[Row], own: bool, notes: list[str]) -> list[Row]:
         if own and row.split != other.split:
             here, there = f"is in split {row.split or 'unset'}", f"in {other.split or 'unset'}"
             raise _contradiction(row, here, other, there)
-        if own and row.answer != other.answer:
+        if own and (row.answer, row.also) != (other.answer, other.also):
             raise _contradiction(row, f"has answer {row.answer[:40]!r}", other, f"{other.answer[:40]!r}")
         if KEEPS.index(row.split) < KEEPS.index(other.split):
             kept[row.key] = row
@@ -68,11 +69,13 @@ def _contradiction(row: Row, here: str, other: Row, there: str) -> UserError:
     return UserError(f"{row.where}: this question {here} and, at {other.where}, {there}; keep one of the two")
 
 
-def draw_splits(rows: Sequence[Row], source: str, notes: list[str]) -> dict[str, Split]:
+def draw_splits(
+    rows: Sequence[Row], source: str, notes: list[str], shares: Mapping[str, float] = FRACTIONS
+) -> dict[str, Split]:
     """Row key -> split, for the rows whose split is None or TRAIN.
 
-    Splits that no row names get their FRACTIONS of these rows, at least one each (UserError if there are too few);
-    TRAIN gets the rest. A line on what was drawn is added to `notes`.
+    Splits that no row names get their `shares` (by default FRACTIONS), scaled to sum to 1, of these rows, at least one
+    each (UserError if there are too few); TRAIN gets the rest. A line on what was drawn is added to `notes`.
     """
     given = {row.split for row in rows} - {None, Split.TRAIN}
     missing = [split for split in Split if split not in given]
@@ -81,7 +84,7 @@ def draw_splits(rows: Sequence[Row], source: str, notes: list[str]) -> dict[str,
         mend = "add questions or a `split` field"
         raise UserError(f"{source}: {len(pool)} questions cannot be cut into {', '.join(missing)}; {mend}")
     place = {row.key: int(row.hash[:16], 16) / 2**64 for row in pool}  # in [0, 1)
-    drawn = {key: _split_at(at, missing) for key, at in place.items()}
+    drawn = {key: _split_at(at, missing, {**FRACTIONS, **shares}) for key, at in place.items()}
     for split in missing:  # in a small file, an empty split takes a question from the largest
         sizes = Counter(drawn.values())
         if not sizes[split]:
@@ -94,11 +97,11 @@ def draw_splits(rows: Sequence[Row], source: str, notes: list[str]) -> dict[str,
     return drawn
 
 
-def _split_at(place: float, splits: Sequence[Split]) -> Split:
-    """The split at `place` if [0, 1) is divided among `splits` in proportion to FRACTIONS."""
-    at = place * sum(FRACTIONS[split] for split in splits)
+def _split_at(place: float, splits: Sequence[Split], shares: Mapping[str, float]) -> Split:
+    """The split at `place` if [0, 1) is divided among `splits` in proportion to `shares`."""
+    at = place * sum(shares[split] for split in splits)
     for split in splits:
-        at -= FRACTIONS[split]
+        at -= shares[split]
         if at < 0:
             return split
     return splits[-1]

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from flywheel.errors import UserError
 from flywheel.ledger import total
+from flywheel.problems import gym
+from flywheel.problems.sources import digest
 from flywheel.recipe import Recipe
 from flywheel.runs import shards
 from flywheel.runs.files import Damaged, read_json, read_rows, sha256, write_json
@@ -85,18 +86,19 @@ def source_files(recipe: Recipe) -> dict[str, str]:
         raise UserError(f"model.base: {base} is not a model directory, nor the name of one on the Hub (owner/name)")
     else:
         files = {}
+    made = {}  # of what is in no file: the version, or the content
     if recipe.problems.format == "reasoning_gym":
-        pass  # made from the recipe; its package's version is in `sums`
+        made["reasoning-gym"] = gym.version()
     elif problems.is_dir():
         inside = sorted(p for p in problems.rglob("*") if p.is_file() and not p.name.startswith("."))
         files |= {f"problems.path/{p.relative_to(problems)}": p for p in inside}
     elif problems.is_file():
         files["problems.path"] = problems
+    elif recipe.problems.format == "datasets":  # on the Hub
+        made["problems.path"] = digest(recipe.problems)
     else:
         raise UserError(f"problems.path: {problems} does not exist")
-    sums = {name: sha256(path) for name, path in files.items()}
-    if recipe.problems.format == "reasoning_gym":
-        sums["reasoning-gym"] = metadata.version("reasoning-gym")
+    sums = {name: sha256(path) for name, path in files.items()} | made
     return sums if base.is_dir() else {"model.base": recipe.model.base, **sums}
 
 

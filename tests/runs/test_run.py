@@ -14,6 +14,7 @@ from toy import Project
 from toy_stages import Trial
 
 from flywheel.iterate import load_recipe, parser
+from flywheel.recipe import ProblemSpec
 from flywheel.records import Candidate, Finish, Grade, Outcome, Problem, Role, Solution, Split, Step
 from flywheel.runs import manifest
 from flywheel.runs.files import Damaged, encode, plain, read_table, write_table
@@ -304,6 +305,18 @@ def test_a_fingerprint_holds_what_the_stage_reads_and_nothing_else(recipe, tmp_p
     finished(tmp_path, 1, "sample", {"other": 1})
     again = manifest.fingerprint(tmp_path, recipe, sources, scheduled(1, stage, (1, "sample")))
     assert manifest.difference(made, again)[0] == "input round_1/sample"
+
+
+def test_questions_that_are_in_no_file_are_in_the_fingerprint(recipe, monkeypatch):
+    def sums(**keys) -> dict[str, str]:
+        return manifest.source_files(recipe.model_copy(update={"problems": ProblemSpec.model_validate(keys)}))
+
+    monkeypatch.setattr(manifest, "digest", lambda spec: f"content of {spec.path}")
+    assert sums(format="datasets", path="some/set")["problems.path"] == "content of some/set"
+    monkeypatch.setattr(manifest.gym, "version", lambda: "0.1.25")
+    sizes = {"train": 1, "calibrate": 1, "validation": 1, "test": 1}
+    made = sums(format="reasoning_gym", tasks=[{"task": "chain_sum", **sizes}])
+    assert made["reasoning-gym"] == "0.1.25" and "problems.path" not in made
 
 
 def test_sections_of_every_stage_exist(recipe):

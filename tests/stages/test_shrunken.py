@@ -48,7 +48,7 @@ def test_a_planted_solution_ends_in_the_answer_of_its_problem():
 def test_what_is_built_loads_as_the_recipe_of_a_published_model(built):
     made, tokenizer, model = open_model(built)
     full = recipe.load(shrunken.RECIPE)
-    assert made.prompts == full.prompts and made.prm.labels == full.prm.labels and made.problems.format == "gsm8k"
+    assert made.prompts == full.prompts and made.prm.labels == full.prm.labels and made.problems.answer == "#### (.+)"
     assert model.config.model_type == "qwen2" and sum(p.numel() for p in model.parameters()) < 1_000_000
     found = problems.load(made.problems)
     assert sum(map(len, found.values())) == 50 and all(found.values())
