@@ -1,7 +1,8 @@
-"""Load models, tokenizers and adapters; merge an adapter into its base; turn a PRM into a classifier."""
+"""Load models, tokenizers and adapters; merge an adapter into its base; write a PRM as a classifier."""
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -10,6 +11,8 @@ from pathlib import Path
 
 from flywheel.errors import UserError
 from flywheel.records import ModelRef
+
+AFTER_HEAD = ("final_logit_softcapping", "logits_scaling", "logit_scale")  # what models do with the LM head's logits
 
 
 class NotAModel(UserError, ValueError):
@@ -49,19 +52,30 @@ def check_length(base: str, wanted: int) -> None:
 
 def parameters(ref: ModelRef) -> int:
     """The number of parameters of base and adapter, tied ones counted once. Reads only shapes, no weights."""
-    import torch
     from safetensors import safe_open
-    from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(load_config(ref.base))
-    count = sum(weight.numel() for weight in model.parameters())
+    count = _shape(ref.base)[0]
     if ref.adapter is not None:
         adapter_config(ref.adapter)
         with safe_open(Path(ref.adapter) / "adapter_model.safetensors", "pt") as weights:
             names = weights.keys()
             count += sum(math.prod(weights.get_slice(name).get_shape()) for name in names)
     return count
+
+
+@functools.lru_cache  # vLLM alters the classes of some architectures (GPT-NeoX): a process can build them only before
+def _shape(base: str) -> tuple[int, str | None]:
+    """(number of parameters, see `judge_fault`) of a base without its weights."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(base)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    fault = next((name for name in AFTER_HEAD if (getattr(config, name, None) or 1.0) != 1.0), None)
+    if getattr(model.get_output_embeddings(), "bias", None) is not None:
+        fault = "a bias of the LM head"
+    return sum(weight.numel() for weight in model.parameters()), fault
 
 
 def adapter_config(adapter: str) -> dict:
@@ -89,20 +103,27 @@ def load_merged(ref: ModelRef, dtype: str):
     return model.to(getattr(torch, dtype)).eval()
 
 
-def load_judge(ref: ModelRef, dtype: str):
-    """The merged model as a token classifier whose two classes are the labels of `ref`.
+def save_judge(ref: ModelRef, dtype: str, folder: str) -> None:
+    """Write the merged model to `folder` as a classifier whose two classes are the labels of `ref`, for vLLM.
 
-    Its output matrix is the two rows of the LM head for the labels, so the softmax over the classes
-    is the value that `Engine.score` returns.
+    Its output matrix is the two rows of the LM head for the labels, so the softmax over the classes is the value
+    that `Engine.score` returns, if `judge_fault` finds nothing. transformers need not have such a class: vLLM makes
+    one from its own class of the causal model, and the weights keep that model's names.
     """
     import torch
-    from transformers import AutoModelForSequenceClassification
 
     model = load_merged(ref, "float32")
+    head = model.get_output_embeddings()
+    named = next(name for name, module in model.named_modules() if module is head)
+    weights = {name: weight for name, weight in model.state_dict().items() if not name.startswith(f"{named}.")}
+    weights["score.weight"] = head.weight.detach()[list(ref.labels)]
     config = deepcopy(model.config)
-    config.num_labels, config.tie_word_embeddings = 2, False
-    judge = AutoModelForSequenceClassification.from_config(config)
-    judge.base_model.load_state_dict(model.base_model.state_dict())
-    with torch.no_grad():
-        judge.score.weight.copy_(model.get_output_embeddings().weight[list(ref.labels)])
-    return judge.to(getattr(torch, dtype)).eval()
+    config.num_labels, config.tie_word_embeddings, config.dtype = 2, False, getattr(torch, dtype)
+    config.architectures = [type(model).__name__.replace("ForCausalLM", "ForSequenceClassification")]
+    model.save_pretrained(folder, state_dict={name: weight.to(config.dtype) for name, weight in weights.items()})
+    config.save_pretrained(folder)
+
+
+def judge_fault(base: str) -> str | None:
+    """What makes a model's logits more than a matrix product, so that `save_judge` does not hold for it, or None."""
+    return _shape(base)[1]
