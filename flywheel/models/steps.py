@@ -41,6 +41,11 @@ class Reader:
         self.stop_texts = tuple(text for text, token in single.items() if token is None)
         self._window = max(map(len, self.stop_texts), default=0)  # a stop text spans at most so many tokens
         self.eos = tokenizer.eos_token_id
+        if self.eos is None:
+            raise ValueError(
+                f"model.base: {tokenizer.name_or_path}: the tokenizer has no EOS token, so no solution can be taught"
+                " to end: name one as eos_token in tokenizer_config.json"
+            )
 
     def text(self, tokens: Sequence[int]) -> str:
         return self.tokenizer.decode(list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False)

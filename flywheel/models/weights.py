@@ -10,6 +10,7 @@ from copy import deepcopy
 from pathlib import Path
 
 from flywheel.errors import UserError
+from flywheel.recipe import ModelSpec
 from flywheel.records import ModelRef
 
 AFTER_HEAD = ("final_logit_softcapping", "logits_scaling", "logit_scale")  # what models do with the LM head's logits
@@ -100,7 +101,43 @@ def load_merged(ref: ModelRef, dtype: str):
 
         adapter_config(ref.adapter)
         model = PeftModel.from_pretrained(model, ref.adapter).merge_and_unload()
+    drop_sampling_defaults(model)
     return model.to(getattr(torch, dtype)).eval()
+
+
+def drop_sampling_defaults(model) -> None:
+    """Keep only the special tokens of a model's `generation_config.json`.
+
+    Published ones are often invalid (`temperature` without `do_sample`), and transformers refuses to save those.
+    """
+    from transformers import GenerationConfig
+
+    old = model.generation_config
+    kept = {name: getattr(old, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    model.generation_config = GenerationConfig(**kept)
+
+
+def check_targets(spec: ModelSpec) -> None:
+    """Raises ValueError if `model.lora_targets`, or one name of its list, fits no module that LoRA can adapt."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from peft.tuners.tuners_utils import check_target_module_exists
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(load_config(spec.base))
+    # the modules with a weight matrix: Linear, GPT-2's Conv1D, Embedding
+    modules = [name.removesuffix(".weight") for name, weight in model.named_parameters() if weight.dim() == 2]
+    names = ", ".join(sorted({name.rpartition(".")[2] for name in modules}))
+    wanted = [spec.lora_targets] if isinstance(spec.lora_targets, str) else spec.lora_targets
+    for target in wanted:
+        config = LoraConfig(target_modules=target if isinstance(spec.lora_targets, str) else [target])
+        if target != "all-linear" and not any(check_target_module_exists(config, name) for name in modules):
+            raise ValueError(f"model.lora_targets: {spec.base} has no {target!r}; it has {names}")
+    try:
+        get_peft_model(model, LoraConfig(target_modules=spec.lora_targets), low_cpu_mem_usage=True)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"model.lora_targets: {str(error).splitlines()[0]}; the modules are {names}") from None
 
 
 def save_judge(ref: ModelRef, dtype: str, folder: str) -> None:
