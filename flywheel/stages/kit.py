@@ -59,6 +59,8 @@ def preflight(recipe: Recipe) -> None:
     ):
         if name:
             load_function(name, key)
+    for word in prompts.foreign():
+        print(f"prompts: {word} is no token of {recipe.model.base}, but plain text; of another model?", flush=True)
     if fault and recipe.engine.kind == "vllm" and recipe.engine.adapters != "runtime":
         print(
             f"model: {recipe.model.base} has {fault}: its PRMs score by label log-probabilities, one request a step,"

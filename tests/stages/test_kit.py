@@ -11,6 +11,7 @@ from data.chain.check import beam_over_best_of_n
 from flywheel.errors import UserError
 from flywheel.recipe import TrainSpec, load
 from flywheel.records import Finish, ModelRef, Problem, Question, Role, Solution, Split, Step
+from flywheel.runs.manifest import source_files
 from flywheel.search.beam import Beam
 from flywheel.search.best_of_n import BestOfN
 from flywheel.search.plan import Trial
@@ -107,6 +108,17 @@ def test_a_tokenizer_without_an_end_token_is_refused_and_a_slower_judge_is_annou
     file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token": None}))
     with pytest.raises(UserError, match=r"model.base: .*no EOS token.*eos_token in tokenizer_config.json"):
         preflight(load("recipes/chain.yaml", recipe))
+
+
+@pytest.mark.parametrize("file", ["chat_template.jinja", "merges.txt", "vocab.bpe", "tokenizer.json", "config.json"])
+def test_every_file_of_a_tokenizer_is_in_the_fingerprint(file, tmp_path):
+    recipe = load("recipes/chain.yaml", [f"model.base={families.model('gemma2', tmp_path)}"])
+    (tmp_path / "merges.txt").touch()
+    before = source_files(recipe)
+    with open(tmp_path / file, "a") as other:
+        other.write(" ")
+    after = source_files(recipe)
+    assert {key for key in after if after[key] != before.get(key)} == {f"model.base/{file}"}
 
 
 class Reader:
