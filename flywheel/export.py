@@ -68,6 +68,8 @@ def _merge(base: str, adapter: Path | None, out: Path) -> None:
     """Write the base with the adapter (if any) merged in, in the base's dtype, and the tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from flywheel.models.weights import drop_sampling_defaults
+
     try:
         model = AutoModelForCausalLM.from_pretrained(base, dtype="auto", use_safetensors=True)
         tokenizer = AutoTokenizer.from_pretrained(base)
@@ -78,6 +80,7 @@ def _merge(base: str, adapter: Path | None, out: Path) -> None:
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+    drop_sampling_defaults(model)
     model.save_pretrained(out, safe_serialization=True)
     tokenizer.save_pretrained(out)
 

@@ -153,7 +153,8 @@ class PromptSpec(Spec):
     system: str | None = None
     solve: str
     check: str
-    again: str  # between two attempts of a revision chain
+    again: str | None = None  # between two attempts of a revision chain; with chat, None takes the template's turns
+    chat_template_kwargs: dict[str, Any] = {}  # variables of the chat template, e.g. {enable_thinking: false}
     step: str = "\n"
     stop: list[Annotated[str, Field(min_length=1)]] = []  # texts that end a solution, besides EOS
     answer: str = "boxed"  # `boxed`, or a regular expression with one group
@@ -281,6 +282,8 @@ class Recipe(Spec):
         for key in ("budget", "probe"):
             if self.evaluate.samples < (least := getattr(self.evaluate, key)):
                 yield f"evaluate.samples: {self.evaluate.samples} is fewer than evaluate.{key} {least}"
+        if self.prompts.again is None and not self.prompts.chat:
+            yield "prompts.again: missing, the text between two attempts; only with prompts.chat it can be left out"
         if self.sample.max_tokens >= self.engine.max_model_len:
             yield "sample.max_tokens: must be below engine.max_model_len"
         largest = {s.kind: 0 for s in self.calibrate.strategies}

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 
 from flywheel.models.engine import Completion
+from flywheel.models.prompts import end_token
 from flywheel.problems.grading import last_boxed
 from flywheel.recipe import PromptSpec
 from flywheel.records import Finish, Solution, Step
@@ -21,7 +22,7 @@ class Reader:
 
     tokenizer: a Hugging Face tokenizer. spec: `step` is the text that ends a step; `answer` a regular
     expression whose one group is the final answer, or `boxed` for the last \\boxed{...}; `stop` texts
-    end a solution like EOS, as does a complete step with an answer if `end_at_answer`.
+    end a solution like `eos` (see `end_token`), as does a complete step with an answer if `end_at_answer`.
     Raises ValueError if no token contains the separator or `answer` does not have exactly one group.
     """
 
@@ -40,7 +41,14 @@ class Reader:
         self.stop = frozenset(token for token in single.values() if token is not None)  # stops that are one token
         self.stop_texts = tuple(text for text, token in single.items() if token is None)
         self._window = max(map(len, self.stop_texts), default=0)  # a stop text spans at most so many tokens
-        self.eos = tokenizer.eos_token_id
+        self.eos = end_token(spec, tokenizer)
+        if self.eos is None:
+            raise ValueError(
+                f"model.base: {tokenizer.name_or_path}: the tokenizer has no EOS token, so no solution can be taught"
+                " to end: name one as eos_token in tokenizer_config.json"
+            )
+        if self.eos != tokenizer.eos_token_id:
+            self.stop |= {self.eos}  # an engine knows only the tokenizer's
 
     def text(self, tokens: Sequence[int]) -> str:
         return self.tokenizer.decode(list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False)

@@ -3,8 +3,8 @@
 Adapters are served in one of two ways (`engine.adapters`). merged, the default on a CPU: each model has
 its own engine, with the adapter merged into the base, because runtime LoRA is three to eight times
 slower there. A PRM is then served as a classifier, so that one pass gives the values of all steps, in
-less than half the time of one request per step. runtime, the default on a GPU: one engine serves a base
-with all its adapters.
+less than half the time of one request per step; some architectures forbid it (`judge_fault`). runtime,
+the default on a GPU: one engine serves a base with all its adapters.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import tempfile
 import warnings
 from collections.abc import Hashable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,15 @@ from flywheel.ledger import Ledger
 from flywheel.models import vllm_cpu
 from flywheel.models.driver import Backend, Labels, Output, Scoring, ServedModel
 from flywheel.models.engine import Sampling
-from flywheel.models.weights import adapter_config, check_length, load_judge, load_merged, load_tokenizer, parameters
+from flywheel.models.weights import (
+    adapter_config,
+    check_length,
+    judge_fault,
+    load_merged,
+    load_tokenizer,
+    parameters,
+    save_judge,
+)
 from flywheel.recipe import EngineSpec
 from flywheel.records import Finish, ModelRef
 
@@ -60,12 +69,18 @@ def open_backend(spec: EngineSpec, models: Mapping[str, ModelRef], ledger: Ledge
         check_length(base, spec.max_model_len)
     merged = on_cpu if spec.adapters == "auto" else spec.adapters == "merged"
 
+    if merged:  # a PRM that cannot be a classifier is served as any model, and answers one request for each step
+        models = {k: replace(ref, labels=None) if judge_fault(ref.base) else ref for k, ref in models.items()}
+
     def engine_of(ref: ModelRef) -> Hashable:
         return (ref.base, ref.adapter, ref.labels) if merged else ref.base
 
     groups: dict[Hashable, list[ModelRef]] = {}
     for ref in models.values():
         groups.setdefault(engine_of(ref), []).append(ref)
+    sizes = {
+        role: parameters(ref) for role, ref in models.items()
+    }  # before an engine starts, see `_shape` in weights.py
     run_seed = vllm_cpu.RunSeed(seed, len(groups))
     devices: dict[Hashable, VllmDevice] = {}
     with ExitStack() as opened:
@@ -81,7 +96,7 @@ def open_backend(spec: EngineSpec, models: Mapping[str, ModelRef], ledger: Ledge
             device = devices[engine_of(ref)]
             adapter = device.adapters.get(ref.adapter)
             served[role] = ServedModel(
-                role, ref.name, parameters(ref), spec.max_model_len, device, ledger, adapter, bare=ref.adapter is None
+                role, ref.name, sizes[role], spec.max_model_len, device, ledger, adapter, bare=ref.adapter is None
             )
         opened.pop_all()
     return Backend(served, list(devices.values()), run_seed.start_run)
@@ -116,7 +131,7 @@ def _open_merged(arguments: dict[str, Any], ref: ModelRef, run_seed: vllm_cpu.Ru
         if ref.labels is None:
             load_merged(ref, dtype).save_pretrained(folder)
             return VllmDevice(_start(arguments | {"model": folder}, ref.name), ref.name, run_seed)
-        load_judge(ref, dtype).save_pretrained(folder)
+        save_judge(ref, dtype, folder)
         engine = _start(arguments | {"model": folder, "runner": "pooling"}, ref.name)
         return VllmJudge(engine, ref.name, run_seed, ref.labels)
 
@@ -243,7 +258,7 @@ class VllmDevice:
 
 
 class VllmJudge(VllmDevice):
-    """An engine for the model of `load_judge`: it generates no tokens, and one pass answers all reads of a text.
+    """An engine for the model of `save_judge`: it generates no tokens, and one pass answers all reads of a text.
 
     A single read can use the prefix cache, as in beam search; vLLM does not allow that for a
     request for the values of all tokens.

@@ -50,6 +50,18 @@ def prepare_process() -> None:
     if version_is_known():
         # Otherwise vLLM's sampler compiles a small function at its first use: 0.7 s, and it needs a C++ compiler.
         torch.compiler.set_stance("force_eager")
+    leave_transformers_classes()
+
+
+def leave_transformers_classes() -> None:
+    """Keep vLLM from changing transformers' own classes, which this process builds again to merge the next adapter.
+
+    It does so for the architectures that it runs by transformers' code (GPT-NeoX, Phi-2), to have them compiled, which
+    engines on a CPU are not (`enforce_eager`). A changed class can be built only while an engine starts.
+    """
+    from vllm.model_executor.models.transformers.base import Base
+
+    Base._decorate_for_torch_compile = lambda self: None
 
 
 def usable_threads() -> int:

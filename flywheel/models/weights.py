@@ -1,7 +1,8 @@
-"""Load models, tokenizers and adapters; merge an adapter into its base; turn a PRM into a classifier."""
+"""Load models, tokenizers and adapters; merge an adapter into its base; write a PRM as a classifier."""
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -9,7 +10,10 @@ from copy import deepcopy
 from pathlib import Path
 
 from flywheel.errors import UserError
+from flywheel.recipe import ModelSpec
 from flywheel.records import ModelRef
+
+AFTER_HEAD = ("final_logit_softcapping", "logits_scaling", "logit_scale")  # what models do with the LM head's logits
 
 
 class NotAModel(UserError, ValueError):
@@ -49,19 +53,30 @@ def check_length(base: str, wanted: int) -> None:
 
 def parameters(ref: ModelRef) -> int:
     """The number of parameters of base and adapter, tied ones counted once. Reads only shapes, no weights."""
-    import torch
     from safetensors import safe_open
-    from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(load_config(ref.base))
-    count = sum(weight.numel() for weight in model.parameters())
+    count = _shape(ref.base)[0]
     if ref.adapter is not None:
         adapter_config(ref.adapter)
         with safe_open(Path(ref.adapter) / "adapter_model.safetensors", "pt") as weights:
             names = weights.keys()
             count += sum(math.prod(weights.get_slice(name).get_shape()) for name in names)
     return count
+
+
+@functools.lru_cache  # vLLM alters the classes of some architectures (GPT-NeoX): a process can build them only before
+def _shape(base: str) -> tuple[int, str | None]:
+    """(number of parameters, see `judge_fault`) of a base without its weights."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(base)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    fault = next((name for name in AFTER_HEAD if (getattr(config, name, None) or 1.0) != 1.0), None)
+    if getattr(model.get_output_embeddings(), "bias", None) is not None:
+        fault = "a bias of the LM head"
+    return sum(weight.numel() for weight in model.parameters()), fault
 
 
 def adapter_config(adapter: str) -> dict:
@@ -86,23 +101,66 @@ def load_merged(ref: ModelRef, dtype: str):
 
         adapter_config(ref.adapter)
         model = PeftModel.from_pretrained(model, ref.adapter).merge_and_unload()
+    drop_sampling_defaults(model)
     return model.to(getattr(torch, dtype)).eval()
 
 
-def load_judge(ref: ModelRef, dtype: str):
-    """The merged model as a token classifier whose two classes are the labels of `ref`.
+def drop_sampling_defaults(model) -> None:
+    """Keep only the special tokens of a model's `generation_config.json`.
 
-    Its output matrix is the two rows of the LM head for the labels, so the softmax over the classes
-    is the value that `Engine.score` returns.
+    Published ones are often invalid (`temperature` without `do_sample`), and transformers refuses to save those.
+    """
+    from transformers import GenerationConfig
+
+    old = model.generation_config
+    kept = {name: getattr(old, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    model.generation_config = GenerationConfig(**kept)
+
+
+def check_targets(spec: ModelSpec) -> None:
+    """Raises ValueError if `model.lora_targets`, or one name of its list, fits no module that LoRA can adapt."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from peft.tuners.tuners_utils import check_target_module_exists
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(load_config(spec.base))
+    # the modules with a weight matrix: Linear, GPT-2's Conv1D, Embedding
+    modules = [name.removesuffix(".weight") for name, weight in model.named_parameters() if weight.dim() == 2]
+    names = ", ".join(sorted({name.rpartition(".")[2] for name in modules}))
+    wanted = [spec.lora_targets] if isinstance(spec.lora_targets, str) else spec.lora_targets
+    for target in wanted:
+        config = LoraConfig(target_modules=target if isinstance(spec.lora_targets, str) else [target])
+        if target != "all-linear" and not any(check_target_module_exists(config, name) for name in modules):
+            raise ValueError(f"model.lora_targets: {spec.base} has no {target!r}; it has {names}")
+    try:
+        get_peft_model(model, LoraConfig(target_modules=spec.lora_targets), low_cpu_mem_usage=True)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"model.lora_targets: {str(error).splitlines()[0]}; the modules are {names}") from None
+
+
+def save_judge(ref: ModelRef, dtype: str, folder: str) -> None:
+    """Write the merged model to `folder` as a classifier whose two classes are the labels of `ref`, for vLLM.
+
+    Its output matrix is the two rows of the LM head for the labels, so the softmax over the classes is the value
+    that `Engine.score` returns, if `judge_fault` finds nothing. transformers need not have such a class: vLLM makes
+    one from its own class of the causal model, and the weights keep that model's names.
     """
     import torch
-    from transformers import AutoModelForSequenceClassification
 
     model = load_merged(ref, "float32")
+    head = model.get_output_embeddings()
+    named = next(name for name, module in model.named_modules() if module is head)
+    weights = {name: weight for name, weight in model.state_dict().items() if not name.startswith(f"{named}.")}
+    weights["score.weight"] = head.weight.detach()[list(ref.labels)]
     config = deepcopy(model.config)
-    config.num_labels, config.tie_word_embeddings = 2, False
-    judge = AutoModelForSequenceClassification.from_config(config)
-    judge.base_model.load_state_dict(model.base_model.state_dict())
-    with torch.no_grad():
-        judge.score.weight.copy_(model.get_output_embeddings().weight[list(ref.labels)])
-    return judge.to(getattr(torch, dtype)).eval()
+    config.num_labels, config.tie_word_embeddings, config.dtype = 2, False, getattr(torch, dtype)
+    config.architectures = [type(model).__name__.replace("ForCausalLM", "ForSequenceClassification")]
+    model.save_pretrained(folder, state_dict={name: weight.to(config.dtype) for name, weight in weights.items()})
+    config.save_pretrained(folder)
+
+
+def judge_fault(base: str) -> str | None:
+    """What makes a model's logits more than a matrix product, so that `save_judge` does not hold for it, or None."""
+    return _shape(base)[1]

@@ -23,7 +23,8 @@ from flywheel.runs.stage import At, Scheduled
 FORMAT = 2  # of records, shards and manifests; a run of another format cannot be continued
 MANIFEST, FINGERPRINT = "manifest.json", "fingerprint.json"
 SCRATCH = ("trainer",)  # a training's checkpoints to resume from: not part of the stage's result
-MODEL_FILES = (".json", ".safetensors", ".model", ".txt", ".jinja")  # weights, config, tokenizer, chat template
+# weights, config, tokenizer, chat template
+MODEL_FILES = (".json", ".safetensors", ".model", ".txt", ".jinja", ".bpe", ".spm", ".tiktoken", ".vocab")
 UNLISTED = (MANIFEST, FINGERPRINT, "claims.lock")
 PATHS = ("model.base", "problems.path")  # fingerprints hold the contents of these files, not their paths
 

@@ -18,7 +18,7 @@ from flywheel.models.engine import Engine, Sampling
 from flywheel.models.prm import Prm, label_ids
 from flywheel.models.prompts import Prompts
 from flywheel.models.steps import Reader
-from flywheel.models.weights import check_length, load_tokenizer
+from flywheel.models.weights import check_length, check_targets, judge_fault, load_tokenizer
 from flywheel.problems.grading import Grader, load_function
 from flywheel.recipe import Recipe
 from flywheel.records import Grade, ModelRef, Problem, Question, Role, Solution, Split
@@ -49,6 +49,8 @@ def preflight(recipe: Recipe) -> None:
         prompts.solve(Question("preflight", "1"))
         label_ids(tokenizer, recipe.prm.labels)
         check_length(recipe.model.base, recipe.engine.max_model_len)
+        check_targets(recipe.model)
+        fault = judge_fault(recipe.model.base)
     except (ValueError, re.error) as error:
         raise UserError(str(error)) from None
     for name, key in (
@@ -57,6 +59,14 @@ def preflight(recipe: Recipe) -> None:
     ):
         if name:
             load_function(name, key)
+    for word in prompts.foreign():
+        print(f"prompts: {word} is no token of {recipe.model.base}, but plain text; of another model?", flush=True)
+    if fault and recipe.engine.kind == "vllm" and recipe.engine.adapters != "runtime":
+        print(
+            f"model: {recipe.model.base} has {fault}: its PRMs score by label log-probabilities, one request a step,"
+            " which is slower than as a classifier",
+            flush=True,
+        )
 
 
 @dataclass

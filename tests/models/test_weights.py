@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
@@ -75,3 +76,13 @@ def test_parameters_count_base_and_adapter(weights):
     assert parameters(ModelRef("p", base)) == bare
     lora = 2 * 8 * (4 * (64 + 64) + 3 * (64 + 128))  # 2 layers, rank 8: q k v o, gate up down
     assert parameters(ModelRef("p", base, adapter)) == bare + lora
+
+
+def test_an_invalid_generation_config_does_not_keep_a_model_from_being_saved(tmp_path, weights):
+    """Published models hold a temperature without do_sample, which transformers do not save."""
+    folder = tmp_path / "base"
+    shutil.copytree(weights[0], folder)
+    (folder / "generation_config.json").write_text('{"temperature": 0.6, "do_sample": false, "eos_token_id": [1, 2]}')
+    load_merged(ModelRef("p", str(folder)), "float32").save_pretrained(tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved" / "generation_config.json").read_text())
+    assert saved["eos_token_id"] == [1, 2] and "temperature" not in saved

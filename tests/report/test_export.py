@@ -36,6 +36,8 @@ def base(tmp_path_factory):
         tie_word_embeddings=True,
     )
     Qwen2ForCausalLM(config).save_pretrained(path)
+    # as of published models, and invalid: transformers do not save a temperature without do_sample
+    (path / "generation_config.json").write_text('{"temperature": 0.6, "do_sample": false}')
     return path
 
 

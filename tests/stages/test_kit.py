@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -10,12 +11,14 @@ from data.chain.check import beam_over_best_of_n
 from flywheel.errors import UserError
 from flywheel.recipe import TrainSpec, load
 from flywheel.records import Finish, ModelRef, Problem, Question, Role, Solution, Split, Step
+from flywheel.runs.manifest import source_files
 from flywheel.search.beam import Beam
 from flywheel.search.best_of_n import BestOfN
 from flywheel.search.plan import Trial
 from flywheel.stages import label
 from flywheel.stages.kit import preflight
 from flywheel.stages.shared import start, votes
+from tests import families
 
 
 def solution(id: str, text: str, draw: str | None = None) -> Solution:
@@ -75,6 +78,47 @@ def test_what_the_model_cannot_do_is_known_before_a_run_is_written(change, named
     with pytest.raises(UserError, match=named):
         preflight(load("recipes/chain.yaml", [change]))
     preflight(load("recipes/chain.yaml"))
+
+
+PLAIN = ["prompts.chat=false", "prompts.stop=[]", "prm.labels=['+', '-']", "engine.max_model_len=512"]
+
+
+@pytest.mark.parametrize(
+    "targets, said",
+    [
+        ("[q_proj, query_key_value]", "has no 'query_key_value'; it has .*q_proj"),
+        ("attention", "has no 'attention'"),
+        ("[input_layernorm]", "has no 'input_layernorm'"),
+    ],
+)
+def test_lora_targets_that_the_model_does_not_have_are_named_with_its_own(targets, said, tmp_path):
+    base = families.model("smollm2", tmp_path)
+    recipe = [*PLAIN, f"model.base={base}"]
+    with pytest.raises(UserError, match=f"model.lora_targets: .*{said}"):
+        preflight(load("recipes/chain.yaml", [*recipe, f"model.lora_targets={targets}"]))
+    for good in ("all-linear", "[q_proj, v_proj]", r"'.*\.mlp\..*_proj'"):
+        preflight(load("recipes/chain.yaml", [*recipe, f"model.lora_targets={good}"]))
+
+
+def test_a_tokenizer_without_an_end_token_is_refused_and_a_slower_judge_is_announced(tmp_path, capsys):
+    recipe = [*PLAIN, f"model.base={families.model('granite', tmp_path)}"]
+    preflight(load("recipes/chain.yaml", recipe))
+    assert "has logits_scaling: its PRMs score by label log-probabilities" in capsys.readouterr().out
+    file = tmp_path / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token": None}))
+    with pytest.raises(UserError, match=r"model.base: .*no EOS token.*eos_token in tokenizer_config.json"):
+        preflight(load("recipes/chain.yaml", recipe))
+
+
+@pytest.mark.parametrize("file", ["chat_template.jinja", "merges.txt", "vocab.bpe", "tokenizer.json", "config.json"])
+def test_every_file_of_a_tokenizer_is_in_the_fingerprint(file, tmp_path):
+    recipe = load("recipes/chain.yaml", [f"model.base={families.model('gemma2', tmp_path)}"])
+    (tmp_path / "merges.txt").touch()
+    before = source_files(recipe)
+    with open(tmp_path / file, "a") as other:
+        other.write(" ")
+    after = source_files(recipe)
+    assert {key for key in after if after[key] != before.get(key)} == {f"model.base/{file}"}
 
 
 class Reader:
