@@ -1,7 +1,8 @@
 """Turn a GGUF file into an ordinary model directory: `flywheel gguf FILE --out DIR`
 
 transformers reads the file and dequantises it; DIR holds config, safetensors, tokenizer and chat template, so that
-`model.base` can name it. What quantisation took away stays lost.
+`model.base` can name it. What quantisation took away stays lost. bfloat16 is the default: half the disk, and on
+SmolLM2-135M (Q4_1) 1,200 tokens of worked answers cost 2.2849 nats each instead of 2.2846.
 """
 
 from __future__ import annotations

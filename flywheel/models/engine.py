@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from flywheel.recipe import SampleSpec
 from flywheel.records import Finish, Role
 
 
@@ -17,6 +18,22 @@ class Sampling:
     temperature: float = 1.0
     top_p: float = 1.0
     stop: frozenset[int] = frozenset()
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+    @classmethod
+    def of(cls, spec: SampleSpec, stop: frozenset[int]) -> Sampling:
+        """A recipe's parameters for a whole solution."""
+        return cls(
+            spec.max_tokens,
+            spec.temperature,
+            spec.top_p,
+            stop,
+            top_k=spec.top_k,
+            min_p=spec.min_p,
+            repetition_penalty=spec.repetition_penalty,
+        )
 
 
 @dataclass(frozen=True, slots=True)

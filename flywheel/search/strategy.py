@@ -126,7 +126,7 @@ class Searcher:
 
     def sampling(self) -> Sampling:
         """Sampling parameters for a whole solution."""
-        return Sampling(self.sample.max_tokens, self.sample.temperature, self.sample.top_p, self.reader.stop)
+        return Sampling.of(self.sample, self.reader.stop)
 
 
 async def attempt(

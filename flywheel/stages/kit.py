@@ -94,8 +94,7 @@ class Kit:
 
     def sampling(self, **changes: object) -> Sampling:
         """Sampling parameters for a whole solution, with `changes`."""
-        spec = self.recipe.sample
-        return replace(Sampling(spec.max_tokens, spec.temperature, spec.top_p, self.reader.stop), **changes)
+        return replace(Sampling.of(self.recipe.sample, self.reader.stop), **changes)
 
     async def solutions(self, question: Question, n: int, *, purpose: str, tag: str) -> list[Solution]:
         """Sample `n` independent solutions of `question` from the policy."""
