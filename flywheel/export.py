@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import sys
 from pathlib import Path
@@ -36,17 +35,10 @@ def export(run: Run, out: Path, round: int | None = None) -> Path:
     chosen = max(done) if round is None else round
     if chosen not in done:
         raise UserError(f"{run.root}: round {chosen} cannot be exported; finished: {', '.join(map(str, done))}")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: not an empty directory; choose another --out")
-    staging = out.with_name(f".{out.name}-{os.getpid()}")
-    try:
-        staging.mkdir(parents=True)
+    from flywheel.runs.files import new_directory  # imported late to keep --help fast
+
+    with new_directory(out) as staging:
         _fill(run, chosen, staging)
-        staging.replace(out)
-    except OSError as error:
-        raise UserError(f"{out}: export failed: {error}") from None
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
     return out
 
 

@@ -21,6 +21,8 @@ from flywheel.errors import UserError
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 T = TypeVar("T")
+# those of transformers that take no arguments of their own and heed `warmup`
+Scheduler = Literal["cosine", "linear", "constant_with_warmup", "cosine_with_restarts", "polynomial", "inverse_sqrt"]
 Pair = Annotated[
     tuple[T, T], BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
 ]  # YAML has lists
@@ -167,6 +169,9 @@ class SampleSpec(Spec):
     calibrate: Positive = 64  # samples per calibration question, also for the new policy in the gate
     temperature: Annotated[float, Field(gt=0)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Field(ge=0)] = 0  # 0: all tokens
+    min_p: Share = 0.0  # tokens less probable than this share of the most probable one's are never drawn
+    repetition_penalty: Annotated[float, Field(gt=0)] = 1.0  # of tokens in prompt or answer; 1: none
     max_tokens: Positive = 96
     max_steps: Positive = 40
 
@@ -190,6 +195,8 @@ class TrainSpec(Spec):
     evals: Positive = 8  # number of validation points
     warmup: Share = 0.05  # fraction of the steps
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    scheduler: Scheduler = "cosine"  # of the learning rate, by transformers' name
+    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0  # longer gradients are clipped; 0: none is
     max_length: Positive = 1024
 
 

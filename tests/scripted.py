@@ -28,7 +28,7 @@ from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 
-from flywheel.errors import EngineDied
+from flywheel.errors import EngineDied, UserError
 from flywheel.ledger import Ledger
 from flywheel.models.driver import Backend, Output, Scoring, ServedModel
 from flywheel.models.engine import Sampling
@@ -83,6 +83,8 @@ class ScriptedDevice:
     def submit(self, prompt: Sequence[int], request: Sampling | Scoring, adapter: None) -> asyncio.Future[Output]:
         if self._dies_after is not None and self._asked.total() >= self._dies_after:
             raise EngineDied(f"the script of {self._identity[2]} says that it dies after {self._dies_after} sequences")
+        if isinstance(request, Sampling) and (request.top_k, request.min_p, request.repetition_penalty) != (0, 0, 1):
+            raise UserError("sample.top_k, min_p, repetition_penalty: the scripted engine draws whole solutions")
         prompt, kind = tuple(prompt), "sample" if isinstance(request, Sampling) else "score"
         if isinstance(request, Sampling):
             drawn = self._play(prompt, request, self._chance(kind, prompt, self._asked[kind, prompt]))

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from flywheel.recipe import SampleSpec
 from flywheel.records import Finish, Role
 
 
@@ -21,6 +22,23 @@ class Sampling:
     top_p: float = 1.0
     stop: frozenset[int] = frozenset()
     done: Callable[[Sequence[int]], bool] | None = None
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+    @classmethod
+    def of(cls, spec: SampleSpec, stop: frozenset[int], done: Callable | None = None) -> Sampling:
+        """A recipe's parameters for a whole solution."""
+        return cls(
+            spec.max_tokens,
+            spec.temperature,
+            spec.top_p,
+            stop,
+            done,
+            top_k=spec.top_k,
+            min_p=spec.min_p,
+            repetition_penalty=spec.repetition_penalty,
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -293,6 +293,9 @@ def _sampling_params(request: Sampling | Scoring) -> SamplingParams:
             "max_tokens": request.max_tokens,
             "temperature": request.temperature,
             "top_p": request.top_p,
+            "top_k": request.top_k,
+            "min_p": request.min_p,
+            "repetition_penalty": request.repetition_penalty,
             "stop_token_ids": sorted(request.stop),
         }
     else:

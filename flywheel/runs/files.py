@@ -8,9 +8,11 @@ import json
 import math
 import multiprocessing
 import os
+import shutil
 import types
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from functools import cache
@@ -61,6 +63,25 @@ def write_file(path: Path, data: bytes) -> None:
     finally:
         scratch.unlink(missing_ok=True)
     sync_dir(path.parent)
+
+
+@contextmanager
+def new_directory(out: Path) -> Iterator[Path]:
+    """A scratch directory that becomes `out` when the block ends, and is removed when it fails.
+
+    Raises UserError if `out` is there and not an empty directory, or cannot be written.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: not an empty directory; choose another --out")
+    staging = out.with_name(f".{out.name}-{os.getpid()}")
+    try:
+        staging.mkdir(parents=True)
+        yield staging
+        staging.replace(out)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written: {error}") from None
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -126,8 +126,7 @@ class Searcher:
 
     def sampling(self) -> Sampling:
         """Sampling parameters for a whole solution."""
-        spec = self.sample
-        return Sampling(spec.max_tokens, spec.temperature, spec.top_p, self.reader.stop, self.reader.done)
+        return Sampling.of(self.sample, self.reader.stop, self.reader.done)
 
 
 async def attempt(

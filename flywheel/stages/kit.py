@@ -104,9 +104,7 @@ class Kit:
 
     def sampling(self, **changes: object) -> Sampling:
         """Sampling parameters for a whole solution, with `changes`."""
-        spec = self.recipe.sample
-        usual = Sampling(spec.max_tokens, spec.temperature, spec.top_p, self.reader.stop, self.reader.done)
-        return replace(usual, **changes)
+        return replace(Sampling.of(self.recipe.sample, self.reader.stop, self.reader.done), **changes)
 
     async def solutions(self, question: Question, n: int, *, purpose: str, tag: str) -> list[Solution]:
         """Sample `n` independent solutions of `question` from the policy."""

@@ -160,9 +160,10 @@ def _config(job: Job, micro: int, accumulate: int, steps: int, show_progress: bo
         num_train_epochs=1,  # the data set holds all epochs, in training order
         train_sampling_strategy="sequential",
         learning_rate=spec.learning_rate,
-        lr_scheduler_type="cosine",
+        lr_scheduler_type=spec.scheduler,
         warmup_steps=math.ceil(spec.warmup * steps),
         weight_decay=spec.weight_decay,
+        max_grad_norm=spec.max_grad_norm,
         optim="adamw_torch",
         seed=job.seed,
         use_cpu=cpu,

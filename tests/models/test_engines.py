@@ -14,7 +14,7 @@ from flywheel.ledger import Ledger, total
 from flywheel.models.backend import open_backend
 from flywheel.models.engine import Sampling
 from flywheel.models.vllm_cpu import RunSeed
-from flywheel.recipe import EngineSpec
+from flywheel.recipe import EngineSpec, SampleSpec
 from flywheel.records import Finish, ModelRef, Role
 from tests import micro
 
@@ -185,6 +185,26 @@ def test_samples_follow_the_model_s_distribution(served, top_p, weights):
     share = torch.tensor([counts[token] / n for token in range(len(micro.WORDS))])
     assert (share - probability).abs().sum() / 2 < 0.06  # total variation; about 0.03 is chance
     assert not share[probability == 0].any()
+
+
+def test_top_k_min_p_and_the_repetition_penalty_decide_what_is_drawn(served, weights):
+    backend, _ = served
+    probability = next_logits(reference(weights[0]), PROMPTS[2]).softmax(-1)
+    order = probability.argsort(descending=True).tolist()
+    share = ((probability[order[2]] + probability[order[3]]) / 2 / probability[order[0]]).item()  # three tokens pass
+
+    def drawn(**options) -> set[int]:
+        sampling = Sampling.of(SampleSpec(max_tokens=1, **options), frozenset())
+
+        async def work(i):
+            return await backend.engine(Role.POLICY).generate(PROMPTS[i], sampling, purpose="sample", n=400)
+
+        return {done.tokens[0] if done.tokens else micro.EOS for done in results(backend, [2], work)[2]}
+
+    assert len(drawn()) > 5
+    assert drawn(top_k=2) == set(order[:2])
+    assert drawn(min_p=share) == set(order[:3])
+    assert drawn(repetition_penalty=1e6) & set(PROMPTS[2]) < drawn() & set(PROMPTS[2])
 
 
 def test_a_completion_keeps_its_stop_token_and_never_shows_eos(served):

@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 
-from flywheel.errors import EngineDied
+from flywheel.errors import EngineDied, UserError
 from flywheel.ledger import Ledger
 from flywheel.models.backend import open_backend
 from flywheel.models.engine import Sampling
@@ -93,3 +93,15 @@ def test_the_script_dies_when_told(scripted):
     head = scripted[1].encode("Q 1 + 2 ? \n Try")
     with pytest.raises(EngineDied, match="policy_0"):
         backend.run([0], lambda _: backend.engine(Role.POLICY).generate(head, Sampling(9), purpose="s", n=4))
+
+
+@pytest.mark.parametrize("option", [{"top_k": 2}, {"min_p": 0.1}, {"repetition_penalty": 1.1}])
+def test_what_it_cannot_heed_it_refuses(scripted, option):
+    opened, tokenizer = scripted
+    backend, _ = opened()
+
+    async def work(prompt):
+        return await backend.engine(Role.POLICY).generate(prompt, Sampling(5, **option), purpose="s")
+
+    with pytest.raises(UserError, match=next(iter(option))):
+        list(backend.run([tokenizer.encode("Q 1 + 2 ? \n Try")], work))

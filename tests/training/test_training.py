@@ -196,6 +196,17 @@ def test_accumulation_changes_nothing(base, tmp_path, kind):
         assert (a["eval_loss"] or 0) == pytest.approx(b["eval_loss"] or 0, abs=1e-5)
 
 
+def test_scheduler_and_gradient_clip_reach_the_training(base, tmp_path):
+    def trained(name, **spec):
+        lab.run(job(base, tmp_path / name, "sft", epochs=1, **spec), Ledger("t", 1))
+        return tmp_path / name / "adapter"
+
+    cosine = trained("cosine")
+    assert apart(cosine, trained("again", scheduler="cosine", max_grad_norm=1.0)) == 0
+    assert apart(cosine, trained("linear", scheduler="linear")) > 1e-4
+    assert apart(cosine, trained("clipped", max_grad_norm=1e-8)) > 1e-4  # below Adam's epsilon
+
+
 @pytest.mark.parametrize("kind", ["sft", "prm"])
 def test_a_training_may_begin_with_another_adapter(base, tmp_path, kind):
     first = lab.run(job(base, tmp_path / "first", kind), Ledger("t", 1))
