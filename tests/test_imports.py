@@ -17,7 +17,10 @@ MODULES = {
 }
 HEAVY = {"torch", "vllm", "transformers", "trl", "peft", "datasets", "wandb", "matplotlib", "deepspeed", "accelerate"}
 # Each package has a rank of its own, the highest first; an import may point down, or stay inside its package.
-COMMANDS, NOUNS = {"__main__", "iterate", "verify", "export", "summary"}, {"records", "recipe", "ledger", "errors"}
+COMMANDS, NOUNS = (
+    {"__main__", "iterate", "tryout", "verify", "export", "summary"},
+    {"records", "recipe", "ledger", "errors"},
+)
 RANKS = [
     COMMANDS,
     {"report"},

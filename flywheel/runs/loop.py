@@ -24,7 +24,7 @@ from flywheel.runs.estimate import overview
 from flywheel.runs.files import read_json, write_file, write_json
 from flywheel.runs.fork import fork
 from flywheel.runs.manifest import stage_dir
-from flywheel.runs.processes import Tell, processes, run_stage
+from flywheel.runs.processes import Tell, call_alone, processes, run_stage
 from flywheel.runs.ranks import Launch, LaunchFailed, Ranks, RunLock, free_port
 from flywheel.runs.run import Run
 from flywheel.runs.shards import shard_dirs
@@ -59,13 +59,14 @@ def signals():
 class Loop:
     """One rank's part of a launch."""
 
-    args: argparse.Namespace  # round, name, runs, dry_run, fork
+    args: argparse.Namespace  # round, name, runs, dry_run, fork, force
     load_recipe: Callable[[], Recipe]
     ranks: Ranks
     stages: str
     report: str
     preload: tuple[str, ...]
     preflight: str | None = None  # `module:function(recipe)`, which raises UserError
+    tryout: str | None = None  # `module:function(recipe, force)`, which raises UserError
     launch: Launch | None = None
     at: str = ""  # the current stage
     parent: int = field(default_factory=os.getppid)
@@ -138,11 +139,17 @@ class Loop:
         self.launch.wait_for_all()
 
     def check_model(self) -> None:
-        """Call `preflight` in a separate process. A dry run does not download a model from the Hub for it."""
-        if self.preflight is None or (self.args.dry_run and not Path(self.recipe.model.base).is_dir()):
-            return
-        isolate.start_server(self.ranks.local_world, () if self.args.dry_run else self.preload)
-        isolate.call(self.preflight, {"recipe": self.recipe}, what="the recipe and its model", threads=1)
+        """Call `preflight`, then `tryout`, each in a process of its own.
+
+        A dry run does not download a model from the Hub for the first, and leaves out the second.
+        """
+        arguments, what = {"recipe": self.recipe}, "the recipe and its model"
+        if self.preflight and not (self.args.dry_run and not Path(self.recipe.model.base).is_dir()):
+            isolate.start_server(self.ranks.local_world, () if self.args.dry_run else self.preload)
+            call_alone(self.ranks, self.recipe, self.preflight, arguments, what)
+        if self.tryout and not self.args.dry_run:
+            isolate.start_server(self.ranks.local_world, self.preload)
+            call_alone(self.ranks, self.recipe, self.tryout, arguments | {"force": self.args.force}, what)
 
     def open_run(self) -> None:
         """Create and lock the run's directory; store the recipe of a new run. Raises UserError, OSError."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from flywheel.recipe import Recipe
 from flywheel.runs import isolate, manifest
@@ -25,9 +26,10 @@ def own_cores(ranks: Ranks) -> list[int]:
 
 def processes(ranks: Ranks, recipe: Recipe, stage: Stage) -> int:
     """Number of processes per rank: 1 for training; for sampling `engine.workers`, at most one per core."""
-    if stage.train:
-        return 1
-    cores = len(own_cores(ranks))
+    return 1 if stage.train else workers(recipe, len(own_cores(ranks)))
+
+
+def workers(recipe: Recipe, cores: int) -> int:
     return min(cores, recipe.engine.workers or default_workers(recipe.model.base, cores))
 
 
@@ -99,6 +101,18 @@ def run_stage(
             over.set()
             raise
     return figures
+
+
+def call_alone(ranks: Ranks, recipe: Recipe, target: str, arguments: Mapping[str, Any], what: str) -> Any:
+    """Call `module:function` in one process with the threads and the environment of a sampling stage's process."""
+    cores = len(own_cores(ranks))
+    return isolate.call(
+        target,
+        arguments,
+        what=what,
+        threads=max(1, cores // workers(recipe, cores)),
+        environment=environment(ranks, False, 0),
+    )
 
 
 def environment(ranks: Ranks, training: bool, port: int) -> dict[str, str | None]:

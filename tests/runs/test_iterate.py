@@ -120,6 +120,19 @@ def test_bad_input_ends_with_one_line_and_writes_nothing(project, argv, message)
     assert not project.runs.exists()
 
 
+def test_a_base_is_tried_out_once_before_a_new_run(project):
+    """A fault leaves nothing behind, so the mended recipe starts under the same name."""
+    failed = project.run("--round", "0", TOY_FAULT="tryout")
+    assert failed.returncode == 1 and "prompts.answer" in one_line(failed.stderr)
+    assert not project.runs.exists()
+    assert project.run("--round", "0", "--dry-run").returncode == 0 and len(project.logged("tryout:")) == 1
+    forced = project.run("--round", "0", "--force", TOY_FAULT="tryout")
+    assert forced.returncode == 0, forced.stderr
+    shutil.rmtree(project.stage(0, "evaluate"))
+    assert project.run("--round", "0", TOY_FAULT="tryout").returncode == 0
+    assert [line[0] for line in project.logged("tryout:")] == ["tryout:False", "tryout:True"]
+
+
 def test_ones_own_questions(project):
     (project.root / "mine.jsonl").write_text(
         "".join(json.dumps({"question": f"{i}+1?", "answer": str(i + 1)}) + "\n" for i in range(60))
