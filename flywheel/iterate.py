@@ -89,8 +89,8 @@ def main(
 
     stages: `module:function(round) -> list[Stage]`. report: a module with `after_round(run, round)`,
     `summary(run)` and `print_round(summary, round)`. preload: modules that the fork server imports.
-    preflight: `module:function(recipe)`, and after it tryout: `module:function(recipe, force)`, called before a run is
-    created; both may raise UserError.
+    preflight: `module:function(recipe, ranks)`, which returns ids of questions to leave out, and after it tryout:
+    `module:function(recipe, force)`; called before a run is created, and may raise UserError.
     """
     args = parser().parse_args(argv)
     if args.round < 0:

@@ -54,6 +54,7 @@ class ProblemSpec(Spec):
     step_checker: str | None = None  # module:function(question, solution text) -> bool, reported only
     check_seconds: Annotated[float, Field(gt=0)] = 5.0
     check_workers: Positive = 1
+    skip_long: bool = False  # leave out and count questions that do not fit the model, instead of refusing the run
 
 
 class ModelSpec(Spec):
@@ -125,11 +126,13 @@ class TrainSpec(Spec):
 
 class PrmSpec(TrainSpec):
     labels: Pair[str] = ("+", "-")  # good, bad: single tokens
+    min_examples: Positive = 16  # labelled solutions to train on; with fewer the round has no PRM, and the base judges
     target: Literal["value", "progress"] = "value"  # the label of a step: see `targets` in training/examples.py
     aggregate: Literal["last", "min", "product", "mean"] = "last"
 
 
 class ReviserSpec(TrainSpec):
+    min_examples: Positive = 16  # trajectories to train on; with fewer the round has no reviser
     samples: Positive = 16  # samples per question to build trajectories from
     trajectories: Positive = 8  # per question, at most
     context: Positive = 4  # attempts in the prompt, at most

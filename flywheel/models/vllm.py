@@ -26,7 +26,15 @@ from flywheel.ledger import Ledger
 from flywheel.models import vllm_cpu
 from flywheel.models.driver import Backend, Labels, Output, Scoring, ServedModel
 from flywheel.models.engine import Sampling
-from flywheel.models.weights import adapter_config, check_length, load_judge, load_merged, load_tokenizer, parameters
+from flywheel.models.weights import (
+    MAX_LORA_RANK,
+    adapter_config,
+    check_length,
+    load_judge,
+    load_merged,
+    load_tokenizer,
+    parameters,
+)
 from flywheel.recipe import EngineSpec
 from flywheel.records import Finish, ModelRef
 
@@ -48,7 +56,7 @@ with warnings.catch_warnings():
     from vllm.sampling_params import RequestOutputKind
     from vllm.usage.usage_lib import UsageContext
 
-LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # values that vLLM accepts as max_lora_rank
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, MAX_LORA_RANK)  # values that vLLM accepts as max_lora_rank
 
 
 def open_backend(spec: EngineSpec, models: Mapping[str, ModelRef], ledger: Ledger, seed: int, scratch: Path) -> Backend:
@@ -123,8 +131,8 @@ def _open_runtime(arguments: dict[str, Any], refs: Sequence[ModelRef], run_seed:
     paths = list(dict.fromkeys(ref.adapter for ref in refs if ref.adapter is not None))
     if paths:
         rank = max(adapter_config(path)["r"] for path in paths)
-        if rank > LORA_RANKS[-1]:
-            raise UserError(f"model.lora_rank: {rank} is more than vLLM serves ({LORA_RANKS[-1]})")
+        if rank > MAX_LORA_RANK:
+            raise UserError(f"model.lora_rank: {rank} is more than vLLM serves ({MAX_LORA_RANK})")
         slots = vllm_cpu.lora_slots(len(paths)) if current_platform.is_cpu() else len(paths)
         fitting = next(allowed for allowed in LORA_RANKS if allowed >= rank)
         arguments = arguments | {"enable_lora": True, "max_loras": slots, "max_lora_rank": fitting}

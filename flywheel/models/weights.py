@@ -11,6 +11,8 @@ from pathlib import Path
 from flywheel.errors import UserError
 from flywheel.records import ModelRef
 
+MAX_LORA_RANK = 512  # the largest max_lora_rank that vLLM accepts
+
 
 class NotAModel(UserError, ValueError):
     """A path or name without a model, tokenizer or adapter."""

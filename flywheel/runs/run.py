@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,22 +15,27 @@ from flywheel.ledger import Ledger
 from flywheel.recipe import Recipe, load
 from flywheel.records import ModelRef, Problem, Role, Split
 from flywheel.runs import manifest
-from flywheel.runs.files import read_rows, read_table
+from flywheel.runs.files import read_json, read_rows, read_table
 from flywheel.runs.shards import Shards, shard_dirs
 from flywheel.runs.stage import At, Stage
 
 R = TypeVar("R")
+SKIPPED = "skipped_questions.json"  # ids of the questions that `problems.skip_long` left out when the run began
 
 
 class Run:
     """Read-only access to a run directory, finished or not: recipe, manifests, records, models."""
 
-    def __init__(self, root: str | Path, recipe: Recipe | None = None):
-        """`recipe`: used in place of the run's own. Raises UserError if there is no run at `root`."""
+    def __init__(self, root: str | Path, recipe: Recipe | None = None, skipped: Collection[str] | None = None):
+        """`recipe` and `skipped` (ids of left out questions): used in place of the run's own.
+
+        Raises UserError if there is no run at `root`.
+        """
         self.root = Path(root)
         if recipe is None and not (self.root / "recipe.yaml").is_file():
             raise UserError(f"{root}: not a run (no recipe.yaml in it)")
         self._recipe = recipe or load(self.root / "recipe.yaml")
+        self.skipped = frozenset((read_json(self.root / SKIPPED) or ()) if skipped is None else skipped)
 
     @property
     def recipe(self) -> Recipe:
@@ -101,7 +107,8 @@ class Run:
     def _problems(self) -> dict[Split, list[Problem]]:
         from flywheel.problems import sources
 
-        return sources.load(self._recipe.problems)
+        groups = sources.load(self._recipe.problems)
+        return {split: [p for p in group if p.id not in self.skipped] for split, group in groups.items()}
 
     def policy_round(self, round: int) -> int:
         """The round whose distillation made the current policy after `round`; 0 is the base.
@@ -168,6 +175,7 @@ class Context(Run):
         super().__init__(root, recipe)
         self.round, self.stage, self.rank, self.world = round, stage, rank, world
         self.ledger = Ledger(stage.name, round)
+        self.verdicts: Counter[str] = Counter()  # on the solutions that were graded for the current chunk
         self.dir = self.path(stage.name)
         self._tell = tell
         self._before = self._chunk = self._items = 0  # items in finished chunks, in the current chunk, in the stage

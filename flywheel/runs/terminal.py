@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from tqdm import tqdm
 
 
-def brief(made: dict[str, Any], most: int = 6) -> str:
-    """A manifest in one short text: its tokens and first `most` scalar figures, or record counts if it has none."""
+def brief(made: dict[str, Any], verdicts: Mapping[str, int] = {}, most: int = 6) -> str:
+    """A manifest in one short text: its tokens, the verdicts on the solutions that the stage graded, and its first
+    `most` scalar figures, or its record counts if it has none.
+    """
     plain = {
         k: v
         for k, v in made["figures"].items()
@@ -20,9 +23,10 @@ def brief(made: dict[str, Any], most: int = 6) -> str:
         f"{key} {value:.3f}" if isinstance(value, float) else f"{key} {value}"
         for key, value in (plain or made["counts"]).items()
     ]
-    if made["tokens"]:
-        parts.insert(0, f"{made['tokens']:,} tokens")
-    return ", ".join(parts[: most + 1])
+    first = [f"{made['tokens']:,} tokens"] if made["tokens"] else []
+    if verdicts:
+        first.append(f"{sum(verdicts.values())} graded: " + " ".join(f"{n} {v}" for v, n in sorted(verdicts.items())))
+    return ", ".join([*first, *parts[:most]])
 
 
 class Progress:

@@ -87,8 +87,9 @@ def fill(ctx: Context, chunk: int | None = None) -> None:
 def write_shard(ctx: Context, shards: Shards, index: int, opened: Opened) -> None:
     started, questions = time.monotonic(), shards.chunks[index]
     ctx.at_chunk(shards, len(questions))
+    ctx.verdicts.clear()  # of a chunk whose engine died
     records = ctx.stage.work(ctx, opened.get(), questions)
-    shards.write(index, records, ctx.ledger.take, lambda: time.monotonic() - started)
+    shards.write(index, records, ctx.ledger.take, lambda: time.monotonic() - started, ctx.verdicts)
 
 
 class Opened:

@@ -15,8 +15,7 @@ from flywheel.ledger import Ledger
 from flywheel.recipe import Recipe
 from flywheel.records import Grade, ModelRef, Problem, Role, Solution, Split, Verdict
 from flywheel.runs.run import Run
-from flywheel.stages.kit import open_kit
-from flywheel.stages.shared import verdict_counts
+from flywheel.stages.kit import open_kit, too_long
 
 QUESTIONS, SAMPLES, SHOWN = 8, 4, 3
 FORCE = "; --force starts the run all the same"
@@ -28,9 +27,10 @@ def try_out(recipe: Recipe, force: bool = False) -> None:
     The tokens are printed and charged to no run. Raises UserError, naming the recipe key to look at, if no answer could
     be read or none is right, unless `force`.
     """
-    run, ledger = Run(Path(), recipe), Ledger("try", 0)
+    run, ledger = Run(Path(), recipe, skipped=()), Ledger("try", 0)
     with open_kit(run, {Role.POLICY: ModelRef("policy_0", recipe.model.base)}, Split.TRAIN, ledger=ledger, seed=0) as k:
-        problems = random.Random(recipe.seed).sample(sorted(k.problems), min(QUESTIONS, len(k.problems)))
+        fitting = sorted(id for id, problem in k.problems.items() if not too_long(recipe, k.prompts, problem))
+        problems = random.Random(recipe.seed).sample(fitting, min(QUESTIONS, len(fitting)))
         started = time.monotonic()
         made = list(k.sample_all(dict.fromkeys(problems, SAMPLES), purpose="try", tag="try"))
         seconds = time.monotonic() - started
@@ -40,7 +40,7 @@ def try_out(recipe: Recipe, force: bool = False) -> None:
         print(f"try-out: {len(problems)} training questions x {SAMPLES} samples of {recipe.model.base}")
         for solution, grade in shown(solutions, grades):
             print(as_read(k.problems[solution.question_id], solution, grade.verdict))
-        shares = ", ".join(f"{v} {count / len(grades):.0%}" for v, count in verdict_counts(grades).items() if count)
+        shares = ", ".join(f"{verdict} {count / len(grades):.0%}" for verdict, count in sorted(k.verdicts.items()))
         print(
             f"try-out: {shares}; {generated} tokens in {seconds:.1f} s, {generated / max(seconds, 1e-9):.0f} tokens/s",
             flush=True,
