@@ -80,6 +80,9 @@ class EngineSpec(Spec):
     chunk: Positive = 50  # questions per shard: a kill loses at most this much work per process
     # sampling processes per rank; 0: one per core on a CPU with a small model, else one
     workers: Annotated[int, Field(ge=0)] = 0
+    # CPU threads of a rank, shared by its sampling processes, and of its trainings; 0: OMP_NUM_THREADS if it is set.
+    # Never more than affinity and the cgroup's CPU quota allow.
+    threads: Annotated[int, Field(ge=0)] = 0
 
 
 class PromptSpec(Spec):

@@ -34,14 +34,14 @@ def main(argv: list[str] | None = None, *, preload: tuple[str, ...] = PRELOAD) -
     args = p.parse_args(argv)
     from flywheel.runs import isolate, manifest
     from flywheel.runs.loop import Stopped, signals
-    from flywheel.runs.processes import call_alone
+    from flywheel.runs.processes import call_alone, threads_of
     from flywheel.runs.ranks import Ranks
 
     try:
         recipe, ranks = load_recipe(args), Ranks()
         manifest.source_files(recipe)
         with signals():
-            isolate.start_server(ranks.local_world, preload)
+            isolate.start_server(threads_of(ranks, recipe), preload)
             for target in ("flywheel.stages.kit:preflight", "flywheel.stages.tryout:try_out"):
                 call_alone(ranks, recipe, target, {"recipe": recipe}, "the recipe and its model")
     except Stopped as stop:

@@ -63,7 +63,7 @@ def open_backend(spec: EngineSpec, models: Mapping[str, ModelRef], ledger: Ledge
     """See `flywheel.models.backend.open_backend`."""
     on_cpu = current_platform.is_cpu()
     if on_cpu:
-        vllm_cpu.prepare_process()
+        vllm_cpu.prepare_process(spec)
     for base in {ref.base for ref in models.values()}:
         check_length(base, spec.max_model_len)
     merged = on_cpu if spec.adapters == "auto" else spec.adapters == "merged"
@@ -168,7 +168,12 @@ class VllmDevice:
     ):
         self.llm, self.name, self.run_seed, self.adapters = engine, name, run_seed, adapters or {}
         self._waiting: dict[str, tuple[asyncio.Future[Output], Sampling | Scoring]] = {}
-        self._count = 0
+        self._count = self._finished = 0  # requests; tokens of finished ones
+
+    @property
+    def tokens(self) -> int:
+        running = self.llm.output_processor.request_states.values()
+        return self._finished + sum(state.detokenizer.num_output_tokens() for state in running if state.detokenizer)
 
     def submit(
         self, prompt: Sequence[int], request: Sampling | Scoring, adapter: LoRARequest | None
@@ -198,8 +203,10 @@ class VllmDevice:
         for result in finished:
             if result.request_id in self._waiting:
                 future, request = self._waiting.pop(result.request_id)
+                output = self._output(result, request)
+                self._finished += len(output.tokens) or len(result.prompt_token_ids)
                 if not future.done():
-                    future.set_result(self._output(result, request))
+                    future.set_result(output)
 
     def _vllm_params(self, request: Sampling | Scoring) -> SamplingParams | PoolingParams:
         return _sampling_params(request)

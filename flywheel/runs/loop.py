@@ -25,7 +25,7 @@ from flywheel.runs.estimate import overview
 from flywheel.runs.files import read_json, write_file, write_json
 from flywheel.runs.fork import fork
 from flywheel.runs.manifest import stage_dir
-from flywheel.runs.processes import Tell, call_alone, processes, run_stage
+from flywheel.runs.processes import Tell, call_alone, processes, run_stage, threads_of
 from flywheel.runs.ranks import Launch, LaunchFailed, Ranks, RunLock, free_port
 from flywheel.runs.run import SKIPPED, Run
 from flywheel.runs.shards import shard_dirs
@@ -121,7 +121,7 @@ class Loop:
             self.launch = Launch(self.run, self.ranks)  # the other ranks wait for an order
             self.dismiss()
             return self.nothing_to_do(len(plan))
-        isolate.start_server(self.ranks.local_world, self.preload)
+        isolate.start_server(threads_of(self.ranks, self.recipe), self.preload)
         self.launch = Launch(self.run, self.ranks)
         failed = []
         for round in rounds:
@@ -150,11 +150,11 @@ class Loop:
         """
         arguments, what, skipped = {"recipe": self.recipe}, "the recipe and its model", ()
         if self.preflight and not (self.args.dry_run and not Path(self.recipe.model.base).is_dir()):
-            isolate.start_server(self.ranks.local_world, () if self.args.dry_run else self.preload)
+            isolate.start_server(threads_of(self.ranks, self.recipe), () if self.args.dry_run else self.preload)
             asked = arguments | {"ranks": self.ranks.world}
             skipped = call_alone(self.ranks, self.recipe, self.preflight, asked, what)
         if self.tryout and not self.args.dry_run:
-            isolate.start_server(self.ranks.local_world, self.preload)
+            isolate.start_server(threads_of(self.ranks, self.recipe), self.preload)
             call_alone(self.ranks, self.recipe, self.tryout, arguments | {"force": self.args.force}, what)
         return skipped
 
@@ -233,7 +233,7 @@ class Loop:
                 f"{self.report}:after_round",
                 {"run": Run(self.run, self.recipe), "round": round},
                 what=f"report of round {round}",
-                threads=isolate.threads_for(self.ranks.local_world),
+                threads=threads_of(self.ranks, self.recipe),
                 watch=self.watch,
             )
         except isolate.StageFailed as error:
@@ -248,7 +248,7 @@ class Loop:
         if self.args.dry_run:
             return 0
         stages = isolate.resolve(self.stages)
-        isolate.start_server(self.ranks.local_world, self.preload)
+        isolate.start_server(isolate.threads_for(self.ranks.local_world), self.preload)
         self.launch = Launch(self.run, self.ranks)
         while (order := self.launch.next())["do"] == "stage":
             stage = next(s for s in stages(order["round"]) if s.name == order["stage"])

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import re
+import threading
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,6 +22,7 @@ from flywheel.runs.shards import Shards, shard_dirs
 from flywheel.runs.stage import At, Stage
 
 R = TypeVar("R")
+BEAT = 3.0  # seconds
 SKIPPED = "skipped_questions.json"  # ids of the questions that `problems.skip_long` left out when the run began
 
 
@@ -179,6 +182,7 @@ class Context(Run):
         self.dir = self.path(stage.name)
         self._tell = tell
         self._before = self._chunk = self._items = 0  # items in finished chunks, in the current chunk, in the stage
+        self._said: tuple[int, int, dict] = (0, 0, {})  # the last progress
 
     @cached_property
     def recipe(self) -> Recipe:
@@ -235,13 +239,39 @@ class Context(Run):
         """Report `done` of `total` units of a training or of the current chunk."""
         if self._items:
             done, total = self._before + self._chunk * done // max(1, total), self._items
-        self._tell(done, total, figures)
+        self._say(done, total, figures)
+
+    def _say(self, done: int, total: int, figures: dict) -> None:
+        self._said = (done, total, figures)
+        self.beat()
+
+    def beat(self) -> None:
+        """Report the last progress again, with the tokens so far."""
+        done, total, figures = self._said
+        self._tell(done, total, figures | ({"tokens": self.ledger.so_far} if self.ledger.so_far else {}))
+
+    @contextmanager
+    def beating(self) -> Iterator[None]:
+        """Inside, a thread calls `beat` every BEAT seconds, whatever the stage does meanwhile."""
+        over = threading.Event()
+
+        def beats() -> None:
+            while not over.wait(BEAT):
+                self.beat()
+
+        thread = threading.Thread(target=beats, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
 
     def at_chunk(self, shards: Shards, chunk: int) -> None:
         """Report that a chunk of `chunk` items starts, or with 0 that none is being processed."""
         self._items = sum(map(len, shards.chunks))
         self._before, self._chunk = sum(len(shards.chunks[i]) for i in shards.done()), chunk
-        self._tell(self._before, self._items, {})
+        self._say(self._before, self._items, {})
 
 
 class Named:

@@ -30,12 +30,15 @@ def brief(made: dict[str, Any], verdicts: Mapping[str, int] = {}, most: int = 6)
 
 
 class Progress:
-    """A progress bar in a terminal; otherwise a line at most every EVERY seconds."""
+    """A progress bar in a terminal; otherwise a line every EVERY seconds.
 
-    EVERY = 30.0
+    If the figures hold `tokens`, a count so far, the line has their rate since the last line too.
+    """
+
+    EVERY = 25.0  # a stage's process reports every few seconds, so no silence is longer than 30
 
     def __init__(self, title: str):
-        self.title, self.bar, self.last = title, None, time.monotonic()
+        self.title, self.bar, self.last, self.tokens = title, None, time.monotonic(), 0.0
 
     def __enter__(self) -> Progress:
         return self
@@ -45,12 +48,15 @@ class Progress:
             self.bar.close()
 
     def show(self, done: int, total: int, figures: dict[str, float]) -> None:
-        notes = {key: f"{value:.4g}" for key, value in figures.items()}
+        now = time.monotonic()
+        notes = {key: f"{value:,}" if key == "tokens" else f"{value:.4g}" for key, value in figures.items()}
+        if (tokens := figures.get("tokens", 0)) and now > self.last:
+            notes["tokens/s"] = f"{(tokens - self.tokens) / (now - self.last):.0f}"
         if sys.stderr.isatty():
             self.bar = self.bar if self.bar is not None else tqdm(desc=self.title, leave=False, total=total)
-            self.bar.total = total
-            self.bar.set_postfix(notes, refresh=False)
-            self.bar.update(done - self.bar.n)
-        elif time.monotonic() - self.last >= self.EVERY:
-            self.last = time.monotonic()
+            self.bar.n, self.bar.total = done, total
+            self.bar.set_postfix(notes)
+        elif now - self.last >= self.EVERY:
             print(f"{self.title}  {done}/{total}  {' '.join(f'{k} {v}' for k, v in notes.items())}", flush=True)
+        if now - self.last >= self.EVERY:
+            self.last, self.tokens = now, tokens

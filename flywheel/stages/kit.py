@@ -27,6 +27,7 @@ from flywheel.runs.run import Context, Run
 from flywheel.search.run import search
 from flywheel.search.strategy import Searcher, Strategy
 
+ON_GPU = Path("/dev/nvidiactl").exists()  # found without opening it
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -59,6 +60,11 @@ def preflight(recipe: Recipe, ranks: int = 1) -> list[str]:
     ):
         if name:
             load_function(name, key)
+    if recipe.engine.kind == "vllm" and not ON_GPU:
+        from flywheel.models.vllm_cpu import emulated  # it imports torch
+
+        if warning := emulated(recipe.engine):
+            print(warning, flush=True)
     check_batches(recipe, ranks)
     check_lora_rank(recipe)
     return long_questions(recipe, prompts)
@@ -73,8 +79,7 @@ def check_batches(recipe: Recipe, ranks: int) -> None:
 
 def check_lora_rank(recipe: Recipe) -> None:
     """Raises UserError if adapters are served at run time and vLLM takes none of `model.lora_rank`."""
-    on_gpu = Path("/dev/nvidiactl").exists()  # as vLLM's platform, without its import
-    runtime = recipe.engine.adapters == "runtime" or (recipe.engine.adapters == "auto" and on_gpu)
+    runtime = recipe.engine.adapters == "runtime" or (recipe.engine.adapters == "auto" and ON_GPU)
     if recipe.engine.kind == "vllm" and runtime and recipe.model.lora_rank > MAX_LORA_RANK:
         raise UserError(
             f"model.lora_rank: {recipe.model.lora_rank} is more than vLLM serves at run time ({MAX_LORA_RANK});"

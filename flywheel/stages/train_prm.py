@@ -86,7 +86,9 @@ def train(ctx: Context) -> dict:
     examples = {"examples": len(found.fit), "validation_examples": len(found.check)}
     if why := missing(found, spec):
         return {"model": "policy_0", **examples, "refused": True, "why": why}
-    job = Job(ctx.recipe.model, spec, ctx.dir, ctx.seed("train"), "best", Role.PRM, ctx.ledger, start(ctx, spec))
+    job = Job(
+        ctx.recipe.model, spec, ctx.dir, ctx.seed("train"), "best", Role.PRM, ctx.ledger, start(ctx, spec), ctx.progress
+    )
     report = train_prm(found.fit, found.check, labels, job)
     if ctx.rank:
         return {}

@@ -69,7 +69,17 @@ def train(ctx: Context) -> dict:
             f" validate on, of {len(questions)} questions with a correct solution, {too_long} longer than"
             f" reviser.max_length left out: this round has no reviser",
         }
-    job = Job(ctx.recipe.model, spec, ctx.dir, ctx.seed("train"), "all", Role.REVISER, ctx.ledger, start(ctx, spec))
+    job = Job(
+        ctx.recipe.model,
+        spec,
+        ctx.dir,
+        ctx.seed("train"),
+        "all",
+        Role.REVISER,
+        ctx.ledger,
+        start(ctx, spec),
+        ctx.progress,
+    )
     report = train_sft(fit, check, job)
     lengths = [len(row.attempts) - 1 for row in rows]
     return {
