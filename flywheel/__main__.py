@@ -9,6 +9,7 @@ import sys
 from flywheel import __version__
 
 COMMANDS = {
+    "try": "sample a few questions by a recipe's base, and show what was read",
     "iterate": "train a run up to a round, or continue it",
     "summary": "print every figure of a run and what it cost",
     "verify": "check a run's files and say what would have to be redone",
@@ -33,7 +34,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.command == "config":
         return config(args.arguments)
-    return importlib.import_module(f"flywheel.{args.command}").main(args.arguments)
+    module = "tryout" if args.command == "try" else args.command  # `try` is a word of Python
+    return importlib.import_module(f"flywheel.{module}").main(args.arguments)
 
 
 def config(argv: list[str]) -> int:

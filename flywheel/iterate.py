@@ -67,6 +67,11 @@ def parser() -> argparse.ArgumentParser:
         help="start the run --name with all that the run OLD (a name in --runs, or a directory) has finished and the"
         " change of recipe does not touch; the recipe is OLD's unless --recipe says otherwise",
     )
+    p.add_argument(
+        "--force",
+        action="store_true",
+        help="start a new run even if the try-out of its base reads no answer or finds none right",
+    )
     p.add_argument("--dry-run", action="store_true", help="print what would run and what it would cost, and end")
     return p
 
@@ -78,12 +83,14 @@ def main(
     report: str = "flywheel.report",
     preload: tuple[str, ...] = PRELOAD,
     preflight: str | None = "flywheel.stages.kit:preflight",
+    tryout: str | None = "flywheel.stages.tryout:try_out",
 ) -> int:
     """Run the command; returns the exit code.
 
     stages: `module:function(round) -> list[Stage]`. report: a module with `after_round(run, round)`,
     `summary(run)` and `print_round(summary, round)`. preload: modules that the fork server imports.
-    preflight: `module:function(recipe)`, called before a run is created; may raise UserError.
+    preflight: `module:function(recipe, ranks)`, which returns ids of questions to leave out, and after it tryout:
+    `module:function(recipe, force)`; called before a run is created, and may raise UserError.
     """
     args = parser().parse_args(argv)
     if args.round < 0:
@@ -99,7 +106,7 @@ def main(
     from flywheel.runs.ranks import Ranks
 
     ranks = Ranks.from_env()
-    loop = Loop(args, lambda: load_recipe(args), ranks, stages, report, preload, preflight)
+    loop = Loop(args, lambda: load_recipe(args), ranks, stages, report, preload, preflight, tryout)
     try:
         with signals():
             return loop.lead() if ranks.rank == 0 else loop.follow()

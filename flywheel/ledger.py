@@ -57,6 +57,7 @@ class Ledger:
     def __init__(self, stage: str, round: int):
         self.stage, self.round = stage, round
         self._spent: dict[tuple[str, str], Spent] = {}
+        self.so_far = 0  # tokens generated or judged, of unfinished sequences too: a sign of life, no charge
 
     def _at(self, role: str, purpose: str) -> Spent:
         return self._spent.setdefault((str(role), purpose), Spent())

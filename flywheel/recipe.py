@@ -95,6 +95,7 @@ class ProblemSpec(Spec):
     step_checker: str | None = None  # module:function(question, solution text) -> bool, reported only
     check_seconds: Annotated[float, Field(gt=0)] = 5.0
     check_workers: Positive = 1
+    skip_long: bool = False  # leave out and count questions that do not fit the model, instead of refusing the run
 
     @model_validator(mode="before")
     @classmethod
@@ -140,6 +141,9 @@ class EngineSpec(Spec):
     chunk: Positive = 50  # questions per shard: a kill loses at most this much work per process
     # sampling processes per rank; 0: one per core on a CPU with a small model, else one
     workers: Annotated[int, Field(ge=0)] = 0
+    # CPU threads of a rank, shared by its sampling processes, and of its trainings; 0: OMP_NUM_THREADS if it is set.
+    # Never more than affinity and the cgroup's CPU quota allow.
+    threads: Annotated[int, Field(ge=0)] = 0
 
 
 class ExampleSpec(Spec):
@@ -202,11 +206,13 @@ class TrainSpec(Spec):
 
 class PrmSpec(TrainSpec):
     labels: Pair[str] = ("+", "-")  # good, bad: single tokens
+    min_examples: Positive = 16  # labelled solutions to train on; with fewer the round has no PRM, and the base judges
     target: Literal["value", "progress"] = "value"  # the label of a step: see `targets` in training/examples.py
     aggregate: Literal["last", "min", "product", "mean"] = "last"
 
 
 class ReviserSpec(TrainSpec):
+    min_examples: Positive = 16  # trajectories to train on; with fewer the round has no reviser
     samples: Positive = 16  # samples per question to build trajectories from
     trajectories: Positive = 8  # per question, at most
     context: Positive = 4  # attempts in the prompt, at most

@@ -75,6 +75,7 @@ class ScriptedDevice:
         self._seconds, self._dies_after = script.get("seconds", 0.0), script.get("dies_after")
         self._identity, self._batch = identity, batch
         self._asked: Counter[tuple] = Counter()
+        self.tokens = 0
         self._waiting: list[tuple[asyncio.Future[Output], Output]] = []
 
     def _encode(self, text: str) -> tuple[int, ...]:
@@ -94,6 +95,7 @@ class ScriptedDevice:
             )
             drawn = Output((), Finish.LENGTH, False, 0, values)
         self._asked[kind, prompt] += 1
+        self.tokens += len(drawn.tokens) or len(prompt)
         future = asyncio.get_running_loop().create_future()
         self._waiting.append((future, drawn))
         return future

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from flywheel.errors import EngineDied, UserError
+from flywheel.recipe import Recipe
 from flywheel.records import Finish, Grade, Solution, Split, Step, Verdict
 from flywheel.runs.run import Context, Run
 from flywheel.runs.stage import Input, Stage
@@ -166,6 +167,12 @@ EVALUATE = Stage(
 
 def stages(round: int) -> list[Stage]:
     return [EVALUATE] if round == 0 else [SAMPLE, LABEL, DISTILL, GATE, EVALUATE]
+
+
+def try_out(recipe: Recipe, force: bool) -> None:
+    log(f"tryout:{force}")
+    if os.environ.get("TOY_FAULT") == "tryout" and not force:
+        raise UserError("try-out: no answer could be read; see prompts.answer")
 
 
 # ---- the report of a toy run ----

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import selectors
+import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -20,6 +21,7 @@ from flywheel.records import Finish
 T = TypeVar("T")
 R = TypeVar("R")
 Labels = tuple[int, int]
+COUNT_EVERY = 1.0  # seconds between two counts of the tokens so far
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +50,7 @@ class Device(Protocol):
     """Runs sequences in batches. One device may serve several roles."""
 
     one_pass: bool  # whether one request can answer several reads; else each read is a request
+    tokens: int  # generated so far, of unfinished sequences too; a judge's: of the texts that it has read
 
     def submit(self, prompt: Sequence[int], request: Sampling | Scoring, adapter: Any) -> asyncio.Future[Output]:
         """Queue one sequence; a later `step` resolves the future. If it is cancelled, the sequence is dropped."""
@@ -133,6 +136,8 @@ class Backend:
         self, engines: Mapping[str, ServedModel], devices: Sequence[Device], on_run: Callable[[], None] | None = None
     ):
         self._engines, self._devices, self._on_run = dict(engines), list(devices), on_run
+        self._ledgers = {id(engine.ledger): engine.ledger for engine in engines.values()}
+        self._counted, self._told = time.monotonic(), 0
 
     def engine(self, role: str) -> ServedModel:
         return self._engines[role]
@@ -154,6 +159,10 @@ class Backend:
         busy = [device for device in self._devices if device.busy]
         for device in busy:
             device.step()
+        if time.monotonic() - self._counted > COUNT_EVERY:
+            self._counted, before, self._told = time.monotonic(), self._told, sum(d.tokens for d in self._devices)
+            for ledger in self._ledgers.values():
+                ledger.so_far += self._told - before
         return bool(busy)
 
 

@@ -28,6 +28,7 @@ from flywheel.models import vllm_cpu
 from flywheel.models.driver import Backend, Labels, Output, Scoring, ServedModel
 from flywheel.models.engine import Sampling
 from flywheel.models.weights import (
+    MAX_LORA_RANK,
     adapter_config,
     check_length,
     judge_fault,
@@ -57,14 +58,14 @@ with warnings.catch_warnings():
     from vllm.sampling_params import RequestOutputKind
     from vllm.usage.usage_lib import UsageContext
 
-LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # values that vLLM accepts as max_lora_rank
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, MAX_LORA_RANK)  # values that vLLM accepts as max_lora_rank
 
 
 def open_backend(spec: EngineSpec, models: Mapping[str, ModelRef], ledger: Ledger, seed: int, scratch: Path) -> Backend:
     """See `flywheel.models.backend.open_backend`."""
     on_cpu = current_platform.is_cpu()
     if on_cpu:
-        vllm_cpu.prepare_process()
+        vllm_cpu.prepare_process(spec)
     for base in {ref.base for ref in models.values()}:
         check_length(base, spec.max_model_len)
     merged = on_cpu if spec.adapters == "auto" else spec.adapters == "merged"
@@ -140,8 +141,8 @@ def _open_runtime(arguments: dict[str, Any], refs: Sequence[ModelRef], run_seed:
     paths = list(dict.fromkeys(ref.adapter for ref in refs if ref.adapter is not None))
     if paths:
         rank = max(adapter_config(path)["r"] for path in paths)
-        if rank > LORA_RANKS[-1]:
-            raise UserError(f"model.lora_rank: {rank} is more than vLLM serves ({LORA_RANKS[-1]})")
+        if rank > MAX_LORA_RANK:
+            raise UserError(f"model.lora_rank: {rank} is more than vLLM serves ({MAX_LORA_RANK})")
         slots = vllm_cpu.lora_slots(len(paths)) if current_platform.is_cpu() else len(paths)
         fitting = next(allowed for allowed in LORA_RANKS if allowed >= rank)
         arguments = arguments | {"enable_lora": True, "max_loras": slots, "max_lora_rank": fitting}
@@ -178,7 +179,12 @@ class VllmDevice:
         self.llm, self.name, self.run_seed, self.adapters = engine, name, run_seed, adapters or {}
         self._waiting: dict[str, tuple[asyncio.Future[Output], Sampling | Scoring]] = {}
         self._made: dict[str, list[int]] = {}  # the tokens so far, of requests with `Sampling.done`
-        self._count = 0
+        self._count = self._finished = 0  # requests; tokens of finished ones
+
+    @property
+    def tokens(self) -> int:
+        running = self.llm.output_processor.request_states.values()
+        return self._finished + sum(state.detokenizer.num_output_tokens() for state in running if state.detokenizer)
 
     def submit(
         self, prompt: Sequence[int], request: Sampling | Scoring, adapter: LoRARequest | None
@@ -224,6 +230,7 @@ class VllmDevice:
                 output = Output(tuple(made), Finish.STOP, False, result.num_cached_tokens or 0)
             else:
                 continue
+            self._finished += len(output.tokens) or len(result.prompt_token_ids)
             del self._waiting[id]
             self._made.pop(id, None)
             if not future.done():

@@ -23,6 +23,7 @@ from unittest import mock
 import torch
 
 from flywheel.recipe import EngineSpec
+from flywheel.runs.isolate import threads_for
 
 VERSION = "0.32.0"  # the vLLM version with which the workarounds were measured
 BLOCK_SIZE = 32  # tokens per KV block: short prompts hit the prefix cache, and 18% faster than vLLM's 128
@@ -43,10 +44,15 @@ def version_is_known() -> bool:
     return known
 
 
-def prepare_process() -> None:
-    """Call before the first engine starts: vLLM does not allow changing the number of threads afterwards."""
-    if torch.get_num_threads() != usable_threads():
-        torch.set_num_threads(usable_threads())
+def prepare_process(spec: EngineSpec) -> None:
+    """Call before the first engine starts: vLLM does not allow changing the number of threads afterwards.
+
+    More threads than free cores are costly: beside other work on two cores, an engine with two threads drew 32 samples
+    per CPU-second and one with one thread 170, because tiny operations wait for each other.
+    """
+    threads = threads_for(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), spec.threads)
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
     if version_is_known():
         # Otherwise vLLM's sampler compiles a small function at its first use: 0.7 s, and it needs a C++ compiler.
         torch.compiler.set_stance("force_eager")
@@ -64,15 +70,6 @@ def leave_transformers_classes() -> None:
     Base._decorate_for_torch_compile = lambda self: None
 
 
-def usable_threads() -> int:
-    """The cores that this process may run on, divided by the number of ranks on this machine; at least 1.
-
-    More threads than free cores are costly: beside other work on two cores, an engine with two threads drew
-    32 samples per CPU-second and one with one thread 170, because tiny operations wait for each other.
-    """
-    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-
-
 def dtype(spec: EngineSpec) -> str:
     """`engine.dtype`; auto is bfloat16 on a CPU with bfloat16 instructions, else float32.
 
@@ -85,10 +82,17 @@ def dtype(spec: EngineSpec) -> str:
 
 
 def has_bfloat16() -> bool:
-    """Whether this CPU has instructions for bfloat16; without them it is emulated."""
+    """Whether this CPU has bfloat16 instructions."""
     cpu = Path("/proc/cpuinfo")
     flags = cpu.read_text() if cpu.exists() else ""
     return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def emulated(spec: EngineSpec) -> str | None:
+    """A warning if this CPU computes in `engine.dtype` only by emulation; vLLM has no native float16 on any CPU."""
+    if spec.dtype == "float16" or (spec.dtype == "bfloat16" and not has_bfloat16()):
+        return f"engine.dtype: this CPU emulates {spec.dtype}, several times slower than float32, which auto would take"
+    return None
 
 
 def engine_arguments(spec: EngineSpec) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from flywheel.recipe import ModelSpec
 from flywheel.records import ModelRef
 
 AFTER_HEAD = ("final_logit_softcapping", "logits_scaling", "logit_scale")  # what models do with the LM head's logits
+MAX_LORA_RANK = 512  # the largest max_lora_rank that vLLM accepts
 
 
 class NotAModel(UserError, ValueError):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import importlib
 import inspect
+import math
 import multiprocessing
 import os
 import signal
@@ -32,6 +33,7 @@ CPU_PRELOAD = (
     "vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors",
 )
 OWN = ("flywheel.runs.isolate", "flywheel.runs.worker", "pyarrow.parquet")
+THREADS = "FLYWHEEL_THREADS"  # set in a stage's process: its share of the rank's CPU threads
 GRACE = 2.0  # seconds between SIGTERM and SIGKILL
 
 QUIET = {
@@ -56,21 +58,54 @@ def resolve(name: str) -> Any:
 # ---- in the rank -------------------------------------------------------------------------
 
 
-def threads_for(ranks_here: int) -> int:
-    """CPU threads per rank: this process's cores divided by the ranks on this host, at least 1."""
-    return max(1, len(os.sched_getaffinity(0)) // ranks_here)
+def threads_for(ranks_here: int, wanted: int = 0) -> int:
+    """CPU threads of a rank, or of a stage's process if this is one; at least 1.
+
+    The least of `wanted` (`engine.threads`; 0: OMP_NUM_THREADS if the user set it) and the rank's share of the cores
+    that affinity and the cgroup's CPU quota leave to the `ranks_here` ranks of this host.
+    """
+    if given := os.environ.get(THREADS):
+        return int(given)
+    free = min(len(os.sched_getaffinity(0)), cpu_quota())
+    return max(1, min(int(free) // ranks_here, wanted or omp_threads() or sys.maxsize))
 
 
-def start_server(ranks_here: int, preload: tuple[str, ...] = PRELOAD) -> None:
+def omp_threads() -> int:
+    """OMP_NUM_THREADS as the user set it, else 0.
+
+    accelerate and torchrun export 1 if it is not set, so under them the launcher's own environment is what counts.
+    """
+    found = os.environ.get("OMP_NUM_THREADS", "")
+    if any(key.startswith(("ACCELERATE_", "TORCHELASTIC_")) for key in os.environ):
+        with suppress(OSError):  # the launcher is gone, or belongs to somebody else
+            launcher = Path(f"/proc/{os.getppid()}/environ").read_bytes().decode(errors="replace").split("\0")
+            found = next((item.partition("=")[2] for item in launcher if item.startswith("OMP_NUM_THREADS=")), "")
+    return int(found) if found.isdigit() else 0  # OpenMP allows a list, one number for each level of nesting
+
+
+def cpu_quota(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float:
+    """The CPUs that this process's cgroup and those above it may use (version 2); infinite without a quota."""
+    lines = own.read_text().splitlines() if own.exists() else []
+    group = next((line.removeprefix("0::/") for line in lines if line.startswith("0::/")), "")
+    least = math.inf
+    for folder in (root / group, *(root / group).parents):
+        with suppress(OSError, ValueError):  # no such file at the root of all groups; `max` is no number
+            quota, period = (folder / "cpu.max").read_text().split()
+            least = min(least, int(quota) / int(period))
+        if folder == root:
+            break
+    return least
+
+
+def start_server(threads: int, preload: tuple[str, ...] = PRELOAD) -> None:
     """Start the fork server, which imports `preload` in the background.
 
-    Sets OMP_NUM_THREADS first, because the server inherits the environment, OpenMP reads it when
-    torch is imported, and accelerate exports 1 by default.
+    Sets OMP_NUM_THREADS to the rank's `threads` first: the server inherits the environment, and OpenMP reads it when
+    torch is imported.
     """
     from multiprocessing import forkserver
 
-    threads = str(threads_for(ranks_here))
-    os.environ.update(QUIET, OMP_NUM_THREADS=threads, MKL_NUM_THREADS=threads)
+    os.environ.update(QUIET, OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads))
     engines = CPU_PRELOAD if preload and not Path("/dev/nvidiactl").exists() else ()
     multiprocessing.get_context("forkserver").set_forkserver_preload([*OWN, *preload, *engines])
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited by the server: only the rank handles Ctrl-C
@@ -173,6 +208,7 @@ def _child(channel, target: str, arguments: dict, environment: dict, threads: in
     threading.Thread(target=_end_with_rank, daemon=True).start()
     for key, value in environment.items():
         os.environ.pop(key, None) if value is None else os.environ.update({key: value})
+    os.environ[THREADS] = str(threads)
     try:
         if log:
             _write_to(log)

@@ -8,7 +8,8 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Collection
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -24,9 +25,9 @@ from flywheel.runs.estimate import overview
 from flywheel.runs.files import read_json, write_file, write_json
 from flywheel.runs.fork import fork
 from flywheel.runs.manifest import stage_dir
-from flywheel.runs.processes import Tell, processes, run_stage
+from flywheel.runs.processes import Tell, call_alone, processes, run_stage, threads_of
 from flywheel.runs.ranks import Launch, LaunchFailed, Ranks, RunLock, free_port
-from flywheel.runs.run import Run
+from flywheel.runs.run import SKIPPED, Run
 from flywheel.runs.shards import shard_dirs
 from flywheel.runs.stage import Scheduled, Stage, schedule
 from flywheel.runs.terminal import Progress, brief
@@ -59,13 +60,14 @@ def signals():
 class Loop:
     """One rank's part of a launch."""
 
-    args: argparse.Namespace  # round, name, runs, dry_run, fork
+    args: argparse.Namespace  # round, name, runs, dry_run, fork, force
     load_recipe: Callable[[], Recipe]
     ranks: Ranks
     stages: str
     report: str
     preload: tuple[str, ...]
-    preflight: str | None = None  # `module:function(recipe)`, which raises UserError
+    preflight: str | None = None  # `module:function(recipe, ranks)`: ids to leave out; raises UserError
+    tryout: str | None = None  # `module:function(recipe, force)`, which raises UserError
     launch: Launch | None = None
     at: str = ""  # the current stage
     parent: int = field(default_factory=os.getppid)
@@ -92,13 +94,17 @@ class Loop:
 
     def lead(self) -> int:
         notes: list[str] = []
-        counts = {str(split): len(group) for split, group in load(self.recipe.problems, notes).items()}
+        problems = load(self.recipe.problems, notes)
         sources = manifest.source_files(self.recipe)
         reached = max(self.args.round, manifest.last_round(self.run))
-        if not (self.run / "recipe.yaml").exists():
-            self.check_model()  # before the recipe is stored: afterwards it can no longer be changed
+        new = not (self.run / "recipe.yaml").exists()
+        # before the recipe is stored: afterwards it can no longer be changed
+        skipped = self.check_model() if new else Run(self.run, self.recipe).skipped
+        if skipped:
+            notes.append(f"{len(skipped)} that do not fit engine.max_model_len are left out (problems.skip_long)")
+        counts = {str(split): sum(p.id not in skipped for p in group) for split, group in problems.items()}
         if not self.args.dry_run:
-            self.open_run()
+            self.open_run(skipped)
         manifest.check_recipe(self.run, self.recipe)
         self.fork(sources)
         manifest.check_run(self.run, self.recipe, sources, self.plan(reached))
@@ -115,7 +121,7 @@ class Loop:
             self.launch = Launch(self.run, self.ranks)  # the other ranks wait for an order
             self.dismiss()
             return self.nothing_to_do(len(plan))
-        isolate.start_server(self.ranks.local_world, self.preload)
+        isolate.start_server(threads_of(self.ranks, self.recipe), self.preload)
         self.launch = Launch(self.run, self.ranks)
         failed = []
         for round in rounds:
@@ -137,14 +143,22 @@ class Loop:
         self.launch.order(do="end")
         self.launch.wait_for_all()
 
-    def check_model(self) -> None:
-        """Call `preflight` in a separate process. A dry run does not download a model from the Hub for it."""
-        if self.preflight is None or (self.args.dry_run and not Path(self.recipe.model.base).is_dir()):
-            return
-        isolate.start_server(self.ranks.local_world, () if self.args.dry_run else self.preload)
-        isolate.call(self.preflight, {"recipe": self.recipe}, what="the recipe and its model", threads=1)
+    def check_model(self) -> Collection[str]:
+        """Call `preflight`, then `tryout`, each in a process of its own; returns the ids of questions to leave out.
 
-    def open_run(self) -> None:
+        A dry run does not download a model from the Hub for the first, and leaves out the second.
+        """
+        arguments, what, skipped = {"recipe": self.recipe}, "the recipe and its model", ()
+        if self.preflight and not (self.args.dry_run and not Path(self.recipe.model.base).is_dir()):
+            isolate.start_server(threads_of(self.ranks, self.recipe), () if self.args.dry_run else self.preload)
+            asked = arguments | {"ranks": self.ranks.world}
+            skipped = call_alone(self.ranks, self.recipe, self.preflight, asked, what)
+        if self.tryout and not self.args.dry_run:
+            isolate.start_server(threads_of(self.ranks, self.recipe), self.preload)
+            call_alone(self.ranks, self.recipe, self.tryout, arguments | {"force": self.args.force}, what)
+        return skipped
+
+    def open_run(self, skipped: Collection[str]) -> None:
         """Create and lock the run's directory; store the recipe of a new run. Raises UserError, OSError."""
         with suppress(FileExistsError):
             self.run.mkdir(parents=True)
@@ -157,6 +171,8 @@ class Loop:
                 raise UserError(
                     f"{self.run}: holds rounds but no recipe.yaml; put it back, or start another run with --name"
                 )
+            if skipped:
+                write_json(self.run / SKIPPED, sorted(skipped))
             text = yaml.safe_dump(self.recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
             write_file(self.run / "recipe.yaml", text.encode())
 
@@ -204,7 +220,10 @@ class Loop:
         for scratch in manifest.SCRATCH:
             if (directory / scratch).is_dir():
                 shutil.rmtree(directory / scratch)
-        print(f"round {round}  {stage.name:14s} {made['seconds']:7.1f} s  {brief(made)}", flush=True)
+        verdicts = Counter()
+        for shard in shard_dirs(directory):
+            verdicts.update(read_json(shard / "shard.json").get("verdicts", {}))
+        print(f"round {round}  {stage.name:14s} {made['seconds']:7.1f} s  {brief(made, verdicts)}", flush=True)
         self.at = ""
 
     def after_round(self, round: int) -> bool:
@@ -214,7 +233,7 @@ class Loop:
                 f"{self.report}:after_round",
                 {"run": Run(self.run, self.recipe), "round": round},
                 what=f"report of round {round}",
-                threads=isolate.threads_for(self.ranks.local_world),
+                threads=threads_of(self.ranks, self.recipe),
                 watch=self.watch,
             )
         except isolate.StageFailed as error:
@@ -229,7 +248,7 @@ class Loop:
         if self.args.dry_run:
             return 0
         stages = isolate.resolve(self.stages)
-        isolate.start_server(self.ranks.local_world, self.preload)
+        isolate.start_server(isolate.threads_for(self.ranks.local_world), self.preload)
         self.launch = Launch(self.run, self.ranks)
         while (order := self.launch.next())["do"] == "stage":
             stage = next(s for s in stages(order["round"]) if s.name == order["stage"])

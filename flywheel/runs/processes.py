@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from flywheel.recipe import Recipe
 from flywheel.runs import isolate, manifest
@@ -25,10 +26,16 @@ def own_cores(ranks: Ranks) -> list[int]:
 
 def processes(ranks: Ranks, recipe: Recipe, stage: Stage) -> int:
     """Number of processes per rank: 1 for training; for sampling `engine.workers`, at most one per core."""
-    if stage.train:
-        return 1
-    cores = len(own_cores(ranks))
-    return min(cores, recipe.engine.workers or default_workers(recipe.model.base, cores))
+    return 1 if stage.train else workers(recipe, threads_of(ranks, recipe))
+
+
+def threads_of(ranks: Ranks, recipe: Recipe) -> int:
+    """CPU threads of this rank, all its processes together."""
+    return isolate.threads_for(ranks.local_world, recipe.engine.threads)
+
+
+def workers(recipe: Recipe, threads: int) -> int:
+    return min(threads, recipe.engine.workers or default_workers(recipe.model.base, threads))
 
 
 def default_workers(base: str, cores: int) -> int:
@@ -57,8 +64,10 @@ def run_stage(
     The others only process chunks. If one process fails, all are ended. `watch` is called several times a second and
     ends the stage by raising. Raises StageFailed.
     """
-    cores, count = own_cores(ranks), processes(ranks, recipe, stage)
-    bound = not stage.train and (count > 1 or ranks.local_world > 1)
+    cores, threads, count = own_cores(ranks), threads_of(ranks, recipe), processes(ranks, recipe, stage)
+    # with fewer threads than cores nobody knows which cores are free, so the kernel chooses
+    bound = not stage.train and (count > 1 or ranks.local_world > 1) and threads == len(cores)
+    made: dict[int, float] = {}  # tokens so far, by process
     over = threading.Event()
 
     def watch_others() -> None:
@@ -66,8 +75,14 @@ def run_stage(
             raise LaunchFailed("another process of this rank ended")
         watch()
 
-    def call(worker: int, tell: Tell, watch: Callable[[], None]) -> dict:
-        rank, mine = ranks.world * worker + ranks.rank, cores[worker::count]
+    def call(worker: int, watch: Callable[[], None]) -> dict:
+        rank = ranks.world * worker + ranks.rank
+
+        def told(done: int, total: int, figures: dict) -> None:
+            made[worker] = figures.get("tokens", 0)
+            if worker == 0:
+                tell(done, total, figures | ({"tokens": all_made} if (all_made := sum(made.values())) else {}))
+
         arguments = {
             "recipe": recipe,
             "run": run,
@@ -76,29 +91,41 @@ def run_stage(
             "stages": stages,
             "rank": rank,
             "world": ranks.world,
-            "cores": mine if bound else None,
+            "cores": cores[worker::count] if bound else None,
         }
         return isolate.call(
             "flywheel.runs.worker:perform_stage",
             arguments,
             what=manifest.name_of((round, stage.name)),
-            threads=len(mine),
+            threads=len(range(worker, threads, count)),
             environment=environment(ranks, bool(stage.train), port),
             log=manifest.stage_dir(run, round, stage.name) / f"rank_{rank}.log",
-            tell=tell,
+            tell=told,
             watch=watch,
         )
 
     with ThreadPoolExecutor(max(1, count - 1)) as pool:
-        others = [pool.submit(call, w, lambda done, total, figures: None, watch_others) for w in range(1, count)]
+        others = [pool.submit(call, w, watch_others) for w in range(1, count)]
         try:
-            figures = call(0, tell, lambda: (watch(), [other.result() for other in others if other.done()]))
+            figures = call(0, lambda: (watch(), [other.result() for other in others if other.done()]))
             for other in others:
                 other.result()
         except BaseException:
             over.set()
             raise
     return figures
+
+
+def call_alone(ranks: Ranks, recipe: Recipe, target: str, arguments: Mapping[str, Any], what: str) -> Any:
+    """Call `module:function` in one process with the threads and the environment of a sampling stage's process."""
+    threads = threads_of(ranks, recipe)
+    return isolate.call(
+        target,
+        arguments,
+        what=what,
+        threads=threads // workers(recipe, threads),
+        environment=environment(ranks, False, 0),
+    )
 
 
 def environment(ranks: Ranks, training: bool, port: int) -> dict[str, str | None]:

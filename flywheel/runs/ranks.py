@@ -21,6 +21,7 @@ from flywheel.errors import UserError
 from flywheel.runs.files import read_json, write_json
 
 PATIENCE = 180.0  # seconds for all ranks to start
+TRY_OUT = 1800.0  # seconds for rank 0 to try the model out, before it meets the others
 POLL = 0.1
 
 
@@ -122,7 +123,7 @@ class Launch:
     def _join(self) -> Path:
         """The other side: write this rank's token, and confirm it once rank 0 has published it. Returns the folder."""
         token, hello = uuid.uuid4().hex, self.base / f"hello_{self.ranks.rank}.json"
-        for _ in _until(PATIENCE):
+        for _ in _until(PATIENCE + TRY_OUT):
             if not hello.is_file():  # rank 0 clears the folder when it starts
                 with suppress(FileNotFoundError):
                     write_json(hello, token)
@@ -132,7 +133,7 @@ class Launch:
                 RunLock(directory, f"alive_{self.ranks.rank}").take()
                 write_json(directory / f"here_{self.ranks.rank}.json", token)
                 return directory
-        raise LaunchFailed(f"rank 0 did not answer within {PATIENCE:.0f} s")
+        raise LaunchFailed(f"rank 0 did not answer within {PATIENCE + TRY_OUT:.0f} s")
 
     # ---- rank 0 ----
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator
+import threading
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,22 +17,28 @@ from flywheel.ledger import Ledger
 from flywheel.recipe import Recipe, load
 from flywheel.records import ModelRef, Problem, Role, Split
 from flywheel.runs import manifest
-from flywheel.runs.files import read_rows, read_table
+from flywheel.runs.files import read_json, read_rows, read_table
 from flywheel.runs.shards import Shards, shard_dirs
 from flywheel.runs.stage import At, Stage
 
 R = TypeVar("R")
+BEAT = 3.0  # seconds
+SKIPPED = "skipped_questions.json"  # ids of the questions that `problems.skip_long` left out when the run began
 
 
 class Run:
     """Read-only access to a run directory, finished or not: recipe, manifests, records, models."""
 
-    def __init__(self, root: str | Path, recipe: Recipe | None = None):
-        """`recipe`: used in place of the run's own. Raises UserError if there is no run at `root`."""
+    def __init__(self, root: str | Path, recipe: Recipe | None = None, skipped: Collection[str] | None = None):
+        """`recipe` and `skipped` (ids of left out questions): used in place of the run's own.
+
+        Raises UserError if there is no run at `root`.
+        """
         self.root = Path(root)
         if recipe is None and not (self.root / "recipe.yaml").is_file():
             raise UserError(f"{root}: not a run (no recipe.yaml in it)")
         self._recipe = recipe or load(self.root / "recipe.yaml")
+        self.skipped = frozenset((read_json(self.root / SKIPPED) or ()) if skipped is None else skipped)
 
     @property
     def recipe(self) -> Recipe:
@@ -101,7 +110,8 @@ class Run:
     def _problems(self) -> dict[Split, list[Problem]]:
         from flywheel.problems import sources
 
-        return sources.load(self._recipe.problems)
+        groups = sources.load(self._recipe.problems)
+        return {split: [p for p in group if p.id not in self.skipped] for split, group in groups.items()}
 
     def policy_round(self, round: int) -> int:
         """The round whose distillation made the current policy after `round`; 0 is the base.
@@ -168,9 +178,11 @@ class Context(Run):
         super().__init__(root, recipe)
         self.round, self.stage, self.rank, self.world = round, stage, rank, world
         self.ledger = Ledger(stage.name, round)
+        self.verdicts: Counter[str] = Counter()  # on the solutions that were graded for the current chunk
         self.dir = self.path(stage.name)
         self._tell = tell
         self._before = self._chunk = self._items = 0  # items in finished chunks, in the current chunk, in the stage
+        self._said: tuple[int, int, dict] = (0, 0, {})  # the last progress
 
     @cached_property
     def recipe(self) -> Recipe:
@@ -227,13 +239,39 @@ class Context(Run):
         """Report `done` of `total` units of a training or of the current chunk."""
         if self._items:
             done, total = self._before + self._chunk * done // max(1, total), self._items
-        self._tell(done, total, figures)
+        self._say(done, total, figures)
+
+    def _say(self, done: int, total: int, figures: dict) -> None:
+        self._said = (done, total, figures)
+        self.beat()
+
+    def beat(self) -> None:
+        """Report the last progress again, with the tokens so far."""
+        done, total, figures = self._said
+        self._tell(done, total, figures | ({"tokens": self.ledger.so_far} if self.ledger.so_far else {}))
+
+    @contextmanager
+    def beating(self) -> Iterator[None]:
+        """Inside, a thread calls `beat` every BEAT seconds, whatever the stage does meanwhile."""
+        over = threading.Event()
+
+        def beats() -> None:
+            while not over.wait(BEAT):
+                self.beat()
+
+        thread = threading.Thread(target=beats, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
 
     def at_chunk(self, shards: Shards, chunk: int) -> None:
         """Report that a chunk of `chunk` items starts, or with 0 that none is being processed."""
         self._items = sum(map(len, shards.chunks))
         self._before, self._chunk = sum(len(shards.chunks[i]) for i in shards.done()), chunk
-        self._tell(self._before, self._items, {})
+        self._say(self._before, self._items, {})
 
 
 class Named:

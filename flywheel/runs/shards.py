@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from flywheel.runs.files import Damaged, encode, encode_ledger, fence, read_json, sha256, sync_dir, write_synced
@@ -71,9 +71,17 @@ class Shards:
             return False
 
     def write(
-        self, index: int, records: Iterable[object], ledger: Callable[[], list[dict]], seconds: Callable[[], float]
+        self,
+        index: int,
+        records: Iterable[object],
+        ledger: Callable[[], list[dict]],
+        seconds: Callable[[], float],
+        verdicts: Mapping[str, int] = {},
     ) -> None:
-        """Write a claimed chunk: one table per record class, the ledger's rows, and `shard.json`."""
+        """Write a claimed chunk: one table per record class, the ledger's rows, and `shard.json`.
+
+        `verdicts`: counts of its graded solutions; like `ledger` and `seconds` read after the last record.
+        """
         tables: dict[type, list[object]] = {}
         for record in records:
             tables.setdefault(type(record), []).append(record)
@@ -85,6 +93,7 @@ class Shards:
             "items": list(self.chunks[index]),
             "counts": {cls.__name__: len(rows) for cls, rows in tables.items()},
             "seconds": round(seconds(), 3),
+            "verdicts": dict(verdicts),
             "files": {
                 name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()
             },

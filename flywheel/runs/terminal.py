@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from tqdm import tqdm
 
 
-def brief(made: dict[str, Any], most: int = 6) -> str:
-    """A manifest in one short text: its tokens and first `most` scalar figures, or record counts if it has none."""
+def brief(made: dict[str, Any], verdicts: Mapping[str, int] = {}, most: int = 6) -> str:
+    """A manifest in one short text: its tokens, the verdicts on the solutions that the stage graded, and its first
+    `most` scalar figures, or its record counts if it has none.
+    """
     plain = {
         k: v
         for k, v in made["figures"].items()
@@ -20,18 +23,22 @@ def brief(made: dict[str, Any], most: int = 6) -> str:
         f"{key} {value:.3f}" if isinstance(value, float) else f"{key} {value}"
         for key, value in (plain or made["counts"]).items()
     ]
-    if made["tokens"]:
-        parts.insert(0, f"{made['tokens']:,} tokens")
-    return ", ".join(parts[: most + 1])
+    first = [f"{made['tokens']:,} tokens"] if made["tokens"] else []
+    if verdicts:
+        first.append(f"{sum(verdicts.values())} graded: " + " ".join(f"{n} {v}" for v, n in sorted(verdicts.items())))
+    return ", ".join([*first, *parts[:most]])
 
 
 class Progress:
-    """A progress bar in a terminal; otherwise a line at most every EVERY seconds."""
+    """A progress bar in a terminal; otherwise a line every EVERY seconds.
 
-    EVERY = 30.0
+    If the figures hold `tokens`, a count so far, the line has their rate since the last line too.
+    """
+
+    EVERY = 25.0  # a stage's process reports every few seconds, so no silence is longer than 30
 
     def __init__(self, title: str):
-        self.title, self.bar, self.last = title, None, time.monotonic()
+        self.title, self.bar, self.last, self.tokens = title, None, time.monotonic(), 0.0
 
     def __enter__(self) -> Progress:
         return self
@@ -41,12 +48,15 @@ class Progress:
             self.bar.close()
 
     def show(self, done: int, total: int, figures: dict[str, float]) -> None:
-        notes = {key: f"{value:.4g}" for key, value in figures.items()}
+        now = time.monotonic()
+        notes = {key: f"{value:,}" if key == "tokens" else f"{value:.4g}" for key, value in figures.items()}
+        if (tokens := figures.get("tokens", 0)) and now > self.last:
+            notes["tokens/s"] = f"{(tokens - self.tokens) / (now - self.last):.0f}"
         if sys.stderr.isatty():
             self.bar = self.bar if self.bar is not None else tqdm(desc=self.title, leave=False, total=total)
-            self.bar.total = total
-            self.bar.set_postfix(notes, refresh=False)
-            self.bar.update(done - self.bar.n)
-        elif time.monotonic() - self.last >= self.EVERY:
-            self.last = time.monotonic()
+            self.bar.n, self.bar.total = done, total
+            self.bar.set_postfix(notes)
+        elif now - self.last >= self.EVERY:
             print(f"{self.title}  {done}/{total}  {' '.join(f'{k} {v}' for k, v in notes.items())}", flush=True)
+        if now - self.last >= self.EVERY:
+            self.last, self.tokens = now, tokens

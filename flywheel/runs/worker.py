@@ -42,12 +42,13 @@ def perform(ctx: Context) -> dict:
     """One rank's part of the stage; rank 0 returns the figures."""
     ctx.dir.mkdir(parents=True, exist_ok=True)
     figures: dict = {}
-    if ctx.stage.train:
-        figures |= ctx.stage.train(ctx)
-    else:
-        fill(ctx)
-    if ctx.stage.finish and ctx.rank == 0:
-        figures |= ctx.stage.finish(ctx)
+    with ctx.beating():
+        if ctx.stage.train:
+            figures |= ctx.stage.train(ctx)
+        else:
+            fill(ctx)
+        if ctx.stage.finish and ctx.rank == 0:
+            figures |= ctx.stage.finish(ctx)
     if rows := ctx.ledger.take():  # charged by a training, or after the last chunk
         write_file(ctx.dir / ("ledger.parquet" if ctx.rank == 0 else f"ledger_{ctx.rank}.parquet"), encode_ledger(rows))
     return plain(figures)
@@ -87,8 +88,9 @@ def fill(ctx: Context, chunk: int | None = None) -> None:
 def write_shard(ctx: Context, shards: Shards, index: int, opened: Opened) -> None:
     started, questions = time.monotonic(), shards.chunks[index]
     ctx.at_chunk(shards, len(questions))
+    ctx.verdicts.clear()  # of a chunk whose engine died
     records = ctx.stage.work(ctx, opened.get(), questions)
-    shards.write(index, records, ctx.ledger.take, lambda: time.monotonic() - started)
+    shards.write(index, records, ctx.ledger.take, lambda: time.monotonic() - started, ctx.verdicts)
 
 
 class Opened:

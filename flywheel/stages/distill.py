@@ -33,7 +33,17 @@ def train(ctx: Context) -> dict:
         for row in rows
     )
     fit, check, too_long = examples(targets, held, spec.max_length)
-    job = Job(ctx.recipe.model, spec, ctx.dir, ctx.seed("train"), "last", Role.POLICY, ctx.ledger, start(ctx, spec))
+    job = Job(
+        ctx.recipe.model,
+        spec,
+        ctx.dir,
+        ctx.seed("train"),
+        "last",
+        Role.POLICY,
+        ctx.ledger,
+        start(ctx, spec),
+        ctx.progress,
+    )
     report = train_sft(fit, check, job)
     return {
         "trained": True,

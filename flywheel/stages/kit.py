@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from flywheel.models.engine import Engine, Sampling
 from flywheel.models.prm import Prm, label_ids
 from flywheel.models.prompts import Prompts
 from flywheel.models.steps import Reader
-from flywheel.models.weights import check_length, check_targets, judge_fault, load_tokenizer
+from flywheel.models.weights import MAX_LORA_RANK, check_length, check_targets, judge_fault, load_tokenizer
 from flywheel.problems.grading import Grader, load_function
 from flywheel.recipe import Recipe
 from flywheel.records import Grade, ModelRef, Problem, Question, Role, Solution, Split
@@ -26,6 +27,7 @@ from flywheel.runs.run import Context, Run
 from flywheel.search.run import search
 from flywheel.search.strategy import Searcher, Strategy
 
+ON_GPU = Path("/dev/nvidiactl").exists()  # found without opening it
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -37,10 +39,11 @@ def prompts_and_reader(run: Run) -> tuple[Prompts, Reader]:
     return Prompts(spec, tokenizer), Reader(tokenizer, spec)
 
 
-def preflight(recipe: Recipe) -> None:
-    """Check before the run what would fail a stage hours later: stop words, labels, templates, lengths, checkers.
+def preflight(recipe: Recipe, ranks: int = 1) -> list[str]:
+    """Check before the run what would fail a stage hours later.
 
-    Raises UserError.
+    Stop words, labels, templates, checkers, the length of every question, the LoRA rank, and batches for `ranks`
+    processes. Returns the ids of the questions that `problems.skip_long` leaves out. Raises UserError.
     """
     try:
         tokenizer = load_tokenizer(recipe.model.base)
@@ -67,6 +70,60 @@ def preflight(recipe: Recipe) -> None:
             " which is slower than as a classifier",
             flush=True,
         )
+    if recipe.engine.kind == "vllm" and not ON_GPU:
+        from flywheel.models.vllm_cpu import emulated  # it imports torch
+
+        if warning := emulated(recipe.engine):
+            print(warning, flush=True)
+    check_batches(recipe, ranks)
+    check_lora_rank(recipe)
+    return long_questions(recipe, prompts)
+
+
+def check_batches(recipe: Recipe, ranks: int) -> None:
+    """Raises UserError if `ranks` processes cannot share a training's batch equally."""
+    for key in ("prm", "reviser", "distill"):
+        if (batch := getattr(recipe, key).batch_size) % ranks:
+            raise UserError(f"{key}.batch_size: {batch} cannot be shared by {ranks} processes; take a multiple of it")
+
+
+def check_lora_rank(recipe: Recipe) -> None:
+    """Raises UserError if adapters are served at run time and vLLM takes none of `model.lora_rank`."""
+    runtime = recipe.engine.adapters == "runtime" or (recipe.engine.adapters == "auto" and ON_GPU)
+    if recipe.engine.kind == "vllm" and runtime and recipe.model.lora_rank > MAX_LORA_RANK:
+        raise UserError(
+            f"model.lora_rank: {recipe.model.lora_rank} is more than vLLM serves at run time ({MAX_LORA_RANK});"
+            " lower it, or set engine.adapters=merged"
+        )
+
+
+def too_long(recipe: Recipe, prompts: Prompts, problem: Problem) -> int:
+    """The tokens that a question and a solution of `sample.max_tokens` have beyond `engine.max_model_len`, or 0."""
+    solve, (check, _) = prompts.solve(problem.question, bare=True), prompts.check(problem.question, ())
+    longest = max(len(solve), len(check) + 1)  # the PRM's prompt ends with a label
+    return max(0, longest + recipe.sample.max_tokens - recipe.engine.max_model_len)
+
+
+def long_questions(recipe: Recipe, prompts: Prompts) -> list[str]:
+    """The ids of the questions that do not fit the model. Raises UserError for them without `problems.skip_long`.
+
+    Raises UserError too if a split has no other questions.
+    """
+    problems = Run(Path(), recipe, skipped=()).problems(*Split)
+    long = {problem.id: over for problem in problems if (over := too_long(recipe, prompts, problem))}
+    if not long:
+        return []
+    most = max(long, key=long.get)
+    line = (
+        f"{len(long)} of {len(problems)} questions do not fit engine.max_model_len {recipe.engine.max_model_len} with"
+        f" sample.max_tokens {recipe.sample.max_tokens}, {most} the most: {long[most]} tokens too many"
+    )
+    if not recipe.problems.skip_long:
+        raise UserError(f"{line}; raise engine.max_model_len, or leave them out with problems.skip_long=true")
+    for split in Split:
+        if all(problem.id in long for problem in problems if problem.split is split):
+            raise UserError(f"{line}, and they are all of the split {split}; raise engine.max_model_len")
+    return list(long)
 
 
 @dataclass
@@ -79,6 +136,7 @@ class Kit:
     reader: Reader
     grader: Grader
     problems: dict[str, Problem]
+    verdicts: Counter[str]  # on all solutions that were graded
 
     def engine(self, key: str = Role.POLICY) -> Engine:
         return self.backend.engine(key)
@@ -148,7 +206,9 @@ class Kit:
             yield from self.grade(solutions)
 
     def grade(self, solutions: Sequence[Solution]) -> list[Grade]:
-        return self.grader.verdicts([(self.problems[s.question_id], s) for s in solutions])
+        grades = self.grader.verdicts([(self.problems[s.question_id], s) for s in solutions])
+        self.verdicts.update(str(grade.verdict) for grade in grades)
+        return grades
 
     def correct(self, solutions: Iterable[Solution]) -> dict[str, bool]:
         """Solution id -> whether it is correct."""
@@ -156,8 +216,18 @@ class Kit:
 
 
 @contextmanager
-def open_kit(run: Run, models: Mapping[str, ModelRef], *splits: Split, ledger: Ledger, seed: int) -> Iterator[Kit]:
-    """Open the engines of `models` and the problems of `splits`; closes all engines on exit."""
+def open_kit(
+    run: Run,
+    models: Mapping[str, ModelRef],
+    *splits: Split,
+    ledger: Ledger,
+    seed: int,
+    verdicts: Counter[str] | None = None,
+) -> Iterator[Kit]:
+    """Open the engines of `models` and the problems of `splits`; closes all engines on exit.
+
+    `verdicts` counts those on the solutions that the kit grades.
+    """
     prompts, reader = prompts_and_reader(run)
     problems = {p.id: p for p in run.problems(*splits)}
     judges = {key for key in models if key.partition(":")[0] == Role.PRM}
@@ -166,11 +236,13 @@ def open_kit(run: Run, models: Mapping[str, ModelRef], *splits: Split, ledger: L
     with TemporaryDirectory(prefix="flywheel-") as scratch, Grader(run.recipe.problems) as grader:
         backend = open_backend(run.recipe.engine, models, ledger, seed % 2**31, Path(scratch))
         try:
-            yield Kit(run.recipe, backend, prompts, reader, grader, problems)
+            yield Kit(
+                run.recipe, backend, prompts, reader, grader, problems, Counter() if verdicts is None else verdicts
+            )
         finally:
             backend.close()
 
 
 def kit(ctx: Context, models: Mapping[str, ModelRef], *splits: Split):
-    """`open_kit` for a stage, with the stage's ledger and a seed from run, round and stage."""
-    return open_kit(ctx, models, *splits, ledger=ctx.ledger, seed=ctx.seed("engine"))
+    """`open_kit` for a stage, with the stage's ledger and verdicts and a seed from run, round and stage."""
+    return open_kit(ctx, models, *splits, ledger=ctx.ledger, seed=ctx.seed("engine"), verdicts=ctx.verdicts)

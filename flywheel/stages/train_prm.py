@@ -5,9 +5,9 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field
 
-from flywheel.errors import UserError
 from flywheel.models.prm import aggregate, encode, label_ids
 from flywheel.models.prompts import Prompts
+from flywheel.recipe import PrmSpec
 from flywheel.records import Grade, Problem, Role, Solution, Split, StepValues, Verdict
 from flywheel.runs.run import Context
 from flywheel.runs.stage import Input, Stage
@@ -51,13 +51,19 @@ def labelled(ctx: Context, prompts: Prompts, problems: dict[str, Problem]) -> La
             out.too_long += 1
         else:
             (out.check if row.question_id in out.held else out.fit).append(made)
-    if not out.fit or not out.check:
-        raise UserError(
-            f"train_prm: {len(out.fit)} labelled solutions to train on and {len(out.check)} to validate on"
-            f" ({out.silent} of questions never answered right, {out.too_long} longer than prm.max_length"
-            f" {ctx.recipe.prm.max_length} left out); more label.questions, or a greater prm.max_length"
-        )
     return out
+
+
+def missing(found: Labelled, spec: PrmSpec) -> str | None:
+    """One line that says what a training lacks, if it has fewer than `prm.min_examples`, or none to validate on."""
+    if len(found.fit) >= spec.min_examples and found.check:
+        return None
+    return (
+        f"{len(found.fit)} labelled solutions to train on (prm.min_examples {spec.min_examples}) and"
+        f" {len(found.check)} to validate on, {found.silent} of questions never answered right and {found.too_long}"
+        f" longer than prm.max_length {spec.max_length} left out: the base judges this round; more label.questions or"
+        " label.solutions mend it"
+    )
 
 
 def example(
@@ -77,7 +83,12 @@ def train(ctx: Context) -> dict:
     labels = label_ids(prompts.tokenizer, spec.labels)
     problems = {p.id: p for p in ctx.problems(Split.TRAIN)}
     found = labelled(ctx, prompts, problems)
-    job = Job(ctx.recipe.model, spec, ctx.dir, ctx.seed("train"), "best", Role.PRM, ctx.ledger, start(ctx, spec))
+    examples = {"examples": len(found.fit), "validation_examples": len(found.check)}
+    if why := missing(found, spec):
+        return {"model": "policy_0", **examples, "refused": True, "why": why}
+    job = Job(
+        ctx.recipe.model, spec, ctx.dir, ctx.seed("train"), "best", Role.PRM, ctx.ledger, start(ctx, spec), ctx.progress
+    )
     report = train_prm(found.fit, found.check, labels, job)
     if ctx.rank:
         return {}
@@ -94,8 +105,7 @@ def train(ctx: Context) -> dict:
         "model": f"prm_{ctx.round}",
         **refused,
         "labels_by": ctx.model(Role.POLICY, ctx.round - 1).name,
-        "examples": len(found.fit),
-        "validation_examples": len(found.check),
+        **examples,
         "target": found.target,
         "silent": found.silent,
         "too_long": found.too_long,

@@ -51,13 +51,7 @@ def train(ctx: Context) -> dict:
     problems = {p.id: p for p in ctx.problems(Split.TRAIN)}
     rows = trajectories(ctx)
     questions = sorted({row.question_id for row in rows})
-    if len(questions) < 2:  # one to train on and one to validate on
-        return {
-            "trained": False,
-            "trajectories": len(rows),
-            "why": "too few questions with a correct solution: this round has no reviser",
-        }
-    held = set(random.Random(ctx.seed("held out")).sample(questions, max(1, len(questions) // 10)))
+    held = set(random.Random(ctx.seed("held out")).sample(questions, min(len(questions), max(1, len(questions) // 10))))
     targets = (
         (
             row.question_id,
@@ -67,7 +61,25 @@ def train(ctx: Context) -> dict:
         for row in rows
     )
     fit, check, too_long = examples(targets, held, spec.max_length)
-    job = Job(ctx.recipe.model, spec, ctx.dir, ctx.seed("train"), "all", Role.REVISER, ctx.ledger, start(ctx, spec))
+    if len(fit) < spec.min_examples or not check:
+        return {
+            "trained": False,
+            "trajectories": len(fit),
+            "why": f"{len(fit)} trajectories to train on (reviser.min_examples {spec.min_examples}) and {len(check)} to"
+            f" validate on, of {len(questions)} questions with a correct solution, {too_long} longer than"
+            f" reviser.max_length left out: this round has no reviser",
+        }
+    job = Job(
+        ctx.recipe.model,
+        spec,
+        ctx.dir,
+        ctx.seed("train"),
+        "all",
+        Role.REVISER,
+        ctx.ledger,
+        start(ctx, spec),
+        ctx.progress,
+    )
     report = train_sft(fit, check, job)
     lengths = [len(row.attempts) - 1 for row in rows]
     return {

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -45,6 +45,7 @@ class Job:
     role: str
     ledger: Ledger
     start: str | None = None
+    tell: Callable[[int, int], None] = lambda done, total: None  # called after every step
 
 
 @dataclass(frozen=True)

@@ -139,6 +139,7 @@ class Schedule(TrainerCallback):
         return time.monotonic() - self.started
 
     def on_step_end(self, args, state, control, **kwargs):
+        self.job.tell(state.global_step, state.max_steps)
         control.should_log = state.global_step in self.logs
         control.should_save = state.global_step in self.saves
         control.should_evaluate = control.should_save and self.validate

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from flywheel.models import vllm, vllm_cpu
+from flywheel.recipe import EngineSpec
 
 pytestmark = pytest.mark.skipif(not vllm.current_platform.is_cpu(), reason="for a CPU")
 
@@ -36,6 +37,16 @@ def test_what_an_engine_s_start_says_is_shown_only_if_it_fails(capfd):
         os.write(2, b"a note of native code\n")
         raise KeyError
     assert capfd.readouterr().err == "a note of native code\n"
+
+
+@pytest.mark.parametrize(
+    "dtype, native, warned", [("bfloat16", False, True), ("bfloat16", True, False), ("float16", True, True),
+                              ("float32", False, False), ("auto", False, False)],
+)  # fmt: skip
+def test_a_dtype_that_the_cpu_emulates_is_warned_of(dtype, native, warned, monkeypatch):
+    monkeypatch.setattr(vllm_cpu, "has_bfloat16", lambda: native)
+    line = vllm_cpu.emulated(EngineSpec(dtype=dtype))
+    assert (line is not None) == warned and (not warned or f"emulates {dtype}" in line)
 
 
 @pytest.fixture

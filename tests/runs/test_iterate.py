@@ -14,10 +14,15 @@ import time
 from pathlib import Path
 
 import pytest
+import toy_stages
 from toy import HERE, Project, finish, gone, wait_for
 
+from flywheel.recipe import load
 from flywheel.runs import isolate
-from flywheel.runs.ranks import free_port
+from flywheel.runs.processes import run_stage
+from flywheel.runs.ranks import Ranks, free_port
+from flywheel.runs.run import Context
+from flywheel.runs.terminal import Progress
 
 
 @pytest.fixture
@@ -118,6 +123,19 @@ def test_bad_input_ends_with_one_line_and_writes_nothing(project, argv, message)
     done = project.run(*argv)
     assert done.returncode == 1 and message in one_line(done.stderr) and done.stdout == ""
     assert not project.runs.exists()
+
+
+def test_a_base_is_tried_out_once_before_a_new_run(project):
+    """A fault leaves nothing behind, so the mended recipe starts under the same name."""
+    failed = project.run("--round", "0", TOY_FAULT="tryout")
+    assert failed.returncode == 1 and "prompts.answer" in one_line(failed.stderr)
+    assert not project.runs.exists()
+    assert project.run("--round", "0", "--dry-run").returncode == 0 and len(project.logged("tryout:")) == 1
+    forced = project.run("--round", "0", "--force", TOY_FAULT="tryout")
+    assert forced.returncode == 0, forced.stderr
+    shutil.rmtree(project.stage(0, "evaluate"))
+    assert project.run("--round", "0", TOY_FAULT="tryout").returncode == 0
+    assert [line[0] for line in project.logged("tryout:")] == ["tryout:False", "tryout:True"]
 
 
 def test_ones_own_questions(project):
@@ -506,17 +524,20 @@ def test_a_rank_that_lags_behind_is_waited_for(project):
 # ---- the environment of a stage ----
 
 
-def test_a_child_uses_every_core_it_may(monkeypatch):
-    """accelerate exports OMP_NUM_THREADS=1; a stage must not believe it."""
+def test_a_child_uses_every_core_it_may():
+    """accelerate exports OMP_NUM_THREADS=1; a stage must not believe it if the launcher was not told so."""
     code = (
-        "import os; os.environ['OMP_NUM_THREADS'] = '1'\n"
+        "import os; os.environ |= {'OMP_NUM_THREADS': '1', 'ACCELERATE_MIXED_PRECISION': 'no'}\n"
         "from flywheel.runs import isolate\n"
         "if __name__ == '__main__':\n"
-        "    isolate.start_server(1, ('torch',))\n"
+        "    isolate.start_server(isolate.threads_for(1), ('torch',))\n"
         "    print(isolate.call('toy_threads:used', {'seconds': 1.0}, what='x', threads=isolate.threads_for(1)))\n"
     )
     env = {**os.environ, "PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}"}
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=120)
+    env.pop("OMP_NUM_THREADS", None)
+    launcher = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]], check=True)"
+    command = [sys.executable, "-c", launcher, code]
+    out = subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
     busy = json.loads(out.stdout)
     assert len(busy) == len(os.sched_getaffinity(0)), out.stderr
     assert min(busy) > 0.2 * max(busy), "one thread does it all"
@@ -540,6 +561,73 @@ def test_a_sampling_rank_sees_its_own_device(monkeypatch):
     assert "MASTER_PORT" not in environment(Ranks(), True, 1234)
 
 
-def test_each_rank_has_its_share_of_the_cores():
+def test_each_rank_has_its_share_of_the_cores(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     cores = len(os.sched_getaffinity(0))
     assert isolate.threads_for(1) == cores and isolate.threads_for(cores * 4) == 1
+
+
+def test_threads_are_the_least_of_recipe_environment_quota_and_cores(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    for key in ("OMP_NUM_THREADS", isolate.THREADS):
+        monkeypatch.delenv(key, raising=False)
+    assert isolate.threads_for(1) == 8 and isolate.threads_for(1, wanted=3) == 3 and isolate.threads_for(4, 3) == 2
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert isolate.threads_for(1) == 2 and isolate.threads_for(1, wanted=3) == 3
+    monkeypatch.setattr(isolate, "cpu_quota", lambda: 1.5)
+    assert isolate.threads_for(1, wanted=3) == 1
+    monkeypatch.setenv(isolate.THREADS, "5")  # a stage's process: what the rank gave it
+    assert isolate.threads_for(1, wanted=3) == 5
+
+
+def test_a_launcher_s_own_default_is_not_what_the_user_said(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert isolate.omp_threads() == 1
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    said = dict(
+        item.split("=", 1) for item in Path(f"/proc/{os.getppid()}/environ").read_text().split("\0") if "=" in item
+    )
+    assert isolate.omp_threads() == int(said.get("OMP_NUM_THREADS", 0))
+
+
+def test_the_quota_is_the_least_of_the_groups_above(tmp_path):
+    own = tmp_path / "own"
+    own.write_text("0::/a/b\n")
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    assert isolate.cpu_quota(tmp_path, own) == float("inf")
+    (tmp_path / "a" / "cpu.max").write_text("150000 100000\n")
+    (tmp_path / "a" / "b" / "cpu.max").write_text("max 100000\n")
+    assert isolate.cpu_quota(tmp_path, own) == 1.5
+
+
+def test_a_long_chunk_gives_signs_of_life_with_its_tokens(project, monkeypatch, capsys):
+    ctx = Context(load(project.root / "toy.yaml"), project.run_dir, 1, toy_stages.SAMPLE, tell=Progress("sample").show)
+    monkeypatch.setattr("flywheel.runs.run.BEAT", 0.05)
+    monkeypatch.setattr(Progress, "EVERY", 0.1)
+    with ctx.beating():
+        for _ in range(4):
+            ctx.ledger.so_far += 1500
+            time.sleep(0.15)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) >= 3 and all("tokens" in line and "tokens/s" in line for line in lines)
+    assert "tokens 6,000" in lines[-1]
+
+
+def test_the_processes_of_a_stage_share_its_threads(project, monkeypatch):
+    """With fewer threads than cores, nobody is bound to a core that may be busy."""
+    called = []
+    monkeypatch.setattr(isolate, "call", lambda target, arguments, **how: called.append((arguments, how)) or {})
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    for threads, expected in ((3, [2, 1]), (8, [4, 4])):
+        called.clear()
+        sets = ["engine.workers=2", f"engine.threads={threads}"]
+        recipe = load(project.root / "toy.yaml", sets)
+        run_stage(Ranks(), recipe, project.run_dir, 1, toy_stages.SAMPLE, "toy_stages:stages", 0, print, lambda: None)
+        assert sorted((how["threads"] for _, how in called), reverse=True) == expected
+        assert all((arguments["cores"] is not None) == (threads == 8) for arguments, _ in called)
+    called.clear()
+    run_stage(
+        Ranks(), load(project.root / "toy.yaml", ["engine.threads=3"]), project.run_dir, 1, toy_stages.DISTILL,
+        "toy_stages:stages", 0, print, lambda: None,
+    )  # fmt: skip
+    assert [how["threads"] for _, how in called] == [3]

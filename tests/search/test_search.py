@@ -51,6 +51,7 @@ class Say:
     """
 
     one_pass = True
+    tokens = 0
 
     def __init__(self, lines: dict[str, list[str]] | list[str] | None = None, values: dict[str, float] | None = None):
         self.lines, self.values = lines or {}, values or {}

@@ -9,15 +9,19 @@ import pytest
 
 from data.chain.check import beam_over_best_of_n
 from flywheel.errors import UserError
-from flywheel.recipe import TrainSpec, load
+from flywheel.recipe import PrmSpec, TrainSpec, load
 from flywheel.records import Finish, ModelRef, Problem, Question, Role, Solution, Split, Step
+from flywheel.runs.files import write_json
 from flywheel.runs.manifest import source_files
+from flywheel.runs.run import SKIPPED, Run
 from flywheel.search.beam import Beam
 from flywheel.search.best_of_n import BestOfN
 from flywheel.search.plan import Trial
-from flywheel.stages import label
-from flywheel.stages.kit import preflight
+from flywheel.stages import label, train_reviser
+from flywheel.stages.kit import preflight, prompts_and_reader
 from flywheel.stages.shared import start, votes
+from flywheel.stages.train_prm import Labelled, missing
+from flywheel.training import PrmExample
 from tests import families
 
 
@@ -72,12 +76,57 @@ def test_questions_that_are_sometimes_right_are_labelled_first(monkeypatch):
         ("prm.labels=[okay-then, 'no']", "prm.labels"),
         ("prm.labels=[ok, ok]", "prm.labels"),
         ("engine.max_model_len=100000", "engine.max_model_len"),
+        ("engine.max_model_len=110", r"questions do not fit engine.max_model_len 110 .* the most: \d+ tokens too many"),
+        ("model.lora_rank=600 engine.adapters=runtime", "model.lora_rank: 600 is more than vLLM serves"),
+        ("problems.checker=tests.micro:nothing", "problems.checker: tests.micro:nothing cannot be imported"),
     ],
 )
 def test_what_the_model_cannot_do_is_known_before_a_run_is_written(change, named):
     with pytest.raises(UserError, match=named):
-        preflight(load("recipes/chain.yaml", [change]))
-    preflight(load("recipes/chain.yaml"))
+        preflight(load("recipes/chain.yaml", change.split(" ") if "adapters" in change else [change]))
+    assert preflight(load("recipes/chain.yaml")) == []
+
+
+def test_a_batch_that_the_ranks_cannot_share_is_named():
+    recipe = load("recipes/chain.yaml", ["reviser.batch_size=16", "reviser.micro_batch_size=16"])
+    preflight(recipe, ranks=16)
+    with pytest.raises(UserError, match="reviser.batch_size: 16 cannot be shared by 32 processes"):
+        preflight(recipe, ranks=32)
+
+
+def test_long_questions_are_left_out_of_every_split_if_the_recipe_says_so(tmp_path):
+    sets = ["engine.max_model_len=110", "problems.skip_long=true"]
+    recipe = load("recipes/chain.yaml", sets)
+    skipped = preflight(recipe)
+    every = {p.id for p in Run(tmp_path, recipe).problems(*Split)}
+    assert 0 < len(skipped) < len(every) / 2
+    write_json(tmp_path / SKIPPED, skipped)
+    run = Run(tmp_path, recipe)
+    kept = run.problems(*Split)
+    assert {p.id for p in kept} == every - set(skipped)
+    prompts, _ = prompts_and_reader(run)
+    assert max(len(prompts.solve(p.question)) for p in kept) + recipe.sample.max_tokens <= 110
+    with pytest.raises(UserError, match="they are all of the split train; raise engine.max_model_len"):
+        preflight(load("recipes/chain.yaml", ["engine.max_model_len=98", "problems.skip_long=true"]))
+
+
+@pytest.mark.parametrize("fit, check, lacks", [(15, 3, True), (16, 0, True), (16, 1, False)])
+def test_a_prm_is_not_trained_on_too_few_examples(fit, check, lacks):
+    made = PrmExample((1, 2), (2,), (1.0,))
+    found = Labelled("value", set(), [made] * fit, [made] * check, silent=4, too_long=2)
+    why = missing(found, PrmSpec())
+    assert (why is not None) == lacks
+    if why:
+        assert f"{fit} labelled solutions" in why and "prm.min_examples 16" in why and "2 longer" in why
+
+
+def test_a_reviser_is_not_trained_on_too_few_examples(monkeypatch):
+    recipe = load("recipes/chain.yaml")
+    monkeypatch.setattr(train_reviser, "trajectories", lambda ctx: [])
+    ctx = SimpleNamespace(recipe=recipe, problems=lambda split: [], seed=lambda *parts: 3)
+    made = train_reviser.train(ctx)
+    assert not made["trained"] and made["trajectories"] == 0
+    assert made["why"].startswith("0 trajectories to train on (reviser.min_examples 16)")
 
 
 PLAIN = ["prompts.chat=false", "prompts.stop=[]", "prm.labels=['+', '-']", "engine.max_model_len=512"]

@@ -15,9 +15,11 @@ SMALL = [
     "problems.limits={train: 16, calibrate: 10, validation: 4, test: 8}",
     "sample={per_question: 8, calibrate: 8, max_tokens: 96}",
     "label={questions: 8, solutions: 2, rollouts: 2, validation: 0.25}",
+    "prm.min_examples=1",
     "prm.epochs=1",
     "prm.evals=1",
     "reviser={samples: 8, trajectories: 2, epochs: 1, evals: 1, probe_questions: 4, probe_attempts: 2}",
+    "reviser.min_examples=1",
     "calibrate.budgets=[4]",
     "harvest={budget: 4, keep: 2}",
     "distill.epochs=1",
@@ -54,6 +56,9 @@ def test_every_stage_of_a_real_round_leaves_its_manifest_and_figures(finished):
     for stage in ORDER:
         assert manifest(run, 1, stage)["figures"], stage
     assert "round 1: the policy, on test questions" in printed
+    lines = {tuple(line.split()[:3]): line for line in printed.splitlines() if " s  " in line}
+    for stage in set(ORDER) - {"train_prm", "train_reviser", "distill"}:
+        assert " graded: " in lines["round", "1", stage] and " correct" in lines["round", "1", stage], stage
     assert {p.name for p in (run / "pictures").glob("*.png")} >= {"pass_by_bin.png", "policy.png", "tokens.png"}
 
 

@@ -1,0 +1,104 @@
+"""The try-out: a few questions sampled by the base before a run begins, with what was read of its solutions.
+
+Prompts that do not fit a model are seen here within a minute, not as a run of zeros after hours of sampling.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from flywheel.errors import UserError
+from flywheel.ledger import Ledger
+from flywheel.recipe import Recipe
+from flywheel.records import Grade, ModelRef, Problem, Role, Solution, Split, Verdict
+from flywheel.runs.run import Run
+from flywheel.stages.kit import open_kit, too_long
+
+QUESTIONS, SAMPLES, SHOWN = 8, 4, 3
+FORCE = "; --force starts the run all the same"
+
+
+def try_out(recipe: Recipe, force: bool = False) -> None:
+    """Sample QUESTIONS training questions SAMPLES times each by the base, print what was read, and judge it.
+
+    The tokens are printed and charged to no run. Raises UserError, naming the recipe key to look at, if no answer could
+    be read or none is right, unless `force`.
+    """
+    run, ledger = Run(Path(), recipe, skipped=()), Ledger("try", 0)
+    with open_kit(run, {Role.POLICY: ModelRef("policy_0", recipe.model.base)}, Split.TRAIN, ledger=ledger, seed=0) as k:
+        fitting = sorted(id for id, problem in k.problems.items() if not too_long(recipe, k.prompts, problem))
+        problems = random.Random(recipe.seed).sample(fitting, min(QUESTIONS, len(fitting)))
+        started = time.monotonic()
+        made = list(k.sample_all(dict.fromkeys(problems, SAMPLES), purpose="try", tag="try"))
+        seconds = time.monotonic() - started
+        solutions = [record for record in made if isinstance(record, Solution)]
+        grades = [record for record in made if isinstance(record, Grade)]
+        generated = sum(row["generated"] for row in ledger.rows())
+        print(f"try-out: {len(problems)} training questions x {SAMPLES} samples of {recipe.model.base}")
+        for solution, grade in shown(solutions, grades):
+            print(as_read(k.problems[solution.question_id], solution, grade.verdict))
+        shares = ", ".join(f"{verdict} {count / len(grades):.0%}" for verdict, count in sorted(k.verdicts.items()))
+        print(
+            f"try-out: {shares}; {generated} tokens in {seconds:.1f} s, {generated / max(seconds, 1e-9):.0f} tokens/s",
+            flush=True,
+        )
+    if (line := fault(solutions, grades)) and not force:
+        raise UserError(line + FORCE)
+
+
+def shown(solutions: Sequence[Solution], grades: Sequence[Grade]) -> list[tuple[Solution, Grade]]:
+    """SHOWN solutions of different questions, of as many different verdicts as there are."""
+    pairs, picked = list(zip(solutions, grades, strict=True)), []
+    for key in (lambda s, g: g.verdict, lambda s, g: s.question_id):
+        for solution, grade in pairs:
+            new = key(solution, grade) not in {key(*pair) for pair in picked}
+            if new and solution.question_id not in {s.question_id for s, _ in picked} and len(picked) < SHOWN:
+                picked.append((solution, grade))
+    return picked
+
+
+def as_read(problem: Problem, solution: Solution, verdict: Verdict) -> str:
+    """A solution as the run sees it: question, steps, answer and verdict, long texts shortened."""
+    steps = [f"  step {i}: {short(step.text)}" for i, step in enumerate(solution.steps, 1)]
+    if len(steps) > 8:
+        steps[6:-1] = [f"  ... {len(steps) - 7} more steps"]
+    answer = "none" if solution.answer is None else short(solution.answer)
+    return "\n".join(
+        [
+            f"  question {problem.id}: {short(problem.question.text)}",
+            *steps,
+            f"  answer: {answer} ({verdict}; the right one is {short(problem.answer)})",
+        ]
+    )
+
+
+def short(text: str, most: int = 100) -> str:
+    shown = ascii(text)[1:-1] if not text.isprintable() else text
+    return shown if len(shown) <= most else shown[: most - 3] + "..."
+
+
+def fault(solutions: Sequence[Solution], grades: Sequence[Grade]) -> str | None:
+    """One line that says which recipe key to look at, if no answer was read or none is right."""
+    counts = {verdict: sum(grade.verdict is verdict for grade in grades) for verdict in Verdict}
+    total = len(grades)
+    if counts[Verdict.CORRECT]:
+        return None
+    if counts[Verdict.TRUNCATED] + counts[Verdict.UNPARSABLE] < total:
+        if counts[Verdict.UNDECIDED] == total:
+            return f"try-out: the checker decided none of {total} answers; see problems.checker, problems.check_seconds"
+        return (
+            f"try-out: none of {total} answers is right: see above whether prompts.answer reads the whole answer"
+            " and whether the problems' answers are written alike; else the questions are too hard for the model"
+        )
+    if counts[Verdict.TRUNCATED] > total / 2:
+        return (
+            f"try-out: no answer could be read, {counts[Verdict.TRUNCATED]} of {total} solutions were cut off;"
+            " see prompts.stop (what ends a solution), then sample.max_tokens, then prompts.answer"
+        )
+    return (
+        f"try-out: no answer could be read in {total} solutions; see prompts.answer (how an answer is found),"
+        " and prompts.solve (whether the model is told to write it so)"
+    )

@@ -1,0 +1,58 @@
+"""Try a recipe's base and prompts before a run: flywheel try RECIPE
+
+A few training questions are sampled and shown with what was read as their steps and answers; nothing is written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from flywheel.errors import explain
+from flywheel.iterate import load_recipe, shipped
+from flywheel.runs.isolate import PRELOAD
+
+
+def main(argv: list[str] | None = None, *, preload: tuple[str, ...] = PRELOAD) -> int:
+    """Run the command; returns the exit code: 1 if no answer could be read or none is right."""
+    p = argparse.ArgumentParser(
+        prog="flywheel try",
+        description="Sample a few training questions by a recipe's base model, and show what is read as steps and"
+        " answers, the shares of right, unparsable and truncated solutions, and the speed. A new run does the same"
+        " before its first stage.",
+    )
+    p.add_argument(
+        "recipe",
+        metavar="RECIPE",
+        nargs="?",
+        help=f"a YAML recipe, or the name of one that ships: {', '.join(shipped('recipes'))} (default: chain)",
+    )
+    p.add_argument("--problems", metavar="FILE", help="your own questions, as for flywheel iterate")
+    p.add_argument(
+        "--set", action="extend", nargs="+", default=[], metavar="SECTION.KEY=VALUE", help="change recipe keys"
+    )
+    args = p.parse_args(argv)
+    from flywheel.runs import isolate, manifest
+    from flywheel.runs.loop import Stopped, signals
+    from flywheel.runs.processes import call_alone, threads_of
+    from flywheel.runs.ranks import Ranks
+
+    try:
+        recipe, ranks = load_recipe(args), Ranks()
+        manifest.source_files(recipe)
+        with signals():
+            isolate.start_server(threads_of(ranks, recipe), preload)
+            for target in ("flywheel.stages.kit:preflight", "flywheel.stages.tryout:try_out"):
+                call_alone(ranks, recipe, target, {"recipe": recipe}, "the recipe and its model")
+    except Stopped as stop:
+        return 128 + stop.args[0]
+    except Exception as error:
+        if (line := explain(error)) is None:
+            raise
+        print(f"flywheel: {line}", file=sys.stderr, flush=True)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
