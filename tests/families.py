@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from flywheel.recipe import PromptSpec
+
 TURNS = (  # ChatML, of Qwen and SmolLM2
     "{% for m in messages %}{% if loop.first and m.role != 'system' %}<|im_start|>system\nYou are helpful.<|im_end|>\n"
     "{% endif %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -64,7 +66,7 @@ FAMILIES = {
         "<bos>",
         ("<start_of_turn>", "<end_of_turn>"),
         "<pad>",
-        {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 512, "final_logit_softcapping": 3.0},
+        {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 512, "final_logit_softcapping": 10.0},
     ),
     "gemma3": Family(
         "Gemma3",
@@ -150,3 +152,38 @@ def model(name: str, folder: Path, seed: int = 0, **changes: Any) -> str:
     made.save_pretrained(folder)
     words.save_pretrained(folder)
     return str(folder)
+
+
+def taught(name: str, folder: Path, prompts: PromptSpec, questions: list[tuple[str, str]], steps: int = 200) -> str:
+    """A model of the family that writes solutions in the form of `prompts`, right in about half the cases.
+
+    questions: (question, answer) pairs of one digit. It learns the form from random answers.
+    """
+    import random
+
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from flywheel.models.prompts import Prompts
+    from flywheel.models.steps import Reader
+    from flywheel.records import Question
+
+    base, words, rng = model(name, folder, initializer_range=0.05), tokenizer(name), random.Random(0)
+    asked, end = Prompts(prompts, words), Reader(words, prompts).eos
+    learner = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
+    optimizer = torch.optim.AdamW(learner.parameters(), lr=5e-3)
+    for _ in range(steps):
+        rows = []
+        for question, _ in rng.sample(questions, 8):
+            text = f"{question.replace('and', 'then')}\nAnswer {rng.randint(0, 1)}"
+            rows.append((asked.solve(Question("", question)), [*words.encode(text, add_special_tokens=False), end]))
+        longest = max(len(head) + len(tail) for head, tail in rows)
+        ids, labels = torch.zeros(8, longest, dtype=torch.long), torch.full((8, longest), -100)
+        for row, (head, tail) in enumerate(rows):
+            ids[row, : len(head) + len(tail)] = torch.tensor([*head, *tail])
+            labels[row, len(head) : len(head) + len(tail)] = torch.tensor(tail)
+        learner(input_ids=ids, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    learner.save_pretrained(folder)
+    return base
