@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from flywheel.models.prm import aggregate, encode, label_ids
@@ -129,10 +130,7 @@ def quality(
     pool = [s for s in ctx.read(Solution, "sample") if s.question_id in held and verdicts[s.id] in decided]
     scored = [example(prompts, problems[s.question_id], s, (0.0,) * len(s.steps)) for s in pool]
     right, questions = [verdicts[s.id] is Verdict.CORRECT for s in pool], [s.question_id for s in pool]
-    # AUC is the share of pairs, of a right and a wrong solution of one question, in which the right one scores higher
-    counts = Counter(zip(questions, right))
-    pairs = sum(counts[question, True] * counts[question, False] for question in set(questions))
-    figures: dict = {"auc_questions": len(set(questions)), "auc_pairs": pairs}
+    figures: dict = {"auc_questions": len(set(questions)), "auc_pairs": pairs(questions, right)}
     for name, adapter in (("", str(ctx.dir / "adapter")), ("_base", None)):
         values = score_all(ctx.recipe.model.base, adapter, scored, labels, ledger=ctx.ledger, purpose="validate")
         scores = {how: [aggregate(v, how) for v in values] for how in ("last", "min", "product", "mean")}
@@ -142,6 +140,12 @@ def quality(
         figures[f"auc_within_question{name}"] = within_question_auc(chosen, right, questions)
         figures[f"calibration{name}"] = calibration(chosen, [float(r) for r in right])
     return figures
+
+
+def pairs(questions: Sequence[str], right: Sequence[bool]) -> int:
+    """The number of pairs that AUC counts: a right and a wrong solution of one question."""
+    counts = Counter(zip(questions, right))
+    return sum(counts[question, True] * counts[question, False] for question in set(questions))
 
 
 STAGE = Stage(
