@@ -1,28 +1,53 @@
 """Estimate a run's cost before it starts: tokens, time and disk space by stage.
 
-A stage that an earlier round has finished is estimated by its measured figures, any other by
-rough guesses from the recipe and the number of questions.
+A stage that an earlier round has finished is estimated by its measured figures. Any other is computed from the recipe,
+the number of questions, and `Rates`: measured on this machine by `stages/probe.py`, or guessed.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from flywheel.recipe import Recipe
 from flywheel.runs import manifest
-from flywheel.runs.files import read_json
+from flywheel.runs.files import read_json, write_json
 from flywheel.runs.shards import shard_dirs
 from flywheel.runs.stage import Scheduled
 
-START = 6.0  # seconds to open a stage's engines or trainer
+START = 3.0  # seconds to open a stage's engines or trainer, if not measured
 CORE_SAMPLING, CORE_TRAINING = 2.2e10, 7e10  # FLOP/s of a CPU core with AVX-512, measured on a model of 0.9M parameters
 GPU_SAMPLING, GPU_TRAINING = 2e13, 1e14
 STORED = 4  # bytes for a sampled token, compressed
+STAGE = 1.0  # seconds of a stage besides: its processes, checks and files
+ENGINES = {"calibrate": 3, "harvest": 3, "search": 4}  # models that a stage opens, if more than one
+SHARED = 0.8  # speed of a process beside those on the other cores, measured on two cores
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Speeds in tokens/s of one sampling process (`generate`, `read`) and of one rank's training (`train`).
+
+    open, start: seconds until an engine or a training does its first step. prompt, check, solution: mean tokens of a
+    question's prompt, of the PRM's prompt, of a solution; steps: of a solution. A speed that is not known is NaN.
+    """
+
+    open: float
+    generate: float
+    read: float
+    start: float
+    train: float
+    prompt: float
+    check: float
+    solution: float
+    steps: float
+    measured: bool = True
 
 
 @dataclass(frozen=True)
@@ -38,70 +63,173 @@ class Row:
     bytes: int
 
 
-def planned_tokens(recipe: Recipe, counts: dict[str, int], stage: str, round: int) -> int:
-    """Nominal tokens of a stage, assuming solutions of `sample.max_tokens` / 2 tokens. 0 for an unknown stage."""
+@dataclass(frozen=True)
+class Work:
+    """Nominal tokens of a stage: `prompt` tokens of all samples, most of which the prefix cache serves."""
+
+    prompt: float = 0
+    generated: float = 0
+    read: float = 0  # scored by a PRM
+    trained: float = 0
+
+    @property
+    def tokens(self) -> int:
+        return int(self.prompt + self.generated + self.read + self.trained)
+
+    def __add__(self, other: Work) -> Work:
+        return Work(*(a + b for a, b in zip(asdict(self).values(), asdict(other).values())))
+
+    def __mul__(self, times: float) -> Work:
+        return Work(*(times * value for value in asdict(self).values()))
+
+
+def planned(recipe: Recipe, rates: Rates, counts: dict[str, int], stage: str, round: int) -> Work:
+    """What a stage computes, if every round samples as the base does. Nothing for an unknown stage."""
     train, calibrate, validation, test = (
         counts.get(split, 0) for split in ("train", "calibrate", "validation", "test")
     )
-    solution = recipe.sample.max_tokens / 2
-    drawn = solution * 1.25  # with its prompt
-    judged = drawn * 2.25  # also scored by a PRM, which beam search does at every step
-    steps = max(1.0, min(recipe.sample.max_steps, solution / 8))
+    sample, judged = Work(rates.prompt, rates.solution), Work(read=rates.check + rates.solution)
+    example, longer = rates.prompt + rates.solution, rates.check + rates.solution
     labelled = min(train, recipe.label.questions or train) * recipe.label.solutions
-    budgets = sum(recipe.calibrate.budgets) * len(recipe.calibrate.strategies)
+    revisers = train * min(recipe.reviser.trajectories, recipe.reviser.samples / 2) * 0.75  # questions ever right
+    probes = recipe.reviser.evals * min(validation, recipe.reviser.probe_questions) * recipe.reviser.probe_attempts
+    kinds = {(s.kind, s.max_budget, json.dumps(s.options, sort_keys=True)) for s in recipe.calibrate.strategies}
+    tried = [
+        strategy(kind, min(limit or budget, budget), rates, recipe)
+        for kind, limit, _ in {(k, m, "" if k == "best_of_n" else options) for k, m, options in kinds}
+        # one beam search for each budget; of the others the largest, which holds the smaller ones' draws
+        for budget in (recipe.calibrate.budgets if kind == "beam" else [max(recipe.calibrate.budgets)])
+        if kind != "beam" or budget <= (limit or budget)
+    ]
+    at_harvest = [strategy(kind, recipe.harvest.budget, rates, recipe) for kind, _, _ in kinds if kind != "beam"]
     one_round = {
-        "sample": (train * recipe.sample.per_question + calibrate * recipe.sample.calibrate) * drawn,
-        "label": labelled * steps * recipe.label.rollouts * drawn / 2,
-        "train_prm": labelled * drawn * recipe.prm.epochs,
-        "train_reviser": train
-        * recipe.reviser.trajectories
-        / 2
-        * drawn
-        * (1 + recipe.reviser.context / 2)
-        * recipe.reviser.epochs,
-        "choose_reviser": recipe.reviser.evals
-        * min(validation, recipe.reviser.probe_questions)
-        * recipe.reviser.probe_attempts
-        * drawn
-        * 2,
-        "calibrate": calibrate * budgets * judged,
-        "harvest": train * recipe.harvest.budget * judged,
-        "distill": train * recipe.harvest.keep / 2 * drawn * recipe.distill.epochs * round,
-        "gate": calibrate * recipe.sample.calibrate * drawn,
-        "evaluate": test * recipe.evaluate.samples * drawn * (2 if round == 0 else 1),
-        "search": test
-        * (recipe.evaluate.samples + (4 + steps) * recipe.evaluate.budget + 2 * recipe.evaluate.revise_attempts)
-        * drawn,
+        "sample": lambda: sample * (train * recipe.sample.per_question + calibrate * recipe.sample.calibrate),
+        "label": lambda: (
+            Work(rates.prompt + rates.solution / 2, rates.solution / 2)
+            * (labelled * (rates.steps - 1) * recipe.label.rollouts)
+        ),
+        "train_prm": lambda: Work(trained=labelled * longer * recipe.prm.epochs),
+        "train_reviser": lambda: Work(
+            trained=revisers * (example + rates.solution * recipe.reviser.context / 2) * recipe.reviser.epochs
+        ),
+        "choose_reviser": lambda: chain(recipe.reviser.probe_attempts, rates, recipe) * probes,
+        "calibrate": lambda: sum(tried, Work()) * calibrate,
+        "harvest": lambda: sum(at_harvest, Work()) * (train / len(at_harvest)),
+        "distill": lambda: Work(trained=train * recipe.harvest.keep / 4 * example * recipe.distill.epochs * round),
+        "gate": lambda: sample * (calibrate * recipe.sample.calibrate),
+        "evaluate": lambda: sample * (test * recipe.evaluate.samples * (2 if round == 0 else 1)),
+        "search": lambda: (
+            (
+                judged * (2 * recipe.evaluate.samples)  # by the PRM and by the base
+                + strategy("beam", recipe.evaluate.budget, rates, recipe)
+                + chain(recipe.evaluate.revise_attempts, rates, recipe) * (2 * recipe.evaluate.revise_attempts)
+                + (sample + judged) * (2 * recipe.evaluate.budget)
+            )
+            * test
+        ),
     }
-    return int(one_round.get(stage, 0))
+    return one_round.get(stage, Work)()
 
 
-def parameters(base: Path) -> int:
-    """Number of parameters of a model directory, from the headers of its safetensors; 0 if there are none."""
-    count = 0
-    for path in base.glob("*.safetensors"):
-        with open(path, "rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        for name, tensor in header.items():
-            if name != "__metadata__":
-                size = 1
-                for n in tensor["shape"]:
-                    size *= n
-                count += size
-    return count
+def chain(attempts: int, rates: Rates, recipe: Recipe) -> Work:
+    """One attempt of a revision chain, on average over a chain of `attempts`."""
+    shown = sum(min(i, recipe.reviser.context) for i in range(attempts)) / attempts
+    return Work(rates.prompt + shown * rates.solution, rates.solution)
 
 
-def guessed_speed(recipe: Recipe, training: bool, ranks: int) -> float:
-    """Tokens per second of all ranks together."""
-    size = max(1, parameters(Path(recipe.model.base)))
+def strategy(kind: str, budget: int, rates: Rates, recipe: Recipe) -> Work:
+    """What a strategy spends on one question. An unknown kind counts as best-of-N."""
+    sample, judged = Work(rates.prompt, rates.solution), Work(read=rates.check + rates.solution)
+    match kind:
+        case "beam":  # every step of every beam is a request of its own, and is scored
+            steps = min(rates.steps, recipe.sample.max_steps)
+            half = Work(prompt=rates.prompt + rates.solution / 2, read=rates.check + rates.solution / 2)
+            return (half * steps + Work(generated=rates.solution)) * budget
+        case "revise":
+            return (chain(budget, rates, recipe) + judged) * budget
+        case "adaptive":  # stops at about half of its budget
+            return sample * (budget / 2)
+    return (sample + judged) * budget
+
+
+def parameters(base: str) -> int | None:
+    """Number of parameters of a model directory, or of a Hub name in the cache; None if it is not known."""
+    folder, config = Path(base), None
+    if not folder.is_dir():
+        from huggingface_hub import try_to_load_from_cache
+
+        cached = try_to_load_from_cache(base, "config.json")
+        if not isinstance(cached, str):
+            return None
+        folder = Path(cached).parent
+    count = sum(map(weights, folder.glob("*.safetensors")))
+    config = read_json(folder / "config.json") or {}
+    return count or by_config(config)
+
+
+def weights(path: Path) -> int:
+    """The parameters in a safetensors file, by its header."""
+    with open(path, "rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
+
+
+def by_config(config: dict[str, Any]) -> int | None:
+    """The parameters of a decoder with a gated MLP, from its config, to some percent; None if a size is missing."""
+    try:
+        hidden, inner, vocabulary = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
+        layers, heads = config["num_hidden_layers"], config["num_attention_heads"]
+    except KeyError:
+        return None
+    head = config.get("head_dim") or hidden // heads
+    attention = 2 * hidden * head * (heads + config.get("num_key_value_heads", heads))
+    embedded = vocabulary * hidden * (1 if config.get("tie_word_embeddings") else 2)
+    return embedded + layers * (attention + 3 * hidden * inner)
+
+
+def guessed(recipe: Recipe) -> Rates:
+    """Rates from the model's size and constants; solutions are taken to have half of `sample.max_tokens`."""
+    size = parameters(recipe.model.base) or math.nan
     if Path("/dev/nvidia0").exists():
-        return ranks * (GPU_TRAINING / (6 * size) if training else min(GPU_SAMPLING / (2 * size), 30_000))
-    cores = len(os.sched_getaffinity(0))
-    return cores * (CORE_TRAINING / (6 * size) if training else CORE_SAMPLING / (2 * size))
+        generate, train = min(GPU_SAMPLING / (2 * size), 30_000), GPU_TRAINING / (6 * size)
+    else:
+        cores = len(os.sched_getaffinity(0))
+        generate, train = CORE_SAMPLING / (2 * size), cores * CORE_TRAINING / (6 * size)
+    solution = recipe.sample.max_tokens / 2
+    steps = max(1.0, min(recipe.sample.max_steps, solution / 8))
+    return Rates(
+        START, generate, 5 * generate, START, train, solution / 4, solution / 4, solution, steps, measured=False
+    )
 
 
-def estimate(recipe: Recipe, run: Path, plan: Sequence[Scheduled], counts: dict[str, int], ranks: int) -> list[Row]:
-    """One row per stage. A finished stage has its own figures, which also serve as the estimate for later rounds."""
+def cached(key: dict[str, Any], probe: Callable[[], dict[str, float]] | None) -> Rates | None:
+    """The rates measured under `key` before, else those of `probe`, which are kept in the cache directory.
+
+    None if there are none and no `probe`. The directory is `flywheel` in XDG_CACHE_HOME, or in ~/.cache.
+    """
+    name = sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:24]
+    path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flywheel" / f"rates-{name}.json"
+    if (found := read_json(path)) is None and probe is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, found := probe())
+    return Rates(**found) if found else None
+
+
+def cpu_name() -> str:
+    """The CPU's model, and its number of cores that this process may use."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return f"{name} x {len(os.sched_getaffinity(0))}"
+
+
+def estimate(
+    recipe: Recipe, run: Path, plan: Sequence[Scheduled], counts: dict[str, int], rates: Rates, ranks: int, workers: int
+) -> list[Row]:
+    """One row per stage. A finished stage has its own figures, which also serve as the estimate for later rounds.
+
+    ranks: processes of the launch; workers: sampling processes of each.
+    """
     done = {scheduled.at: made for scheduled in plan if (made := manifest.load(run, *scheduled.at))}
     rows = []
     for scheduled in plan:
@@ -115,15 +243,20 @@ def estimate(recipe: Recipe, run: Path, plan: Sequence[Scheduled], counts: dict[
             grown = 1.0 if made or stage.name != "distill" else r / source["round"]
             rows.append(Row(r, stage.name, state, left, int(source["tokens"] * grown), source["seconds"] * grown, size))
             continue
-        tokens = planned_tokens(recipe, counts, stage.name, r)
-        seconds = START + tokens / guessed_speed(recipe, bool(stage.train), ranks)
-        size = (
-            12 * recipe.model.lora_rank * int(parameters(Path(recipe.model.base)) ** 0.5) * 8
-            if stage.train
-            else STORED * tokens
-        )
+        work, many = planned(recipe, rates, counts, stage.name, r), ranks * workers
+        if stage.train:
+            seconds, size = STAGE + rates.start + work.trained / (rates.train * ranks), adapter_bytes(recipe)
+        else:
+            spent = work.generated / rates.generate + work.read / rates.read
+            opened = rates.open * ENGINES.get(stage.name, 1)
+            seconds, size = STAGE + opened + spent / (many * (SHARED if many > 1 else 1)), STORED * work.tokens
+        tokens = work.tokens
         rows.append(Row(r, stage.name, state, left, tokens, seconds, size))
     return rows
+
+
+def adapter_bytes(recipe: Recipe) -> float:
+    return 12 * recipe.model.lora_rank * int((parameters(recipe.model.base) or 0) ** 0.5) * 8
 
 
 def progress_of(directory: Path, made: dict[str, Any] | None) -> tuple[str, float]:
@@ -137,9 +270,11 @@ def progress_of(directory: Path, made: dict[str, Any] | None) -> tuple[str, floa
     return ("begun" if any((directory / name).exists() for name in manifest.SCRATCH) else "to do"), 1.0
 
 
-def overview(recipe: Recipe, run: Path, plan: Sequence[Scheduled], counts: dict[str, int], ranks: int) -> str:
+def overview(
+    recipe: Recipe, run: Path, plan: Sequence[Scheduled], counts: dict[str, int], rates: Rates, ranks: int, workers: int
+) -> str:
     """The table of all stages and their cost, printed before the first stage."""
-    rows = estimate(recipe, run, plan, counts, ranks)
+    rows = estimate(recipe, run, plan, counts, rates, ranks, workers)
     questions = ", ".join(f"{split} {count}" for split, count in counts.items())
     lines = [
         f"{run}: recipe {recipe.name}, to the end of round {max(row.round for row in rows)}, ranks: {ranks}",
@@ -155,11 +290,12 @@ def overview(recipe: Recipe, run: Path, plan: Sequence[Scheduled], counts: dict[
         tokens, seconds, size = (
             sum(row.left * getattr(row, name) for row in rows) for name in ("tokens", "seconds", "bytes")
         )
-        grounds = (
-            "from what this run measured, where it did"
-            if any(row.state == "done" for row in rows)
-            else "rough: nothing is measured yet"
-        )
+        measured = any(row.state == "done" for row in rows)
+        grounds = "from what this run measured, where it did" if measured else "rough: nothing is measured yet"
+        if rates.measured:
+            grounds = f"{'from what this run measured, else' if measured else 'by'} this machine's speed with the base"
+        elif math.isnan(rates.generate):
+            grounds += f"; the size of {recipe.model.base} is not known before its download, so no time is"
         lines.append(f"to do: about {short(tokens)} tokens, {clock(seconds)}, {short(size)}B ({grounds})")
     return "\n".join(lines)
 
@@ -172,6 +308,8 @@ def short(value: float) -> str:
 
 
 def clock(seconds: float) -> str:
+    if math.isnan(seconds):
+        return "?"
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Collection
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import yaml
@@ -21,11 +21,11 @@ from flywheel.errors import UserError
 from flywheel.problems.sources import load
 from flywheel.recipe import Recipe
 from flywheel.runs import isolate, manifest
-from flywheel.runs.estimate import overview
+from flywheel.runs.estimate import Rates, cached, cpu_name, guessed, overview, parameters
 from flywheel.runs.files import read_json, write_file, write_json
 from flywheel.runs.fork import fork
 from flywheel.runs.manifest import stage_dir
-from flywheel.runs.processes import Tell, call_alone, processes, run_stage, threads_of
+from flywheel.runs.processes import Tell, call_alone, processes, run_stage, threads_of, workers
 from flywheel.runs.ranks import Launch, LaunchFailed, Ranks, RunLock, free_port
 from flywheel.runs.run import SKIPPED, Run
 from flywheel.runs.shards import shard_dirs
@@ -109,12 +109,16 @@ class Loop:
         self.fork(sources)
         manifest.check_run(self.run, self.recipe, sources, self.plan(reached))
         plan = self.plan(self.args.round)
-        print(overview(self.recipe, self.run, plan, counts, self.ranks.world), flush=True)
+        todo = [scheduled for scheduled in plan if manifest.load(self.run, *scheduled.at) is None]
+        parts = workers(self.recipe, threads_of(self.ranks, self.recipe))
+        print(
+            overview(self.recipe, self.run, plan, counts, self.rates(sources, bool(todo)), self.ranks.world, parts),
+            flush=True,
+        )
         for note in notes:
             print(f"questions: {note}", flush=True)
         if self.args.dry_run:
             return 0
-        todo = [scheduled for scheduled in plan if manifest.load(self.run, *scheduled.at) is None]
         unreported = {r for r in range(self.args.round + 1) if not self.reported(r).is_file()}
         rounds = sorted({scheduled.round for scheduled in todo} | unreported)
         if not rounds:
@@ -150,13 +154,35 @@ class Loop:
         """
         arguments, what, skipped = {"recipe": self.recipe}, "the recipe and its model", ()
         if self.preflight and not (self.args.dry_run and not Path(self.recipe.model.base).is_dir()):
-            isolate.start_server(threads_of(self.ranks, self.recipe), () if self.args.dry_run else self.preload)
+            isolate.start_server(threads_of(self.ranks, self.recipe), self.preload)
             asked = arguments | {"ranks": self.ranks.world}
             skipped = call_alone(self.ranks, self.recipe, self.preflight, asked, what)
         if self.tryout and not self.args.dry_run:
             isolate.start_server(threads_of(self.ranks, self.recipe), self.preload)
             call_alone(self.ranks, self.recipe, self.tryout, arguments | {"force": self.args.force}, what)
         return skipped
+
+    def rates(self, sources: dict[str, str], todo: bool) -> Rates:
+        """This machine's speeds with the base: measured before, or now for a dry run, else guessed."""
+        threads = threads_of(self.ranks, self.recipe)
+        recipe = self.recipe.model_dump(mode="json", include={"model", "engine", "prompts", "sample", "problems"})
+        key = {"recipe": recipe, "sources": sources, "threads": threads, "cpu": cpu_name()}
+
+        def probe() -> dict[str, float]:
+            isolate.start_server(threads, self.preload)
+            asked = {"recipe": self.recipe}
+            call = partial(call_alone, self.ranks, self.recipe, what="the probe of this machine", log=Path(os.devnull))
+            found = call("flywheel.stages.probe:sampling", asked)
+            length = int(found["prompt"] + found["solution"])
+            return found | call("flywheel.stages.probe:training", asked | {"length": length}, threads=threads)
+
+        can = self.tryout and self.recipe.engine.kind == "vllm" and parameters(self.recipe.model.base)
+        try:
+            measured = cached(key, probe if can and todo and self.args.dry_run else None)
+        except isolate.StageFailed as error:
+            print(f"{error}; the estimate is rough", flush=True)
+            measured = None
+        return measured or guessed(self.recipe)
 
     def open_run(self, skipped: Collection[str]) -> None:
         """Create and lock the run's directory; store the recipe of a new run. Raises UserError, OSError."""

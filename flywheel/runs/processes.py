@@ -116,15 +116,24 @@ def run_stage(
     return figures
 
 
-def call_alone(ranks: Ranks, recipe: Recipe, target: str, arguments: Mapping[str, Any], what: str) -> Any:
-    """Call `module:function` in one process with the threads and the environment of a sampling stage's process."""
-    threads = threads_of(ranks, recipe)
+def call_alone(
+    ranks: Ranks,
+    recipe: Recipe,
+    target: str,
+    arguments: Mapping[str, Any],
+    what: str,
+    threads: int | None = None,
+    log: Path | None = None,
+) -> Any:
+    """Call `module:function` in one process with the environment of a sampling stage's process, and its threads."""
+    every = threads_of(ranks, recipe)
     return isolate.call(
         target,
         arguments,
         what=what,
-        threads=threads // workers(recipe, threads),
+        threads=threads or every // workers(recipe, every),
         environment=environment(ranks, False, 0),
+        log=log,
     )
 
 

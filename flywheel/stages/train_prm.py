@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from flywheel.models.prm import aggregate, encode, label_ids
@@ -98,8 +100,8 @@ def train(ctx: Context) -> dict:
     if ours is not None and ours < 0.5:  # None: no held-out question has both right and wrong solutions
         refused = {
             "refused": True,
-            "why": f"worse than chance: within-question AUC {ours:.2f} (the un-finetuned base {bare:.2f});"
-            " the base judges this round",
+            "why": f"worse than chance: within-question AUC {ours:.2f} (the un-finetuned base {bare:.2f})"
+            f" on {figures['auc_pairs']} pairs of a right and a wrong solution; the base judges this round",
         }
     return {
         "model": f"prm_{ctx.round}",
@@ -128,7 +130,7 @@ def quality(
     pool = [s for s in ctx.read(Solution, "sample") if s.question_id in held and verdicts[s.id] in decided]
     scored = [example(prompts, problems[s.question_id], s, (0.0,) * len(s.steps)) for s in pool]
     right, questions = [verdicts[s.id] is Verdict.CORRECT for s in pool], [s.question_id for s in pool]
-    figures: dict = {"auc_questions": len(set(questions))}
+    figures: dict = {"auc_questions": len(set(questions)), "auc_pairs": pairs(questions, right)}
     for name, adapter in (("", str(ctx.dir / "adapter")), ("_base", None)):
         values = score_all(ctx.recipe.model.base, adapter, scored, labels, ledger=ctx.ledger, purpose="validate")
         scores = {how: [aggregate(v, how) for v in values] for how in ("last", "min", "product", "mean")}
@@ -138,6 +140,12 @@ def quality(
         figures[f"auc_within_question{name}"] = within_question_auc(chosen, right, questions)
         figures[f"calibration{name}"] = calibration(chosen, [float(r) for r in right])
     return figures
+
+
+def pairs(questions: Sequence[str], right: Sequence[bool]) -> int:
+    """The number of pairs that AUC counts: a right and a wrong solution of one question."""
+    counts = Counter(zip(questions, right))
+    return sum(counts[question, True] * counts[question, False] for question in set(questions))
 
 
 STAGE = Stage(

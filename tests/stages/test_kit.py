@@ -20,7 +20,7 @@ from flywheel.search.plan import Trial
 from flywheel.stages import label, train_reviser
 from flywheel.stages.kit import preflight, prompts_and_reader
 from flywheel.stages.shared import start, votes
-from flywheel.stages.train_prm import Labelled, missing
+from flywheel.stages.train_prm import Labelled, missing, pairs
 from flywheel.training import PrmExample
 from tests import families
 
@@ -118,6 +118,10 @@ def test_a_prm_is_not_trained_on_too_few_examples(fit, check, lacks):
     assert (why is not None) == lacks
     if why:
         assert f"{fit} labelled solutions" in why and "prm.min_examples 16" in why and "2 longer" in why
+
+
+def test_auc_counts_pairs_of_a_right_and_a_wrong_solution_of_one_question():
+    assert pairs(["a", "a", "a", "b", "c", "c"], [True, False, False, True, True, False]) == 3
 
 
 def test_a_reviser_is_not_trained_on_too_few_examples(monkeypatch):
