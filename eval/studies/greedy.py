@@ -5,18 +5,24 @@ once: this is the figure that a user of the last policy sees, and the cheapest a
 
 By round: the accuracy of the policy's greedy answers on all test questions of the problem set with its 95% interval
 (runs averaged question by question), each run's alone, the paired gain over round 0, and tokens an answer.
+
+`--problems FILE` asks other questions, which no stage has seen: FILE holds the recipe's section `problems`, and keys of
+`prompts` to change, such as worked examples for the base. It is the measure of transfer, and of what was forgotten.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
+import yaml
 
 from eval.shared import add_runs, over_runs, whole_test
 from flywheel.ledger import Ledger
 from flywheel.measure.stats import bootstrap_mean, paired_gain
+from flywheel.recipe import Loader, parse
 from flywheel.records import ModelRef, Role, Solution, Split
 from flywheel.runs.run import Run
 from flywheel.stages.kit import open_kit
@@ -25,6 +31,13 @@ from flywheel.stages.shared import ids
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_runs(parser, round=False)
+    parser.add_argument("--problems", type=Path, metavar="FILE", help="YAML with other questions, e.g. eval/transfer/*")
+
+
+def asking(run: Run, file: Path) -> Run:
+    """The same run with the problems, and the prompts, of `file`."""
+    other, own = yaml.load(file.read_text(encoding="utf-8"), Loader), run.recipe.model_dump(mode="json")
+    return Run(run.root, parse({**own, **other, "prompts": {**own["prompts"], **other.get("prompts", {})}}, str(file)))
 
 
 def greedy(run: Run, model: ModelRef, questions: Sequence[str]) -> tuple[dict[str, float], float]:
@@ -46,7 +59,7 @@ def greedy(run: Run, model: ModelRef, questions: Sequence[str]) -> tuple[dict[st
 
 
 def measure(args: argparse.Namespace) -> dict:
-    runs, rows = [whole_test(run) for run in args.runs], []
+    runs, rows = [asking(run, args.problems) if args.problems else whole_test(run) for run in args.runs], []
     first: list[float] = []
     for r in range(min(max(run.rounds) for run in runs) + 1):
         found, spent = zip(*(greedy(run, run.model(Role.POLICY, r), ids(run, Split.TEST)) for run in runs))

@@ -27,7 +27,7 @@ GPU_SAMPLING, GPU_TRAINING = 2e13, 1e14
 STORED = 4  # bytes for a sampled token, compressed
 STAGE = 1.0  # seconds of a stage besides: its processes, checks and files
 ENGINES = {"calibrate": 3, "harvest": 3, "search": 4}  # models that a stage opens, if more than one
-SHARED = 0.8  # speed of a process beside those on the other cores, measured on two cores
+SHARED = 0.8  # speed of a process beside those on the other cores; a guess
 
 
 @dataclass(frozen=True)
