@@ -14,6 +14,7 @@ COMMANDS = {
     "summary": "print every figure of a run and what it cost",
     "verify": "check a run's files and say what would have to be redone",
     "export": "write a run's models, its harvest and a model card to a directory",
+    "push": "upload an export to the Hugging Face Hub",
     "gguf": "turn a GGUF file into a model directory",
     "config": "print the path of an accelerate config that ships with flywheel",
 }

@@ -19,6 +19,7 @@ from flywheel.errors import UserError
 from flywheel.records import Role
 
 if TYPE_CHECKING:
+    from flywheel.recipe import SampleSpec
     from flywheel.runs.run import Run
 
 HARVEST_COLUMNS = ("question_id", "question", "solution", "answer", "bin", "round", "votes")
@@ -49,15 +50,18 @@ def _fill(run: Run, round: int, out: Path) -> None:
     base = run.recipe.model.base
     for role, source in adapters.items():
         _copy_adapter(source, out / "adapters" / role, base)
-    _merge(base, adapters.get(Role.POLICY), out / "policy")
+    _merge(base, adapters.get(Role.POLICY), run.recipe.sample, out / "policy")
     rows = _harvest(run, round, out / "harvest")
     from flywheel.report.card import card  # imported late to keep --help fast
 
     (out / "README.md").write_text(card(run, round, adapters, rows), encoding="utf-8")
 
 
-def _merge(base: str, adapter: Path | None, out: Path) -> None:
-    """Write the base with the adapter (if any) merged in, in the base's dtype, and the tokenizer."""
+def _merge(base: str, adapter: Path | None, sample: SampleSpec, out: Path) -> None:
+    """Write the base with the adapter (if any) merged in, in the base's dtype, and the tokenizer.
+
+    Its generation_config.json samples as `sample` says, so that transformers and `vllm serve` do as the figures' runs.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from flywheel.models.weights import drop_sampling_defaults
@@ -73,6 +77,16 @@ def _merge(base: str, adapter: Path | None, out: Path) -> None:
 
         model = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
     drop_sampling_defaults(model)
+    model.generation_config.update(
+        do_sample=True,
+        temperature=sample.temperature,
+        top_p=sample.top_p,
+        top_k=sample.top_k,  # transformers' own default is 50
+        min_p=sample.min_p or None,
+        repetition_penalty=sample.repetition_penalty,
+        max_new_tokens=sample.max_tokens,
+        max_length=None,
+    )
     model.save_pretrained(out, safe_serialization=True)
     tokenizer.save_pretrained(out)
 

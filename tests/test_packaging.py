@@ -52,7 +52,7 @@ def test_the_wheel_holds_flywheel_and_what_a_run_needs_and_nothing_else(wheel):
     assert names == modules | {"flywheel/py.typed"} | {f"flywheel/share/{name}" for name in data}
 
 
-@pytest.mark.parametrize("command", ["", "iterate", "summary", "verify", "export", "gguf", "config"])
+@pytest.mark.parametrize("command", ["", "iterate", "summary", "verify", "export", "push", "gguf", "config"])
 def test_help_is_answered_without_anything_heavy(command, tmp_path):
     words = [word for word in (command, "--help") if word]
     done = run(sys.executable, "-X", "importtime", "-m", "flywheel", *words, cwd=ROOT)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import yaml
 
+from flywheel.recipe import Recipe
 from flywheel.records import Role
 from flywheel.report.summary import summary
 from flywheel.report.tables import print_round
@@ -70,6 +71,7 @@ tokenizer = AutoTokenizer.from_pretrained("policy")
 ```
 
 The prompt is `{json.dumps(recipe.prompts.solve)}` {"in the chat template" if recipe.prompts.chat else "as plain text"}.
+{_sampling(recipe)}
 {_serving(run, sorted(adapters))}
 ## Harvest
 
@@ -99,6 +101,17 @@ def _progress(rounds: list[dict]) -> str:
         name, rate, (low, high) = (item["policy"][key] for key in ("name", "pass@1", "pass@1_ci"))
         lines.append(f"| {item['round']} | {name} | {rate:.3f} | {low:.3f} to {high:.3f} | {item.get('gate', '')} |")
     return "\n".join(lines)
+
+
+def _sampling(recipe: Recipe) -> str:
+    sample, stop = recipe.sample, recipe.prompts.stop
+    keys = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_tokens", "max_steps")
+    chosen = ", ".join(f"{key} {getattr(sample, key):g}" for key in keys)
+    ends = f", ended by EOS or by {', '.join(f'`{json.dumps(text)}`' for text in stop)}" if stop else ", ended by EOS"
+    system = f" The system message is `{json.dumps(recipe.prompts.system)}`." if recipe.prompts.system else ""
+    return (
+        f"All figures were measured on samples with {chosen}{ends}.{system} `policy/generation_config.json` samples so."
+    )
 
 
 def _serving(run: Run, adapters: list[Role]) -> str:

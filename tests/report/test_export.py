@@ -211,3 +211,70 @@ def test_an_adapter_that_is_missing_is_named(base, tmp_path):
     run = make_run(tmp_path / "lab", rounds=1, recipe={"model": {"base": str(base)}})
     with pytest.raises(UserError, match="the policy's adapter is missing"):
         export(Run(run), tmp_path / "out")
+
+
+def test_the_exported_policy_samples_as_its_figures_were_measured(base, tmp_path):
+    from transformers import GenerationConfig
+
+    changes = {
+        "model": {"base": str(base)},
+        "sample": {"temperature": 0.7, "top_p": 0.9, "min_p": 0.05, "max_tokens": 48, "repetition_penalty": 1.1},
+    }
+    out = export(Run(make_run(tmp_path / "lab", rounds=1, refused=(1,), recipe=changes)), tmp_path / "out")
+    config = GenerationConfig.from_pretrained(out / "policy")
+    assert (config.do_sample, config.temperature, config.top_p, config.min_p) == (True, 0.7, 0.9, 0.05)
+    assert (config.top_k, config.repetition_penalty, config.max_new_tokens) == (0, 1.1, 48)
+    told = "temperature 0.7, top_p 0.9, top_k 0, min_p 0.05, repetition_penalty 1.1, max_tokens 48"
+    assert told in (out / "README.md").read_text()
+
+
+def test_an_export_is_pushed_whole(run, monkeypatch, capsys):
+    from huggingface_hub import HfApi
+
+    from flywheel import push
+
+    asked = []
+    monkeypatch.setattr(HfApi, "whoami", lambda self: {"name": "me"})
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, repo, **options: asked.append((repo, options)) or "there")
+    monkeypatch.setattr(
+        HfApi,
+        "upload_folder",
+        lambda self, repo_id, folder_path, commit_message: asked.append(
+            (repo_id, commit_message, {str(path.relative_to(folder_path)) for path in folder_path.rglob("*")})
+        ),
+    )
+    assert push.main([str(run), "me/lab", "--private"]) == 0
+    assert capsys.readouterr().out == "uploaded to there\n"
+    assert asked[0] == ("me/lab", {"private": True, "exist_ok": True})
+    repo, message, files = asked[1]
+    assert (repo, message) == ("me/lab", "flywheel: lab")
+    assert {
+        "README.md",
+        "policy/model.safetensors",
+        "adapters/prm/adapter_config.json",
+        "harvest/train.parquet",
+    } <= files
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        ("LocalTokenNotFoundError", "no token for the Hub: run `hf auth login`"),
+        ("OfflineModeIsEnabled", "the Hub cannot be reached"),
+        ("ConnectError", "the Hub cannot be reached"),
+        ("HFValidationError", "not a name of a repository"),
+    ],
+)
+def test_without_token_network_or_name_a_push_is_one_line(run, monkeypatch, capsys, error, words):
+    import httpx2
+    from huggingface_hub import HfApi, errors
+
+    from flywheel import push
+
+    def refuse(self):
+        raise (getattr(errors, error, None) or getattr(httpx2, error))("because")
+
+    monkeypatch.setattr(HfApi, "whoami", refuse)
+    assert push.main([str(run), "me/lab"]) == 1
+    told = capsys.readouterr().err
+    assert words in told and told.startswith("flywheel: me/lab: ") and told.count("\n") == 1
