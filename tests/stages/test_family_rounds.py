@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -36,9 +37,16 @@ RECIPE = {
 }
 
 
-def recipe_of(name: str, base: str) -> dict:
+QUESTIONS = [(f"{i} and {j}", str((i + j) % 2)) for i in range(10) for j in range(10)]
+SPLITS = ["train"] * 50 + ["calibrate"] * 20 + ["validation"] * 10 + ["test"] * 20
+
+
+def recipe_of(name: str, folder: Path) -> dict:
+    """The recipe of a family, with its questions and its base in `folder`."""
+    rows = [{"question": q, "answer": a, "split": split} for (q, a), split in zip(QUESTIONS, SPLITS)]
+    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     recipe = json.loads(json.dumps(RECIPE))
-    recipe["model"]["base"] = base
+    recipe["problems"]["path"], recipe["model"]["base"] = str(folder / "questions.jsonl"), str(folder / "base")
     if families.FAMILIES[name].template is None:
         recipe["prompts"] |= {"chat": False, "again": "\nWhat is right?\n"}
     return recipe
@@ -46,19 +54,16 @@ def recipe_of(name: str, base: str) -> dict:
 
 @pytest.mark.parametrize("name", families.FAMILIES)
 def test_every_family_passes_what_is_checked_before_a_run(name, tmp_path):
-    preflight(parse(recipe_of(name, families.model(name, tmp_path))))
+    families.model(name, tmp_path / "base")
+    preflight(parse(recipe_of(name, tmp_path)))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", families.FAMILIES)
 def test_a_family_runs_a_whole_round(name, tmp_path):
-    recipe = recipe_of(name, str(tmp_path / "base"))
+    recipe = recipe_of(name, tmp_path)
     (tmp_path / "family.yaml").write_text(yaml.safe_dump(recipe))
-    questions = [(f"{i} and {j}", str((i + j) % 2)) for i in range(10) for j in range(10)]
-    splits = ["train"] * 50 + ["calibrate"] * 20 + ["validation"] * 10 + ["test"] * 20
-    rows = [{"question": q, "answer": a, "split": split} for (q, a), split in zip(questions, splits)]
-    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    families.taught(name, tmp_path / "base", parse(recipe).prompts, questions)
+    families.taught(name, tmp_path / "base", parse(recipe).prompts, QUESTIONS)
     command = [sys.executable, "-m", "flywheel.iterate", "--recipe", str(tmp_path / "family.yaml"), "--round", "1"]
     done = subprocess.run(
         [*command, "--runs", str(tmp_path), "--set", *SMALL], cwd=ROOT, capture_output=True, text=True, timeout=3000
