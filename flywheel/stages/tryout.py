@@ -12,6 +12,7 @@ from pathlib import Path
 
 from flywheel.errors import UserError
 from flywheel.ledger import Ledger
+from flywheel.problems import gym
 from flywheel.recipe import Recipe
 from flywheel.records import Grade, ModelRef, Problem, Role, Solution, Split, Verdict
 from flywheel.runs.run import Run
@@ -39,7 +40,9 @@ def try_out(recipe: Recipe, force: bool = False) -> None:
         generated = sum(row["generated"] for row in ledger.rows())
         print(f"try-out: {len(problems)} training questions x {SAMPLES} samples of {recipe.model.base}")
         for solution, grade in shown(solutions, grades):
-            print(as_read(k.problems[solution.question_id], solution, grade.verdict))
+            problem = k.problems[solution.question_id]
+            gold = gym.plain(problem.answer) if recipe.problems.format == "reasoning_gym" else problem.answer
+            print(as_read(problem, gold, solution, grade.verdict))
         shares = ", ".join(f"{verdict} {count / len(grades):.0%}" for verdict, count in sorted(k.verdicts.items()))
         print(
             f"try-out: {shares}; {generated} tokens in {seconds:.1f} s, {generated / max(seconds, 1e-9):.0f} tokens/s",
@@ -60,7 +63,7 @@ def shown(solutions: Sequence[Solution], grades: Sequence[Grade]) -> list[tuple[
     return picked
 
 
-def as_read(problem: Problem, solution: Solution, verdict: Verdict) -> str:
+def as_read(problem: Problem, gold: str, solution: Solution, verdict: Verdict) -> str:
     """A solution as the run sees it: question, steps, answer and verdict, long texts shortened."""
     steps = [f"  step {i}: {short(step.text)}" for i, step in enumerate(solution.steps, 1)]
     if len(steps) > 8:
@@ -70,7 +73,7 @@ def as_read(problem: Problem, solution: Solution, verdict: Verdict) -> str:
         [
             f"  question {problem.id}: {short(problem.question.text)}",
             *steps,
-            f"  answer: {answer} ({verdict}; the right one is {short(problem.answer)})",
+            f"  answer: {answer} ({verdict}; the right one is {short(gold)})",
         ]
     )
 

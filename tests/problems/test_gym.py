@@ -55,6 +55,7 @@ def test_a_pattern_cuts_the_bare_question_out():
     [problem, *_] = load(spec({**SUM, **SIZES, "question": ": (.*)"}))[Split.TEST]
     assert re.fullmatch(r"-?\d [-+] \d =", problem.question.text)
     assert "State the final answer" in json.loads(problem.answer)["entry"]["question"]  # the scorer's is whole
+    assert int(gym.plain(problem.answer)) == eval(problem.question.text.removesuffix("="))
 
 
 @needs_package
