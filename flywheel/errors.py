@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import sys
+from collections.abc import Callable
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
@@ -33,3 +35,13 @@ def explain(error: BaseException) -> str | None:
     if isinstance(error, OSError) and error.errno in NO_ACCESS:
         return f"{error.filename or 'a file'}: {(error.strerror or 'refused').lower()}"
     return None
+
+
+def one_line(work: Callable[[], str], program: str = "flywheel") -> int:
+    """The exit code of a command that prints one line: what `work` returns, or on stderr the UserError it raises."""
+    try:
+        print(work())
+    except UserError as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        return 1
+    return 0

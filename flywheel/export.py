@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flywheel.errors import UserError
+from flywheel.errors import UserError, one_line
 from flywheel.records import Role
 
 if TYPE_CHECKING:
@@ -123,14 +123,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="a new or empty directory")
     parser.add_argument("--round", type=int, help="the models after this round (default: the last finished one)")
     args = parser.parse_args(argv)
-    try:
+
+    def work() -> str:
         from flywheel.runs.run import Run  # imported late to keep --help fast
 
-        print(f"exported to {export(Run(args.run), args.out, args.round)}")
-    except UserError as error:
-        print(f"flywheel: {error}", file=sys.stderr)
-        return 1
-    return 0
+        return f"exported to {export(Run(args.run), args.out, args.round)}"
+
+    return one_line(work)
 
 
 if __name__ == "__main__":

@@ -11,10 +11,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from flywheel.errors import UserError
+from flywheel.errors import UserError, one_line
 from flywheel.runs.files import new_directory
 
 DTYPES = ("bfloat16", "float32")
+READY = "{}: ready; name it in the recipe as model.base"
 
 
 def convert(file: Path, out: Path, dtype: str = DTYPES[0]) -> None:
@@ -71,17 +72,20 @@ def main(argv: list[str] | None = None) -> int:
         prog="flywheel gguf", description="Turn a GGUF file into a model directory that model.base can name."
     )
     parser.add_argument("file", type=Path, help="a GGUF file of an architecture that transformers reads")
-    parser.add_argument("--out", type=Path, required=True, help="a new or empty directory")
-    parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help="of the weights (default: %(default)s)")
+    add_output(parser)
     args = parser.parse_args(argv)
-    try:
+
+    def work() -> str:
         with new_directory(args.out) as out:
             convert(args.file, out, args.dtype)
-    except UserError as error:
-        print(f"flywheel: {error}", file=sys.stderr)
-        return 1
-    print(f"{args.out}: ready; name it in the recipe as model.base")
-    return 0
+        return READY.format(args.out)
+
+    return one_line(work)
+
+
+def add_output(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, required=True, help="a new or empty directory")
+    parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help="of the weights (default: %(default)s)")
 
 
 if __name__ == "__main__":

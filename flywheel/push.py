@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flywheel.errors import UserError
+from flywheel.errors import UserError, one_line
 
 if TYPE_CHECKING:
     from flywheel.runs.run import Run
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 def push(run: Run, repo: str, private: bool = False, round: int | None = None) -> str:
     """Export the models after `round` and upload them to the model repository `repo`; returns its address.
 
-    The repository is made if it is not there. Raises UserError without a valid name, token or network, before the
-    export is made.
+    The repository is made, if it is not there, before the export: without a valid name, token or network nothing is
+    exported. Raises UserError.
     """
     from httpx2 import HTTPError  # what huggingface_hub speaks through
     from huggingface_hub import HfApi
@@ -54,14 +54,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--private", action="store_true", help="make the repository private, if it is made")
     parser.add_argument("--round", type=int, help="the models after this round (default: the last finished one)")
     args = parser.parse_args(argv)
-    try:
+
+    def work() -> str:
         from flywheel.runs.run import Run  # imported late to keep --help fast
 
-        print(f"uploaded to {push(Run(args.run), args.repo, args.private, args.round)}")
-    except UserError as error:
-        print(f"flywheel: {error}", file=sys.stderr)
-        return 1
-    return 0
+        return f"uploaded to {push(Run(args.run), args.repo, args.private, args.round)}"
+
+    return one_line(work)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import itertools
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -112,7 +112,7 @@ class ProblemSpec(Spec):
         levels = [task.level for task in self.tasks]
         if twice := {level for level in levels if levels.count(level) > 1}:
             raise ValueError(f"problems.tasks: two are called {min(twice)}; give one another `name`")
-        for split in ("train", "calibrate", "validation", "test") if gym else ():
+        for split in get_args(SplitName) if gym else ():
             if not any(getattr(task, split) for task in self.tasks):
                 raise ValueError(f"problems.tasks: no task has {split} questions")
         return self

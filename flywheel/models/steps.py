@@ -10,10 +10,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 
-from flywheel.models.engine import Completion
+from flywheel.models.engine import Completion, Sampling
 from flywheel.models.prompts import end_token
 from flywheel.problems.grading import last_boxed
-from flywheel.recipe import PromptSpec
+from flywheel.recipe import PromptSpec, SampleSpec
 from flywheel.records import Finish, Solution, Step
 
 
@@ -73,6 +73,10 @@ class Reader:
     def done(self) -> Callable[[Sequence[int]], bool] | None:
         """What an engine asks after each token (see `Sampling.done`): None if single tokens end every solution."""
         return self.finished if self.end_at_answer or self.stop_texts else None
+
+    def sampling(self, spec: SampleSpec) -> Sampling:
+        """Sampling parameters for a whole solution."""
+        return Sampling.of(spec, self.stop, self.done)
 
     def finished(self, tokens: Sequence[int]) -> bool:
         """Whether a solution whose text, or last part of whole steps, is `tokens` ends here."""

@@ -79,9 +79,7 @@ def open_backend(spec: EngineSpec, models: Mapping[str, ModelRef], ledger: Ledge
     groups: dict[Hashable, list[ModelRef]] = {}
     for ref in models.values():
         groups.setdefault(engine_of(ref), []).append(ref)
-    sizes = {
-        role: parameters(ref) for role, ref in models.items()
-    }  # before an engine starts, see `_shape` in weights.py
+    sizes = {role: parameters(ref) for role, ref in models.items()}  # before an engine starts: see `_shape`
     run_seed = vllm_cpu.RunSeed(seed, len(groups))
     devices: dict[Hashable, VllmDevice] = {}
     with ExitStack() as opened:

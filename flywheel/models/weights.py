@@ -68,16 +68,19 @@ def parameters(ref: ModelRef) -> int:
 @functools.lru_cache  # vLLM alters the classes of some architectures (GPT-NeoX): a process can build them only before
 def _shape(base: str) -> tuple[int, str | None]:
     """(number of parameters, see `judge_fault`) of a base without its weights."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    config = load_config(base)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    model, config = _without_weights(base), load_config(base)
     fault = next((name for name in AFTER_HEAD if (getattr(config, name, None) or 1.0) != 1.0), None)
     if getattr(model.get_output_embeddings(), "bias", None) is not None:
         fault = "a bias of the LM head"
     return sum(weight.numel() for weight in model.parameters()), fault
+
+
+def _without_weights(base: str):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(load_config(base))
 
 
 def adapter_config(adapter: str) -> dict:
@@ -120,13 +123,10 @@ def drop_sampling_defaults(model) -> None:
 
 def check_targets(spec: ModelSpec) -> None:
     """Raises ValueError if `model.lora_targets`, or one name of its list, fits no module that LoRA can adapt."""
-    import torch
     from peft import LoraConfig, get_peft_model
     from peft.tuners.tuners_utils import check_target_module_exists
-    from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(load_config(spec.base))
+    model = _without_weights(spec.base)
     # the modules with a weight matrix: Linear, GPT-2's Conv1D, Embedding
     modules = [name.removesuffix(".weight") for name, weight in model.named_parameters() if weight.dim() == 2]
     names = ", ".join(sorted({name.rpartition(".")[2] for name in modules}))

@@ -126,7 +126,7 @@ class Searcher:
 
     def sampling(self) -> Sampling:
         """Sampling parameters for a whole solution."""
-        return Sampling.of(self.sample, self.reader.stop, self.reader.done)
+        return self.reader.sampling(self.sample)
 
 
 async def attempt(

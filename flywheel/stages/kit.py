@@ -162,7 +162,7 @@ class Kit:
 
     def sampling(self, **changes: object) -> Sampling:
         """Sampling parameters for a whole solution, with `changes`."""
-        return replace(Sampling.of(self.recipe.sample, self.reader.stop, self.reader.done), **changes)
+        return replace(self.reader.sampling(self.recipe.sample), **changes)
 
     async def solutions(self, question: Question, n: int, *, purpose: str, tag: str) -> list[Solution]:
         """Sample `n` independent solutions of `question` from the policy."""
