@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from flywheel.errors import UserError, one_line
 from flywheel.records import Role
+from flywheel.runs.hub import name_of
 
 if TYPE_CHECKING:
     from flywheel.recipe import SampleSpec
@@ -49,7 +50,7 @@ def _fill(run: Run, round: int, out: Path) -> None:
         raise UserError(f"{run.path('distill', made)}: the policy's adapter is missing")
     base = run.recipe.model.base
     for role, source in adapters.items():
-        _copy_adapter(source, out / "adapters" / role, base)
+        _copy_adapter(source, out / "adapters" / role, name_of(base))
     _merge(base, adapters.get(Role.POLICY), run.recipe.sample, out / "policy")
     rows = _harvest(run, round, out / "harvest")
     from flywheel.report.card import card  # imported late to keep --help fast

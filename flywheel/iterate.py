@@ -83,14 +83,14 @@ def main(
     report: str = "flywheel.report",
     preload: tuple[str, ...] = PRELOAD,
     preflight: str | None = "flywheel.stages.kit:preflight",
-    tryout: str | None = "flywheel.stages.tryout:try_out",
+    rehearsal: str | None = "flywheel.stages.rehearsal",
 ) -> int:
     """Run the command; returns the exit code.
 
     stages: `module:function(round) -> list[Stage]`. report: a module with `after_round(run, round)`,
     `summary(run)` and `print_round(summary, round)`. preload: modules that the fork server imports.
-    preflight: `module:function(recipe, ranks)`, which returns ids of questions to leave out, and after it tryout:
-    `module:function(recipe, force)`; called before a run is created, and may raise UserError.
+    preflight: `module:function(recipe, ranks)`, which returns ids of questions to leave out. rehearsal: a module with
+    what `flywheel.runs.rehearsal` calls. Both come before a run is created, and may raise UserError.
     """
     args = parser().parse_args(argv)
     if args.round < 0:
@@ -106,7 +106,7 @@ def main(
     from flywheel.runs.ranks import Ranks
 
     ranks = Ranks.from_env()
-    loop = Loop(args, lambda: load_recipe(args), ranks, stages, report, preload, preflight, tryout)
+    loop = Loop(args, lambda: load_recipe(args), ranks, stages, report, preload, preflight, rehearsal)
     try:
         with signals():
             return loop.lead() if ranks.rank == 0 else loop.follow()
@@ -138,8 +138,12 @@ def find_recipe(name: str) -> Path:
 
 
 def load_recipe(args: argparse.Namespace) -> Recipe:
-    """The recipe with its overrides applied and paths made absolute. Raises UserError, RecipeError."""
+    """The recipe with its overrides applied, paths made absolute and a base on the Hub downloaded, but for a dry run.
+
+    Raises UserError, RecipeError.
+    """
     from flywheel import recipe
+    from flywheel.runs import hub
     from flywheel.search import strategies
 
     path = find_recipe(args.recipe or "chain")
@@ -158,9 +162,12 @@ def load_recipe(args: argparse.Namespace) -> Recipe:
             # shipped code first: the current directory may contain a package `data` too
             sys.path.insert(0 if project == SHARE else len(sys.path), str(project))
     strategies.strategies(loaded.calibrate)  # raises for an unknown strategy or option
+    base = located(loaded.model.base, root)
+    if hub.is_name(base):
+        base = hub.snapshot(base, loaded.model.revision, download=not args.dry_run)
     return loaded.model_copy(
         update={
-            "model": loaded.model.model_copy(update={"base": located(loaded.model.base, root)}),
+            "model": loaded.model.model_copy(update={"base": base}),
             "problems": loaded.problems.model_copy(update={"path": located(loaded.problems.path, root)}),
         }
     )

@@ -121,7 +121,8 @@ class ProblemSpec(Spec):
 class ModelSpec(Spec):
     """The frozen base of the run."""
 
-    base: str
+    base: str  # a directory, or a name on the Hub
+    revision: str | None = None  # branch, tag or commit, of a name on the Hub
     lora_rank: Positive = 16
     lora_alpha: Positive = 32
     lora_targets: str | list[str] = "all-linear"

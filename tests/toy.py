@@ -35,7 +35,11 @@ class Project:
             "name": "toy",
             "problems": {"path": "questions.jsonl"},
             "model": {"base": "base"},
-            "engine": {"chunk": 2, "workers": 1},
+            "engine": {
+                "kind": "toy_stages:none",
+                "chunk": 2,
+                "workers": 1,
+            },  # none: nothing is trained and served before a run
             "prompts": {"solve": "{question}", "check": "{question}", "again": "\n"},
             "calibrate": {"strategies": [{"kind": "best_of_n"}], "budgets": [4, 16]},
         }

@@ -5,6 +5,4 @@ import sys
 from flywheel.iterate import main
 
 if __name__ == "__main__":
-    sys.exit(
-        main(stages="toy_stages:stages", report="toy_stages", preload=(), preflight=None, tryout="toy_stages:try_out")
-    )
+    sys.exit(main(stages="toy_stages:stages", report="toy_stages", preload=(), preflight=None, rehearsal="toy_stages"))

@@ -169,9 +169,12 @@ def stages(round: int) -> list[Stage]:
     return [EVALUATE] if round == 0 else [SAMPLE, LABEL, DISTILL, GATE, EVALUATE]
 
 
-def try_out(recipe: Recipe, force: bool) -> None:
-    log(f"tryout:{force}")
-    if os.environ.get("TOY_FAULT") == "tryout" and not force:
+# ---- the rehearsal of a toy run ----
+
+
+def sample(recipe: Recipe, force: bool) -> None:
+    log(f"rehearsal:{force}")
+    if os.environ.get("TOY_FAULT") == "rehearsal" and not force:
         raise UserError("try-out: no answer could be read; see prompts.answer")
 
 

@@ -13,6 +13,7 @@ from flywheel.recipe import Recipe
 from flywheel.records import Role
 from flywheel.report.summary import summary
 from flywheel.report.tables import print_round
+from flywheel.runs.hub import name_of
 from flywheel.runs.run import Run
 
 ABOUT = {
@@ -28,7 +29,7 @@ def card(run: Run, round: int, adapters: Iterable[Role], solutions: int) -> str:
     `adapters`: roles whose adapters are exported. `solutions`: number of solutions in the exported harvest.
     """
     recipe, data, made = run.recipe, summary(run), run.policy_round(round)
-    base, spent = recipe.model.base, data["ledger"]
+    base, spent = name_of(recipe.model.base), data["ledger"]
     front = ABOUT if Path(base).exists() else {"base_model": base, **ABOUT}  # `base_model` must be a name on the Hub
     if made:
         origin = f"a LoRA adapter trained from the frozen base on the harvest of rounds 1 to {made}, merged"
@@ -119,7 +120,7 @@ def _serving(run: Run, adapters: list[Role]) -> str:
         return ""
     rank = max(8, 1 << (run.recipe.model.lora_rank - 1).bit_length())  # vLLM accepts powers of two from 8
     modules = " \\\n".join(f"    {role}=adapters/{role}" for role in adapters)
-    serve = f"vllm serve {run.recipe.model.base} --enable-lora --max-lora-rank {rank} --lora-modules"
+    serve = f"vllm serve {name_of(run.recipe.model.base)} --enable-lora --max-lora-rank {rank} --lora-modules"
     good, bad = run.recipe.prm.labels
     value = f"\nThe PRM's value of a step is the probability of `{good}` against `{bad}` as the next token after it.\n"
     return f"\n```sh\n{serve} \\\n{modules}\n```\n{value if Role.PRM in adapters else ''}"

@@ -1,7 +1,7 @@
 """Estimate a run's cost before it starts: tokens, time and disk space by stage.
 
 A stage that an earlier round has finished is estimated by its measured figures. Any other is computed from the recipe,
-the number of questions, and `Rates`: measured on this machine by `stages/probe.py`, or guessed.
+the number of questions, and `Rates`: measured on this machine by the rehearsal, or guessed.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -35,7 +35,8 @@ class Rates:
     """Speeds in tokens/s of one sampling process (`generate`, `read`) and of one rank's training (`train`).
 
     open, start: seconds until an engine or a training does its first step. prompt, check, solution: mean tokens of a
-    question's prompt, of the PRM's prompt, of a solution; steps: of a solution. A speed that is not known is NaN.
+    question's prompt, of the PRM's prompt, of a solution; steps: of a solution. train_memory, serve_memory: bytes of a
+    training, and of a process with policy, PRM and reviser open. A speed that is not known is NaN, memory 0.
     """
 
     open: float
@@ -47,6 +48,8 @@ class Rates:
     check: float
     solution: float
     steps: float
+    train_memory: float = 0
+    serve_memory: float = 0
     measured: bool = True
 
 
@@ -202,17 +205,21 @@ def guessed(recipe: Recipe) -> Rates:
     )
 
 
-def cached(key: dict[str, Any], probe: Callable[[], dict[str, float]] | None) -> Rates | None:
-    """The rates measured under `key` before, else those of `probe`, which are kept in the cache directory.
-
-    None if there are none and no `probe`. The directory is `flywheel` in XDG_CACHE_HOME, or in ~/.cache.
-    """
+def rates_file(key: dict[str, Any]) -> Path:
+    """Where the rates measured under `key` are kept: in `flywheel` in XDG_CACHE_HOME, or in ~/.cache."""
     name = sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:24]
-    path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flywheel" / f"rates-{name}.json"
-    if (found := read_json(path)) is None and probe is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, found := probe())
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flywheel" / f"rates-{name}.json"
+
+
+def measured(key: dict[str, Any]) -> Rates | None:
+    """The rates kept under `key`, or None."""
+    found = read_json(rates_file(key))
     return Rates(**found) if found else None
+
+
+def keep(key: dict[str, Any], rates: Rates) -> None:
+    rates_file(key).parent.mkdir(parents=True, exist_ok=True)
+    write_json(rates_file(key), asdict(rates))
 
 
 def cpu_name() -> str:
@@ -290,13 +297,18 @@ def overview(
         tokens, seconds, size = (
             sum(row.left * getattr(row, name) for row in rows) for name in ("tokens", "seconds", "bytes")
         )
-        measured = any(row.state == "done" for row in rows)
-        grounds = "from what this run measured, where it did" if measured else "rough: nothing is measured yet"
+        begun = any(row.state == "done" for row in rows)
+        grounds = "from what this run measured, where it did" if begun else "rough: nothing is measured yet"
         if rates.measured:
-            grounds = f"{'from what this run measured, else' if measured else 'by'} this machine's speed with the base"
+            grounds = f"{'from what this run measured, else' if begun else 'by'} this machine's speed with the base"
         elif math.isnan(rates.generate):
             grounds += f"; the size of {recipe.model.base} is not known before its download, so no time is"
         lines.append(f"to do: about {short(tokens)} tokens, {clock(seconds)}, {short(size)}B ({grounds})")
+    if rates.measured:
+        lines.append(
+            f"memory: {short(rates.train_memory)}B to train, {short(rates.serve_memory)}B to search"
+            + (f" in each of {workers} processes" if workers > 1 else "")
+        )
     return "\n".join(lines)
 
 

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Collection
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 
 import yaml
@@ -21,12 +21,13 @@ from flywheel.errors import UserError
 from flywheel.problems.sources import load
 from flywheel.recipe import Recipe
 from flywheel.runs import isolate, manifest
-from flywheel.runs.estimate import Rates, cached, cpu_name, guessed, overview, parameters
+from flywheel.runs.estimate import Rates, cpu_name, guessed, keep, measured, overview
 from flywheel.runs.files import read_json, write_file, write_json
 from flywheel.runs.fork import fork
 from flywheel.runs.manifest import stage_dir
 from flywheel.runs.processes import Tell, call_alone, processes, run_stage, threads_of, workers
 from flywheel.runs.ranks import Launch, LaunchFailed, Ranks, RunLock, free_port
+from flywheel.runs.rehearsal import rehearse
 from flywheel.runs.run import SKIPPED, Run
 from flywheel.runs.shards import shard_dirs
 from flywheel.runs.stage import Scheduled, Stage, schedule
@@ -67,7 +68,7 @@ class Loop:
     report: str
     preload: tuple[str, ...]
     preflight: str | None = None  # `module:function(recipe, ranks)`: ids to leave out; raises UserError
-    tryout: str | None = None  # `module:function(recipe, force)`, which raises UserError
+    rehearsal: str | None = None  # a module with what `runs/rehearsal.py` calls; raises UserError
     launch: Launch | None = None
     at: str = ""  # the current stage
     parent: int = field(default_factory=os.getppid)
@@ -100,6 +101,7 @@ class Loop:
         new = not (self.run / "recipe.yaml").exists()
         # before the recipe is stored: afterwards it can no longer be changed
         skipped = self.check_model() if new else Run(self.run, self.recipe).skipped
+        rates = self.rates(sources, new)
         if skipped:
             notes.append(f"{len(skipped)} that do not fit engine.max_model_len are left out (problems.skip_long)")
         counts = {str(split): sum(p.id not in skipped for p in group) for split, group in problems.items()}
@@ -111,10 +113,7 @@ class Loop:
         plan = self.plan(self.args.round)
         todo = [scheduled for scheduled in plan if manifest.load(self.run, *scheduled.at) is None]
         parts = workers(self.recipe, threads_of(self.ranks, self.recipe))
-        print(
-            overview(self.recipe, self.run, plan, counts, self.rates(sources, bool(todo)), self.ranks.world, parts),
-            flush=True,
-        )
+        print(overview(self.recipe, self.run, plan, counts, rates, self.ranks.world, parts), flush=True)
         for note in notes:
             print(f"questions: {note}", flush=True)
         if self.args.dry_run:
@@ -148,41 +147,35 @@ class Loop:
         self.launch.wait_for_all()
 
     def check_model(self) -> Collection[str]:
-        """Call `preflight`, then `tryout`, each in a process of its own; returns the ids of questions to leave out.
+        """Call `preflight` in a process of its own; returns the ids of questions to leave out.
 
-        A dry run does not download a model from the Hub for the first, and leaves out the second.
+        A dry run does not download a model from the Hub for it.
         """
-        arguments, what, skipped = {"recipe": self.recipe}, "the recipe and its model", ()
-        if self.preflight and not (self.args.dry_run and not Path(self.recipe.model.base).is_dir()):
-            isolate.start_server(threads_of(self.ranks, self.recipe), self.preload)
-            asked = arguments | {"ranks": self.ranks.world}
-            skipped = call_alone(self.ranks, self.recipe, self.preflight, asked, what)
-        if self.tryout and not self.args.dry_run:
-            isolate.start_server(threads_of(self.ranks, self.recipe), self.preload)
-            call_alone(self.ranks, self.recipe, self.tryout, arguments | {"force": self.args.force}, what)
-        return skipped
+        if not self.preflight or self.needs_download:
+            return ()
+        isolate.start_server(threads_of(self.ranks, self.recipe), self.preload)
+        asked = {"recipe": self.recipe, "ranks": self.ranks.world}
+        return call_alone(self.ranks, self.recipe, self.preflight, asked, "the recipe and its model")
 
-    def rates(self, sources: dict[str, str], todo: bool) -> Rates:
-        """This machine's speeds with the base: measured before, or now for a dry run, else guessed."""
+    @property
+    def needs_download(self) -> bool:
+        return self.args.dry_run and not Path(self.recipe.model.base).is_dir()
+
+    def rates(self, sources: dict[str, str], new: bool) -> Rates:
+        """This machine's speeds with the base: from the rehearsal of a new run, else measured before, else guessed.
+
+        A dry run rehearses only what was not measured before. Raises UserError if the rehearsal finds a fault.
+        """
         threads = threads_of(self.ranks, self.recipe)
-        recipe = self.recipe.model_dump(mode="json", include={"model", "engine", "prompts", "sample", "problems"})
+        sections = {"model", "engine", "prompts", "sample", "calibrate", "problems"}
+        recipe = self.recipe.model_dump(mode="json", include=sections)
         key = {"recipe": recipe, "sources": sources, "threads": threads, "cpu": cpu_name()}
-
-        def probe() -> dict[str, float]:
+        known = measured(key)
+        if new and self.rehearsal and not (self.args.dry_run and (known or self.needs_download)):
             isolate.start_server(threads, self.preload)
-            asked = {"recipe": self.recipe}
-            call = partial(call_alone, self.ranks, self.recipe, what="the probe of this machine", log=Path(os.devnull))
-            found = call("flywheel.stages.probe:sampling", asked)
-            length = int(found["prompt"] + found["solution"])
-            return found | call("flywheel.stages.probe:training", asked | {"length": length}, threads=threads)
-
-        can = self.tryout and self.recipe.engine.kind == "vllm" and parameters(self.recipe.model.base)
-        try:
-            measured = cached(key, probe if can and todo and self.args.dry_run else None)
-        except isolate.StageFailed as error:
-            print(f"{error}; the estimate is rough", flush=True)
-            measured = None
-        return measured or guessed(self.recipe)
+            if known := rehearse(self.ranks, self.recipe, self.rehearsal, self.args.force):
+                keep(key, known)
+        return known or guessed(self.recipe)
 
     def open_run(self, skipped: Collection[str]) -> None:
         """Create and lock the run's directory; store the recipe of a new run. Raises UserError, OSError."""

@@ -17,6 +17,7 @@ from flywheel.problems.sources import digest
 from flywheel.recipe import Recipe
 from flywheel.runs import shards
 from flywheel.runs.files import Damaged, read_json, read_rows, sha256, write_json
+from flywheel.runs.hub import is_name
 from flywheel.runs.shards import shard_dirs
 from flywheel.runs.stage import At, Scheduled
 
@@ -69,7 +70,7 @@ def recipe_leaves(recipe: Recipe, sections: Sequence[str] | None) -> dict[str, A
 
 
 def source_files(recipe: Recipe) -> dict[str, str]:
-    """sha256 by file of the base model and the problem set; for a base on the Hub, its name instead.
+    """sha256 by file of the base model and the problem set; for a base not yet downloaded (a dry run), its name.
 
     Raises UserError if either does not exist or is not of the expected kind.
     """
@@ -83,7 +84,7 @@ def source_files(recipe: Recipe) -> dict[str, str]:
                 " convert them with save_pretrained"
             )
         files = {f"model.base/{p.name}": p for p in sorted(base.iterdir()) if p.suffix in MODEL_FILES}
-    elif base.is_absolute() or base.exists() or recipe.model.base.count("/") != 1:
+    elif not is_name(recipe.model.base):
         raise UserError(f"model.base: {base} is not a model directory, nor the name of one on the Hub (owner/name)")
     else:
         files = {}

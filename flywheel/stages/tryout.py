@@ -8,48 +8,40 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 from flywheel.errors import UserError
-from flywheel.ledger import Ledger
 from flywheel.problems import gym
-from flywheel.recipe import Recipe
-from flywheel.records import Grade, ModelRef, Problem, Role, Solution, Split, Verdict
-from flywheel.runs.run import Run
-from flywheel.stages.kit import open_kit, too_long
+from flywheel.records import Grade, Problem, Solution, Verdict
+from flywheel.stages.kit import Kit
 
 QUESTIONS, SAMPLES, SHOWN = 8, 4, 3
 FORCE = "; --force starts the run all the same"
 
 
-def try_out(recipe: Recipe, force: bool = False) -> None:
-    """Sample QUESTIONS training questions SAMPLES times each by the base, print what was read, and judge it.
+def try_out(kit: Kit, problems: Sequence[Problem], force: bool = False) -> list[Solution]:
+    """Sample QUESTIONS of `problems` SAMPLES times each by the base, print what was read, and judge it.
 
-    The tokens are printed and charged to no run. Raises UserError, naming the recipe key to look at, if no answer could
-    be read or none is right, unless `force`.
+    Returns the solutions. Raises UserError, naming the recipe key to look at, if no answer could be read or none is
+    right, unless `force`.
     """
-    run, ledger = Run(Path(), recipe, skipped=()), Ledger("try", 0)
-    with open_kit(run, {Role.POLICY: ModelRef("policy_0", recipe.model.base)}, Split.TRAIN, ledger=ledger, seed=0) as k:
-        fitting = sorted(id for id, problem in k.problems.items() if not too_long(recipe, k.prompts, problem))
-        problems = random.Random(recipe.seed).sample(fitting, min(QUESTIONS, len(fitting)))
-        started = time.monotonic()
-        made = list(k.sample_all(dict.fromkeys(problems, SAMPLES), purpose="try", tag="try"))
-        seconds = time.monotonic() - started
-        solutions = [record for record in made if isinstance(record, Solution)]
-        grades = [record for record in made if isinstance(record, Grade)]
-        generated = sum(row["generated"] for row in ledger.rows())
-        print(f"try-out: {len(problems)} training questions x {SAMPLES} samples of {recipe.model.base}")
-        for solution, grade in shown(solutions, grades):
-            problem = k.problems[solution.question_id]
-            gold = gym.plain(problem.answer) if recipe.problems.format == "reasoning_gym" else problem.answer
-            print(as_read(problem, gold, solution, grade.verdict))
-        shares = ", ".join(f"{verdict} {count / len(grades):.0%}" for verdict, count in sorted(k.verdicts.items()))
-        print(
-            f"try-out: {shares}; {generated} tokens in {seconds:.1f} s, {generated / max(seconds, 1e-9):.0f} tokens/s",
-            flush=True,
-        )
+    recipe, fitting = kit.recipe, sorted(problem.id for problem in problems)
+    asked = random.Random(recipe.seed).sample(fitting, min(QUESTIONS, len(fitting)))
+    started = time.monotonic()
+    made = list(kit.sample_all(dict.fromkeys(asked, SAMPLES), purpose="try", tag="try"))
+    seconds = time.monotonic() - started
+    solutions = [record for record in made if isinstance(record, Solution)]
+    grades = [record for record in made if isinstance(record, Grade)]
+    print(f"try-out: {len(asked)} training questions x {SAMPLES} samples of {recipe.model.base}")
+    for solution, grade in shown(solutions, grades):
+        problem = kit.problems[solution.question_id]
+        gold = gym.plain(problem.answer) if recipe.problems.format == "reasoning_gym" else problem.answer
+        print(as_read(problem, gold, solution, grade.verdict))
+    shares = ", ".join(f"{verdict} {count / len(grades):.0%}" for verdict, count in sorted(kit.verdicts.items()))
+    length = sum(len(solution.tokens) for solution in solutions) / len(solutions)
+    print(f"try-out: {shares}; {length:.0f} tokens a solution, {seconds:.1f} s", flush=True)
     if (line := fault(solutions, grades)) and not force:
         raise UserError(line + FORCE)
+    return solutions
 
 
 def shown(solutions: Sequence[Solution], grades: Sequence[Grade]) -> list[tuple[Solution, Grade]]:

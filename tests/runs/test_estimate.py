@@ -11,15 +11,25 @@ import pytest
 
 from flywheel.recipe import load
 from flywheel.runs import estimate
-from flywheel.runs.estimate import Rates, by_config, cached, guessed, overview, parameters, planned
+from flywheel.runs.estimate import Rates, by_config, guessed, keep, measured, overview, parameters, planned
 from flywheel.runs.stage import schedule
 from flywheel.stages import stages
 
 ROOT = Path(__file__).parents[2]
 SEED_MODEL = ROOT / "data" / "chain" / "seed_model"
 RATES = Rates(
-    open=1, generate=9000, read=50_000, start=1, train=10_000, prompt=13, check=13, solution=37, steps=8
-)  # fmt: skip
+    open=1,
+    generate=9000,
+    read=50_000,
+    start=1,
+    train=10_000,
+    prompt=13,
+    check=13,
+    solution=37,
+    steps=8,
+    train_memory=1.5e9,
+    serve_memory=2e9,
+)
 COUNTS = {"train": 320, "calibrate": 64, "validation": 40, "test": 200}
 
 
@@ -44,8 +54,9 @@ def test_the_tokens_told_are_those_that_the_default_recipe_spent(tmp_path):
 
 def test_a_dry_run_says_where_its_speed_comes_from(tmp_path):
     recipe, plan = load(ROOT / "recipes" / "chain.yaml"), schedule(stages, 1)
-    measured = overview(recipe, tmp_path, plan, COUNTS, RATES, 1, 2)
-    assert measured.endswith("(by this machine's speed with the base)")
+    told = overview(recipe, tmp_path, plan, COUNTS, RATES, 1, 2).splitlines()
+    assert told[-2].endswith("(by this machine's speed with the base)")
+    assert told[-1] == "memory: 1.5GB to train, 2.0GB to search in each of 2 processes"
     assert overview(recipe, tmp_path, plan, COUNTS, guessed(recipe), 1, 2).endswith("(rough: nothing is measured yet)")
     unknown = recipe.model_copy(update={"model": recipe.model.model_copy(update={"base": "nobody/no-such-model"})})
     told = overview(unknown, tmp_path, plan, COUNTS, guessed(unknown), 1, 2)
@@ -54,17 +65,11 @@ def test_a_dry_run_says_where_its_speed_comes_from(tmp_path):
     )
 
 
-def test_rates_are_measured_once_for_what_they_depend_on(tmp_path, monkeypatch):
+def test_rates_are_kept_for_what_they_depend_on(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    asked, made = [], {key: value for key, value in vars(RATES).items() if key != "measured"}
-
-    def probe() -> dict:
-        asked.append(1)
-        return made
-
-    assert cached({"threads": 1}, None) is None
-    assert cached({"threads": 1}, probe) == cached({"threads": 1}, probe) == cached({"threads": 1}, None) == RATES
-    assert len(asked) == 1 and cached({"threads": 2}, None) is None
+    assert measured({"threads": 1}) is None
+    keep({"threads": 1}, RATES)
+    assert measured({"threads": 1}) == RATES and measured({"threads": 2}) is None
     assert [path.parent.name for path in tmp_path.rglob("*.json")] == ["flywheel"]
 
 

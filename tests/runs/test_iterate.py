@@ -125,17 +125,17 @@ def test_bad_input_ends_with_one_line_and_writes_nothing(project, argv, message)
     assert not project.runs.exists()
 
 
-def test_a_base_is_tried_out_once_before_a_new_run(project):
-    """A fault leaves nothing behind, so the mended recipe starts under the same name."""
-    failed = project.run("--round", "0", TOY_FAULT="tryout")
-    assert failed.returncode == 1 and "prompts.answer" in one_line(failed.stderr)
-    assert not project.runs.exists()
-    assert project.run("--round", "0", "--dry-run").returncode == 0 and len(project.logged("tryout:")) == 1
-    forced = project.run("--round", "0", "--force", TOY_FAULT="tryout")
+def test_a_new_run_is_rehearsed_once(project):
+    """A fault leaves nothing behind, so the mended recipe starts under the same name; a dry run finds it too."""
+    for argv in ((), ("--dry-run",)):
+        failed = project.run("--round", "0", *argv, TOY_FAULT="rehearsal")
+        assert failed.returncode == 1 and "prompts.answer" in one_line(failed.stderr)
+        assert not project.runs.exists()
+    forced = project.run("--round", "0", "--force", TOY_FAULT="rehearsal")
     assert forced.returncode == 0, forced.stderr
     shutil.rmtree(project.stage(0, "evaluate"))
-    assert project.run("--round", "0", TOY_FAULT="tryout").returncode == 0
-    assert [line[0] for line in project.logged("tryout:")] == ["tryout:False", "tryout:True"]
+    assert project.run("--round", "0", TOY_FAULT="rehearsal").returncode == 0
+    assert [line[0] for line in project.logged("rehearsal:")] == ["rehearsal:False"] * 2 + ["rehearsal:True"]
 
 
 def test_ones_own_questions(project):

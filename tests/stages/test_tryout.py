@@ -9,7 +9,8 @@ import pytest
 
 from flywheel.errors import UserError
 from flywheel.recipe import load
-from flywheel.stages.tryout import QUESTIONS, SAMPLES, try_out
+from flywheel.stages.rehearsal import sample
+from flywheel.stages.tryout import QUESTIONS, SAMPLES
 from tests import micro
 
 
@@ -41,9 +42,9 @@ def opened(tmp_path):
 
 
 def test_a_try_out_shows_what_was_read_and_its_shares(opened, capsys):
-    try_out(opened("1 + 2 = 3 \n Answer 3", "1 + 2 = 4 \n Answer 4", "7 \n"))
+    sample(opened("1 + 2 = 3 \n Answer 3", "1 + 2 = 4 \n Answer 4", "7 \n"), force=False)
     out = capsys.readouterr().out
-    assert f"{QUESTIONS} training questions x {SAMPLES} samples" in out and "tokens/s" in out
+    assert f"{QUESTIONS} training questions x {SAMPLES} samples" in out and re.search(r"\d tokens a solution", out)
     assert "  step 1: 1 + 2 = 3 \\n" in out and "  step 2: Answer 3\n" in out
     assert "answer: 3 (correct; the right one is 3)" in out and "answer: none (unparsable;" in out
     shares = {word: int(share) for word, share in re.findall(r"(\w+) (\d+)%", out.splitlines()[-1])}
@@ -62,9 +63,9 @@ def test_a_try_out_shows_what_was_read_and_its_shares(opened, capsys):
 def test_a_base_that_answers_nothing_or_nothing_right_is_stopped_with_the_key_to_look_at(opened, line, changes, named):
     recipe = opened(line, **changes)
     with pytest.raises(UserError, match=named) as error:
-        try_out(recipe)
+        sample(recipe, force=False)
     assert "\n" not in str(error.value) and "--force" in str(error.value)
-    try_out(recipe, force=True)
+    sample(recipe, force=True)
 
 
 def broken(gold: str, answer: str) -> bool:

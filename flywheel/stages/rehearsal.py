@@ -1,0 +1,168 @@
+"""The rehearsal of a new run: its base sampled, trained and served in miniature, before anything is written.
+
+It finds within a minute what would fail a stage hours later, and measures what the estimate needs. Each function is
+called in a process of its own, like a stage; `runs/rehearsal.py` calls them.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import resource
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from flywheel.errors import TooLong
+from flywheel.ledger import Ledger
+from flywheel.models.engine import Completion
+from flywheel.models.prm import label_ids
+from flywheel.recipe import Recipe
+from flywheel.records import ModelRef, Problem, Role, Split
+from flywheel.runs.run import Run
+from flywheel.search.run import search_all
+from flywheel.search.strategies import strategies
+from flywheel.stages.kit import Kit, open_kit, prompts_and_reader, too_long
+from flywheel.stages.tryout import try_out
+
+SECONDS = 3.0  # after which no further batch is begun
+SAMPLES = 4  # a question in the sampled batches
+
+
+def sample(recipe: Recipe, force: bool) -> dict[str, float]:
+    """Try the base out (`try_out`), then measure its sampling by one process.
+
+    open: seconds to open an engine. generate, read: tokens/s that it generates in full batches, and reads of texts that
+    it has not seen. prompt, check, solution: mean tokens of a question's prompt, of the PRM's, of a solution; steps:
+    mean number of its steps. Raises UserError as `try_out` does, and TooLong if no question fits the model.
+    """
+    run, started = Run(Path(), recipe, skipped=()), time.monotonic()
+    models = {Role.POLICY: ModelRef("policy_0", recipe.model.base)}
+    with open_kit(run, models, Split.TRAIN, ledger=Ledger("rehearsal", 0), seed=0) as kit:
+        kit.engine()
+        opened = time.monotonic() - started
+        fitting = [problem for problem in kit.problems.values() if not too_long(recipe, kit.prompts, problem)]
+        if not fitting:
+            raise TooLong("no question fits engine.max_model_len")
+        made = try_out(kit, fitting, force)
+        solve, check = (
+            [len(tokens) for tokens in map(make, fitting)]
+            for make in (lambda p: kit.prompts.solve(p.question), lambda p: kit.prompts.check(p.question, ())[0])
+        )
+        drawn, generate = generated(kit, fitting)
+        return {
+            "open": opened,
+            "generate": generate,
+            "read": reading(kit, fitting[0], [done.tokens for done in drawn]),
+            "prompt": mean(solve),
+            "check": mean(check),
+            "solution": mean([len(solution.tokens) for solution in made]),
+            "steps": max(1.0, mean([len(solution.steps) for solution in made])),
+        }
+
+
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def generated(kit: Kit, problems: list[Problem]) -> tuple[list[Completion], float]:
+    """(completions, tokens/s) of full batches of ever longer completions, up to `sample.max_tokens`."""
+    longest, most = kit.recipe.sample.max_tokens, 4
+    count = max(1, kit.recipe.engine.max_running // SAMPLES)
+    problems = random.Random(0).sample(problems, min(count, len(problems)))
+    engine = kit.engine()
+    while True:
+        most = min(most, longest)
+
+        async def draw(problem: Problem, most: int = most) -> list[Completion]:
+            prompt = kit.prompts.solve(problem.question, engine.bare)
+            return await engine.generate(prompt, kit.sampling(max_tokens=most), purpose="rehearsal", n=SAMPLES)
+
+        started = time.monotonic()
+        done = [one for _, drawn in kit.each(problems, draw) for one in drawn]
+        seconds = max(time.monotonic() - started, 1e-9)
+        if most == longest or seconds > SECONDS / 2:
+            return done, sum(len(one.tokens) for one in done) / seconds
+        most *= 4
+
+
+def reading(kit: Kit, problem: Problem, texts: list[tuple[int, ...]]) -> float:
+    """Tokens/s that the engine reads of texts that its prefix cache does not hold: those given, shuffled."""
+    chance, prompt = random.Random(0), kit.prompts.solve(problem.question)
+    room = kit.recipe.engine.max_model_len - 1 - len(prompt)
+
+    async def read(text: list[int]) -> list[Completion]:
+        return await kit.engine().generate([*prompt, *text], kit.sampling(max_tokens=1), purpose="rehearsal")
+
+    for count in (16, len(texts)):  # first a few, for an engine that would need minutes for all
+        batch = [chance.sample(text, len(text))[:room] for text in texts[:count]]
+        started = time.monotonic()
+        list(kit.each(batch, read))
+        seconds = max(time.monotonic() - started, 1e-9)
+        if seconds * len(texts) / len(batch) > SECONDS:
+            break
+    return sum(map(len, batch)) / seconds
+
+
+def train(recipe: Recipe, out: Path, length: int) -> dict[str, float]:
+    """Train a policy and a PRM for a few steps on random texts of `length` tokens, into `out/policy`, `out/prm`.
+
+    start: seconds before the first step; train: tokens/s of the policy's training; train_memory: bytes at its peak.
+    """
+    from flywheel.training import Example, Job, PrmExample, train_prm, train_sft
+
+    os.environ["WANDB_MODE"] = "disabled"
+    run, chance = Run(Path(), recipe, skipped=()), random.Random(0)
+    prompts, reader = prompts_and_reader(run)
+    length = max(2, min(length, recipe.distill.max_length, recipe.prm.max_length))
+    words = [token for problem in run.problems(Split.TRAIN)[:100] for token in prompts.solve(problem.question)]
+
+    def text() -> tuple[int, ...]:
+        return (*chance.choices(words, k=length - 1), reader.eos)
+
+    def job(role: Role, name: str, batch: int) -> Job:
+        spec = {Role.POLICY: recipe.distill, Role.PRM: recipe.prm}[role].model_copy(
+            update={"batch_size": batch, "micro_batch_size": batch, "epochs": 1, "evals": 1, "start": None}
+        )
+        return Job(recipe.model, spec, out / name, 0, "last", role, Ledger("rehearsal", 0))
+
+    labels = label_ids(prompts.tokenizer, recipe.prm.labels)
+    train_prm([PrmExample(text(), (length,), (1.0,))], [], labels, job(Role.PRM, "prm", 1))
+    full = recipe.distill.micro_batch_size
+    for name, batch, steps in (("one_text", 1, 1), ("one_step", full, 1), ("steps", full, 16)):
+        started = time.monotonic()
+        texts = [Example(text(), length // 2) for _ in range(batch * steps)]
+        report = train_sft(texts, [], job(Role.POLICY, name, batch))
+        start = time.monotonic() - started - report.seconds
+        if report.seconds > SECONDS / 2:
+            break
+    (out / name).rename(out / "policy")
+    return {"start": max(0.0, start), "train": report.tokens / report.seconds, "train_memory": peak()}
+
+
+def serve(recipe: Recipe, out: Path) -> dict[str, float]:
+    """Open policy, PRM and reviser with the adapters in `out`, and run every strategy on one question.
+
+    serve_memory: bytes of one process with these three engines, at its peak.
+    """
+    run = Run(Path(), recipe, skipped=())
+    models = {
+        role: ModelRef(f"{role}_1", recipe.model.base, str(out / ("prm" if role is Role.PRM else "policy") / "adapter"))
+        for role in (Role.POLICY, Role.PRM, Role.REVISER)
+    }
+    smallest = min(recipe.calibrate.budgets)
+    wanted = [(budget, strategy) for budget, strategy in strategies(recipe.calibrate) if budget == smallest]
+    with open_kit(run, models, Split.TRAIN, ledger=Ledger("rehearsal", 0), seed=0) as kit:
+        fitting = [problem for problem in kit.problems.values() if not too_long(recipe, kit.prompts, problem)]
+
+        async def one(problem: Problem) -> list:
+            return await search_all(wanted, problem.question, kit.searcher(), tag="rehearsal")
+
+        for _, outcomes in kit.each(fitting[:1], one):
+            kit.grade([candidate.solution for _, _, outcome in outcomes for candidate in outcome.candidates])
+    return {"serve_memory": peak()}
+
+
+def peak() -> int:
+    """The largest number of bytes that this process has held."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
