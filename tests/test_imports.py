@@ -100,7 +100,7 @@ def test_vllm_is_imported_in_its_engine_only():
     assert users == {"flywheel.models.vllm", "flywheel.models.vllm_cpu"}
 
 
-SHARED = {"flywheel.stages.kit", "flywheel.stages.shared"}
+SHARED = {"flywheel.stages.kit", "flywheel.stages.shared", "flywheel.stages.tryout"}
 
 
 def test_no_stage_imports_another():
