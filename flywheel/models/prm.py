@@ -33,17 +33,19 @@ class Prm:
         self.engine, self.prompts, self.aggregate = engine, prompts, aggregate
         self.labels = label_ids(prompts.tokenizer, labels)
 
-    async def values(self, question: Question, steps: Sequence[Step], *, purpose: str = "verify") -> tuple[float, ...]:
-        """The value in [0, 1] after each of `steps`.
+    async def values(
+        self, question: Question, steps: Sequence[Step], *, since: int = 0, purpose: str = "verify"
+    ) -> tuple[float, ...]:
+        """The value in [0, 1] after each of `steps[since:]`.
 
         Raises TooLong, naming the question, if the text does not fit the model.
         """
-        return await self._read(question, *encode(self.prompts, question, steps), purpose)
+        tokens, reads = encode(self.prompts, question, steps)
+        return await self._read(question, tokens, reads[since:], purpose)
 
     async def value(self, question: Question, steps: Sequence[Step], *, purpose: str = "verify") -> float:
         """The value in [0, 1] after the last of `steps`; 0.0 if there are none."""
-        tokens, reads = encode(self.prompts, question, steps)
-        return (await self._read(question, tokens, reads[-1:], purpose))[0] if reads else 0.0
+        return (await self.values(question, steps, since=-1, purpose=purpose))[0] if steps else 0.0
 
     async def _read(
         self, question: Question, tokens: Sequence[int], reads: Sequence[int], purpose: str

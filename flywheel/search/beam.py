@@ -23,7 +23,9 @@ Tokens = tuple[int, ...]
 class Beam(Strategy):
     """`n` beams: keep the best n/width prefixes at each step, and continue each `width` times.
 
-    With `lookahead` k > 0 a prefix gets the PRM value after k more greedy steps (lookahead search).
+    With `lookahead` k > 0 a prefix is ranked with k more greedy steps (lookahead search): by the aggregate of the
+    values of its own steps and of those. If the aggregate is the last value, that is the paper's rule, the value k
+    steps on.
     """
 
     n: int
@@ -85,19 +87,25 @@ class Beam(Strategy):
 
 @dataclass(frozen=True, slots=True)
 class Prefix:
-    """The tokens of the steps so far, and the PRM value after each step."""
+    """The tokens of the steps so far, the PRM value after each step, and the score by which it competes."""
 
     tokens: Tokens = ()
     values: tuple[float, ...] = ()
+    score: float = 0.0
 
 
 class BeamSearch:
-    """The state of one beam search: PRM values by prefix, and the finished candidates."""
+    """The state of one beam search: PRM values by prefix, and the finished candidates.
+
+    `values`: of a finished solution, the value of its last step; of an open prefix, those of its last step and of the
+    steps looked ahead. Keys lack trailing blank tokens.
+    """
 
     def __init__(self, beam: Beam, question: Question, searcher: Searcher, id: str):
         self.beam, self.question, self.searcher, self.id = beam, question, searcher, id
         self.head = searcher.prompts.solve(question, searcher.policy.bare)
-        self.values: dict[Tokens, float] = {}  # PRM value by prefix; keys lack trailing blank tokens
+        self.finished: dict[Tokens, tuple[float, ...]] = {}
+        self.open: dict[Tokens, tuple[float, ...]] = {} if beam.lookahead else self.finished
         self.candidates: list[Candidate] = []
 
     async def step(self, kept: Sequence[tuple[Prefix, int]], final: bool) -> list[tuple[Prefix, int]]:
@@ -118,13 +126,17 @@ class BeamSearch:
             candidate = Candidate(solution)
             if solution.answer is not None:
                 # a final stop or blank token adds no step, so its value replaces that of the last step
-                values = (*prefix.values[: len(solution.steps) - 1], self.values[solution.tokens])
+                values = (*prefix.values[: len(solution.steps) - 1], *self.finished[solution.tokens])
                 candidate = Candidate(solution, values, aggregate(values, how))
             self.candidates.append(candidate)
             if self.searcher.kept:
                 self.searcher.kept.candidates[solution.id] = candidate
-        alive = [Prefix(tokens, (*prefix.values, self.values[reader.trim(tokens)])) for tokens, prefix in going.items()]
-        alive.sort(key=lambda p: -aggregate(p.values, how))
+        alive = []
+        for tokens, prefix in going.items():
+            own, *ahead = self.open[reader.trim(tokens)]
+            values = (*prefix.values, own)
+            alive.append(Prefix(tokens, values, aggregate((*values, *ahead), how)))
+        alive.sort(key=lambda prefix: -prefix.score)
         places = self.beam.n - len(self.candidates)
         best = alive[: -(-places // self.beam.width)]
         return [(prefix, places // len(best) + (i < places % len(best))) for i, prefix in enumerate(best)]
@@ -159,17 +171,24 @@ class BeamSearch:
     async def judge(self, finished: Sequence[Solution], going: Sequence[Tokens]) -> None:
         """Compute missing PRM values: of finished solutions as they are, of open prefixes after the lookahead."""
         reader = self.searcher.reader
-        wanted = {solution.tokens: partial(self.value, solution.steps) for solution in finished}
-        wanted |= {reader.trim(tokens): partial(self.ahead, tokens) for tokens in going}
-        new = [tokens for tokens in wanted if tokens not in self.values]
-        self.values.update(zip(new, await together(wanted[tokens]() for tokens in new)))
+        asked = [(self.finished, solution.tokens, partial(self.value, solution.steps)) for solution in finished]
+        asked += [(self.open, reader.trim(tokens), partial(self.ahead, tokens)) for tokens in going]
+        new = {(id(known), tokens): (known, tokens, read) for known, tokens, read in asked if tokens not in known}
+        for (known, tokens, _), values in zip(new.values(), await together(read() for _, _, read in new.values())):
+            known[tokens] = values
 
-    async def value(self, steps: tuple[Step, ...]) -> float:
-        return await self.searcher.prm.value(self.question, steps)
+    async def value(self, steps: tuple[Step, ...], since: int = -1) -> tuple[float, ...]:
+        if not steps:
+            return (0.0,)
+        return await self.searcher.prm.values(self.question, steps, since=since)
 
-    async def ahead(self, tokens: Tokens) -> float:
-        """The value of an open prefix after up to `lookahead` more steps at temperature 0."""
+    async def ahead(self, tokens: Tokens) -> tuple[float, ...]:
+        """The values of an open prefix's last step and of up to `lookahead` more steps at temperature 0.
+
+        Only the last of them if nothing else counts (`prm.aggregate` is `last`).
+        """
         reader, looked = self.searcher.reader, tokens
+        own = len(reader.steps(tokens)) - 1
         for _ in range(self.beam.lookahead):
             sampling = self.sampling(looked, temperature=0.0)
             [step] = await self.searcher.policy.generate([*self.head, *looked], sampling, purpose="lookahead")
@@ -177,4 +196,5 @@ class BeamSearch:
             looked += step.tokens
             if step.finish is Finish.LENGTH or over or len(looked) >= self.searcher.sample.max_tokens:
                 break
-        return await self.value(reader.steps(reader.trim(looked) if self.beam.lookahead else looked))
+        steps = reader.steps(reader.trim(looked) if self.beam.lookahead else looked)
+        return await self.value(steps, -1 if self.searcher.prm.aggregate == "last" else min(own, len(steps) - 1))

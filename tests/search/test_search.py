@@ -265,6 +265,16 @@ def test_lookahead_judges_a_prefix_where_greedy_steps_lead():
     assert Bench(LOOK, values).search(Beam(2, 2)).answer == "9"
 
 
+@pytest.mark.parametrize("how", ["product", "min"])
+def test_lookahead_still_judges_the_step_itself(how):
+    """By the step looked ahead alone (0.9, 0.8) the wrong =9 would be kept; with its own value it is not."""
+    values = {"5 +3 =8": 0.9, "5 +3 =9": 0.2, "8 *2 =16": 0.8, "Answer 9": 0.9, "Answer 16": 0.95}
+    bench = Bench(LOOK, values, how=how)
+    outcome = bench.search(Beam(2, 2, lookahead=1))
+    assert [c.solution.answer for c in outcome.candidates] == ["16", "16"]
+    assert outcome.candidates[0].values == (0.9, 0.8, 0.95)  # of the steps themselves, each once
+
+
 def test_a_blank_step_is_not_judged_again():
     lines = {"": ["5 +3 =8\n"], "5 +3 =8\n": ["\n"], "5 +3 =8\n\n": ["Answer 16"]}
     bench = Bench(lines, BEAM_VALUES)
