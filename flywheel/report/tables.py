@@ -125,7 +125,7 @@ def made_by(key: str, models: dict) -> str:
         roles = ["policy", "prm", "reviser", "plan"]
     else:
         roles = ["reviser" if key.startswith("revise") else "policy"]
-        if "majority" not in key and not base_judges:
+        if "majority" not in key and "greedy" not in key and not base_judges:
             roles.append("prm")
     return ", ".join([models[role] for role in roles if role in models] + ["base as verifier"] * base_judges)
 
@@ -149,6 +149,9 @@ def _remarks(now: dict) -> Iterator[str]:
         if values := part.get(key):
             rates = " ".join(f"{value:.2f}" for value in values)
             yield f"{reviser['model']} {label}, 1 to {len(values)} ({where}): {rates}"
+    for key in ("wrong_to_right", "right_to_wrong"):
+        if (share := part.get(key)) is not None and (fresh := part.get(f"{key}_fresh")) is not None:
+            yield f"{reviser['model']} {key.replace('_', ' ')}: {share:.3f} of revisions, {fresh:.3f} of fresh attempts"
     if sample := now.get("sample"):
         counts = {"questions": sample["questions"], "solutions": sample["solutions"], **sample["verdicts"]}
         yield "sample: " + ", ".join(f"{count:,} {name}" for name, count in counts.items())

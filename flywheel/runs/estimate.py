@@ -144,7 +144,9 @@ def strategy(kind: str, budget: int, rates: Rates, recipe: Recipe) -> Work:
     """What a strategy spends on one question. An unknown kind counts as best-of-N."""
     sample, judged = Work(rates.prompt, rates.solution), Work(read=rates.check + rates.solution)
     match kind:
-        case "beam":  # every step of every beam is a request of its own, and is scored
+        case "greedy":
+            return sample
+        case "beam" | "dvts" | "particle":  # every step of every beam is a request of its own, and is scored
             steps = min(rates.steps, recipe.sample.max_steps)
             half = Work(prompt=rates.prompt + rates.solution / 2, read=rates.check + rates.solution / 2)
             return (half * steps + Work(generated=rates.solution)) * budget

@@ -17,7 +17,7 @@ from flywheel.models.prm import together
 from flywheel.problems.grading import answer_key
 from flywheel.recipe import Positive
 from flywheel.records import Candidate, Question, Role
-from flywheel.search.strategy import Searcher, Strategy, attempt, judge, option
+from flywheel.search.strategy import Searcher, Strategy, Temperature, attempt, judge, option
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class Adaptive(Strategy):
     sure: float = 0.95
     maker: Literal["policy", "reviser"] = "policy"
     step: int = 4
+    temperature: float | None = None
 
     kind: ClassVar[str] = "adaptive"
 
@@ -42,13 +43,18 @@ class Adaptive(Strategy):
         sure: Annotated[float, Field(gt=0.5, lt=1)] = 0.95,
         maker: Literal["policy", "reviser"] = "policy",
         step: Positive = 4,
+        temperature: Temperature = None,
     ) -> Adaptive:
         """At most `budget` samples. `sure`: the probability, required to stop, that the leader stays ahead."""
-        return cls(budget, sure, maker, step)
+        return cls(budget, sure, maker, step, temperature)
 
     @property
     def name(self) -> str:
-        return f"adaptive:{self.n}:{self.sure:g}:{self.maker}" + option("step", self.step, 4)
+        return (
+            f"adaptive:{self.n}:{self.sure:g}:{self.maker}"
+            + option("step", self.step, 4)
+            + option("t", self.temperature, None)
+        )
 
     @property
     def label(self) -> str:
@@ -62,7 +68,13 @@ class Adaptive(Strategy):
         while len(made) < self.n and not self.decided(made):
             drawn = await together(
                 attempt(
-                    searcher.maker(self), prompt, searcher, question, purpose=self.kind, id=f"{question.id}/{tag}/{i}"
+                    searcher.maker(self),
+                    prompt,
+                    searcher,
+                    question,
+                    purpose=self.kind,
+                    id=f"{question.id}/{tag}/{i}",
+                    temperature=self.temperature,
                 )
                 for i in range(len(made), min(len(made) + self.step, self.n))
             )
@@ -92,7 +104,7 @@ class Adaptive(Strategy):
             isinstance(other, Adaptive)
             and other.n <= self.n
             and other.sure <= self.sure
-            and (other.maker, other.step) == (self.maker, self.step)
+            and (other.maker, other.step, other.temperature) == (self.maker, self.step, self.temperature)
         )
 
     def part(self, candidates: Sequence[Candidate]) -> Sequence[Candidate]:

@@ -76,43 +76,57 @@ class Beam(Strategy):
         """
         if not 1 <= self.width <= self.n:
             raise ValueError(f"beam: a width of 1 to {self.n} wanted, got {self.width}")
-        search = BeamSearch(self, question, searcher, f"{question.id}/{tag}")
-        kept = [(Prefix(), self.n)]  # a prefix, and how many continuations it gets
-        rounds = 0
-        while kept:
-            rounds += 1
-            kept = await search.step(kept, final=rounds >= min(self.max_rounds, searcher.sample.max_steps))
-        return tuple(search.candidates)
+        return await StepSearch(self, question, searcher, f"{question.id}/{tag}").run(self.max_rounds)
+
+    def keep(self, alive: Sequence[Prefix], places: int) -> list[tuple[Prefix, int]]:
+        """The best of the `alive` prefixes, each with its number of continuations; `places` of them in all."""
+        best = sorted(alive, key=lambda prefix: -prefix.score)[: -(-places // self.width)]
+        return [(prefix, places // len(best) + (i < places % len(best))) for i, prefix in enumerate(best)]
 
 
 @dataclass(frozen=True, slots=True)
 class Prefix:
-    """The tokens of the steps so far, the PRM value after each step, and the score by which it competes."""
+    """The tokens of the steps so far, the PRM value after each step, the score by which it competes.
+
+    `count`: how often it was drawn in its last step.
+    """
 
     tokens: Tokens = ()
     values: tuple[float, ...] = ()
     score: float = 0.0
+    count: int = 1
 
 
-class BeamSearch:
-    """The state of one beam search: PRM values by prefix, and the finished candidates.
+class StepSearch:
+    """One search step by step: the PRM values of prefixes, and the finished candidates.
 
-    `values`: of a finished solution, the value of its last step; of an open prefix, those of its last step and of the
-    steps looked ahead. Keys lack trailing blank tokens.
+    `strategy` says how many candidates there will be (`n`), how far to look ahead (`lookahead`), and which prefixes go
+    on (`keep`). `finished`: the value of a finished solution's last step; `open`: those of an open prefix's last step
+    and of the steps looked ahead. Their keys lack trailing blank tokens.
     """
 
-    def __init__(self, beam: Beam, question: Question, searcher: Searcher, id: str):
-        self.beam, self.question, self.searcher, self.id = beam, question, searcher, id
+    def __init__(self, strategy, question: Question, searcher: Searcher, id: str):
+        self.strategy, self.question, self.searcher, self.id = strategy, question, searcher, id
         self.head = searcher.prompts.solve(question, searcher.policy.bare)
         self.finished: dict[Tokens, tuple[float, ...]] = {}
-        self.open: dict[Tokens, tuple[float, ...]] = {} if beam.lookahead else self.finished
+        self.open: dict[Tokens, tuple[float, ...]] = {} if strategy.lookahead else self.finished
         self.candidates: list[Candidate] = []
+
+    async def run(self, rounds: int) -> tuple[Candidate, ...]:
+        """Search for at most min(`rounds`, `sample.max_steps`) steps; returns `n` candidates."""
+        kept = [(Prefix(), self.strategy.n)]  # a prefix, and how many continuations it gets
+        last, number = min(rounds, self.searcher.sample.max_steps), 0
+        while kept:
+            number += 1
+            kept = await self.step(kept, final=number >= last)
+        return tuple(self.candidates)
 
     async def step(self, kept: Sequence[tuple[Prefix, int]], final: bool) -> list[tuple[Prefix, int]]:
         """Continue all kept prefixes by one step. Returns the prefixes to keep, each with its continuation count."""
         reader, how = self.searcher.reader, self.searcher.prm.aggregate
         grown = [item for group in await together(self.grow(*item) for item in kept) for item in group]
-        ended, going = [], {}
+        ended: list[tuple[Prefix, Solution]] = []
+        going: dict[Tokens, list[Prefix]] = {}  # the prefixes that each was continued from
         for prefix, step in grown:
             tokens = prefix.tokens + step.tokens
             full = final or step.finish is Finish.LENGTH or len(tokens) >= self.searcher.sample.max_tokens
@@ -120,7 +134,7 @@ class BeamSearch:
                 finish = Finish.STOP if over else Finish.LENGTH
                 ended.append((prefix, self.solution(tokens, finish, len(self.candidates) + len(ended))))
             else:
-                going[tokens] = prefix
+                going.setdefault(tokens, []).append(prefix)
         await self.judge([solution for _, solution in ended if solution.answer is not None], list(going))
         for prefix, solution in ended:
             candidate = Candidate(solution)
@@ -132,14 +146,12 @@ class BeamSearch:
             if self.searcher.kept:
                 self.searcher.kept.candidates[solution.id] = candidate
         alive = []
-        for tokens, prefix in going.items():
+        for tokens, drawn in going.items():
             own, *ahead = self.open[reader.trim(tokens)]
-            values = (*prefix.values, own)
-            alive.append(Prefix(tokens, values, aggregate((*values, *ahead), how)))
-        alive.sort(key=lambda prefix: -prefix.score)
-        places = self.beam.n - len(self.candidates)
-        best = alive[: -(-places // self.beam.width)]
-        return [(prefix, places // len(best) + (i < places % len(best))) for i, prefix in enumerate(best)]
+            values = (*drawn[-1].values, own)
+            alive.append(Prefix(tokens, values, aggregate((*values, *ahead), how), len(drawn)))
+        places = self.strategy.n - len(self.candidates)
+        return self.strategy.keep(alive, places) if alive else []
 
     def sampling(self, tokens: Tokens, temperature: float | None = None) -> Sampling:
         """Sampling parameters for one more step after `tokens`, within `sample.max_tokens` for the whole solution."""
@@ -154,16 +166,19 @@ class BeamSearch:
 
     async def grow(self, prefix: Prefix, count: int) -> list[tuple[Prefix, Completion]]:
         prompt, sampling = [*self.head, *prefix.tokens], self.sampling(prefix.tokens)
-        return [(prefix, s) for s in await self.searcher.policy.generate(prompt, sampling, purpose="beam", n=count)]
+        return [
+            (prefix, s)
+            for s in await self.searcher.policy.generate(prompt, sampling, purpose=self.strategy.kind, n=count)
+        ]
 
     def solution(self, tokens: Tokens, finish: Finish, number: int) -> Solution:
-        """A finished solution. All solutions of a beam search are one independent draw: they share prefixes."""
+        """A finished solution. All solutions of one search are one independent draw: they share prefixes."""
         return self.searcher.reader.solution(
             tokens,
             finish,
             id=f"{self.id}/{number}",
             question_id=self.question.id,
-            purpose="beam",
+            purpose=self.strategy.kind,
             model=self.searcher.policy.name,
             draw=self.id,
         )
@@ -189,12 +204,12 @@ class BeamSearch:
         """
         reader, looked = self.searcher.reader, tokens
         own = len(reader.steps(tokens)) - 1
-        for _ in range(self.beam.lookahead):
+        for _ in range(self.strategy.lookahead):
             sampling = self.sampling(looked, temperature=0.0)
             [step] = await self.searcher.policy.generate([*self.head, *looked], sampling, purpose="lookahead")
             over = reader.ended(step, looked)
             looked += step.tokens
             if step.finish is Finish.LENGTH or over or len(looked) >= self.searcher.sample.max_tokens:
                 break
-        steps = reader.steps(reader.trim(looked) if self.beam.lookahead else looked)
+        steps = reader.steps(reader.trim(looked) if self.strategy.lookahead else looked)
         return await self.value(steps, -1 if self.searcher.prm.aggregate == "last" else min(own, len(steps) - 1))

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 from flywheel.models.prm import together
 from flywheel.records import Candidate, Question
 from flywheel.search.select import argmax, majority
-from flywheel.search.strategy import Searcher, Strategy, attempt, judge
+from flywheel.search.strategy import Searcher, Strategy, Temperature, attempt, judge, option
 
 Select = Literal["weighted", "majority", "best"]
 
@@ -20,16 +20,17 @@ class BestOfN(Strategy):
 
     n: int
     select: Select = "weighted"
+    temperature: float | None = None
 
     kind: ClassVar[str] = "best_of_n"
 
     @classmethod
-    def at(cls, budget: int, *, select: Select = "weighted") -> BestOfN:
-        return cls(budget, select)
+    def at(cls, budget: int, *, select: Select = "weighted", temperature: Temperature = None) -> BestOfN:
+        return cls(budget, select, temperature)
 
     @property
     def name(self) -> str:
-        return f"best_of_n:{self.n}:{self.select}"
+        return f"best_of_n:{self.n}:{self.select}" + option("t", self.temperature, None)
 
     @property
     def label(self) -> str:
@@ -42,7 +43,15 @@ class BestOfN(Strategy):
     async def run(self, question: Question, searcher: Searcher, tag: str) -> Sequence[Candidate]:
         prompt = searcher.prompts.solve(question, searcher.policy.bare)
         candidates = await together(
-            attempt(searcher.policy, prompt, searcher, question, purpose=self.kind, id=f"{question.id}/{tag}/{i}")
+            attempt(
+                searcher.policy,
+                prompt,
+                searcher,
+                question,
+                purpose=self.kind,
+                id=f"{question.id}/{tag}/{i}",
+                temperature=self.temperature,
+            )
             for i in range(self.n)
         )
         return await judge(question, candidates, searcher.prm, searcher.kept) if self.judged else candidates
@@ -59,8 +68,13 @@ class BestOfN(Strategy):
                 raise ValueError(f"{self.name}: no such way to select")
 
     def covers(self, other: Strategy) -> bool:
-        """True if `other` draws no more samples and needs no missing scores."""
-        return isinstance(other, BestOfN) and other.n <= self.n and (self.judged or not other.judged)
+        """True if `other` draws no more samples, as hot, and needs no missing scores."""
+        return (
+            isinstance(other, BestOfN)
+            and other.n <= self.n
+            and other.temperature == self.temperature
+            and (self.judged or not other.judged)
+        )
 
     def part(self, candidates: Sequence[Candidate]) -> Sequence[Candidate]:
         return candidates[: self.n]

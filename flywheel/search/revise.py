@@ -11,7 +11,7 @@ from flywheel.models.prm import together
 from flywheel.recipe import Positive
 from flywheel.records import Candidate, Question, Role, Solution
 from flywheel.search.select import hierarchical, majority
-from flywheel.search.strategy import Searcher, Strategy, Unfit, attempt, judge, option
+from flywheel.search.strategy import Searcher, Strategy, Temperature, Unfit, attempt, judge, option
 
 LONGEST = 64  # attempts in a revision chain (Snell et al., 6.2)
 Select = Literal["weighted", "majority", "last"]
@@ -29,22 +29,35 @@ class Revise(Strategy):
     chains: int = 1
     select: Select = "weighted"
     context: int = 4
+    temperature: float | None = None
 
     kind: ClassVar[str] = "revise"
     maker: ClassVar[Role] = Role.REVISER
 
     @classmethod
-    def at(cls, budget: int, *, chains: Positive = 1, select: Select = "weighted", context: Positive = 4) -> Revise:
+    def at(
+        cls,
+        budget: int,
+        *,
+        chains: Positive = 1,
+        select: Select = "weighted",
+        context: Positive = 4,
+        temperature: Temperature = None,
+    ) -> Revise:
         """Chains of budget / chains attempts. Raises Unfit if that is no whole number or more than LONGEST."""
         if budget % chains:
             raise Unfit(f"revise in {chains} chains", "they do not divide it")
         if budget // chains > LONGEST:
             raise Unfit(f"revise in {chains} chains", f"of more than {LONGEST} attempts each")
-        return cls(budget // chains, chains, select, context)
+        return cls(budget // chains, chains, select, context, temperature)
 
     @property
     def name(self) -> str:
-        return f"revise:{self.length}x{self.chains}:{self.select}" + option("context", self.context, 4)
+        return (
+            f"revise:{self.length}x{self.chains}:{self.select}"
+            + option("context", self.context, 4)
+            + option("t", self.temperature, None)
+        )
 
     @property
     def label(self) -> str:
@@ -75,6 +88,7 @@ class Revise(Strategy):
                         draw=made[0].solution.id if made else None,  # attempts of a chain are not independent
                         parent=made[-1].solution.id if made else None,
                         attempt=place + 1,
+                        temperature=self.temperature,
                     )
                 )
             return made
@@ -97,12 +111,12 @@ class Revise(Strategy):
                 raise ValueError(f"{self.name}: no such way to select")
 
     def covers(self, other: Strategy) -> bool:
-        """True if `other` has no more and no longer chains, the same context, and needs no missing scores."""
+        """True if `other` has no more and no longer chains, drawn alike, and needs no missing scores."""
         return (
             isinstance(other, Revise)
             and other.length <= self.length
             and other.chains <= self.chains
-            and other.context == self.context
+            and (other.context, other.temperature) == (self.context, self.temperature)
             and (self.judged or not other.judged)
         )
 

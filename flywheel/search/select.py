@@ -21,7 +21,13 @@ def weighted(answers: Answers, scores: Sequence[float], key: Key = answer_key) -
     `scores[i]` >= 0 is the PRM score of `answers[i]`. Returns the first spelling of the
     winner, or None if no answer could be parsed.
     """
-    return _heaviest(answers, scores, key)[0]
+    groups: dict[str, tuple[str, list[float]]] = {}
+    for answer, score in zip(answers, scores, strict=True):
+        if answer is not None:
+            groups.setdefault(key(answer), (answer, []))[1].append(score)
+    # fsum: the exact sum does not depend on the order, so neither does the winner
+    heaviest = max(groups.values(), key=lambda group: fsum(group[1]), default=(None, []))
+    return heaviest[0]
 
 
 def majority(answers: Answers, key: Key = answer_key) -> str | None:
@@ -38,18 +44,11 @@ def argmax(answers: Answers, scores: Sequence[float]) -> str | None:
 def hierarchical(chains: Sequence[tuple[Answers, Sequence[float]]], key: Key = answer_key) -> str | None:
     """Best-of-N weighted within each revision chain, then across the chains' winners (6.1).
 
-    In the second vote each winner is weighted by its sum of scores within its chain.
+    In the second vote each winner has the score of its best solution in its chain (appendix I).
     """
-    winners = [_heaviest(answers, scores, key) for answers, scores in chains]
-    return weighted([answer for answer, _ in winners], [weight for _, weight in winners], key)
-
-
-def _heaviest(answers: Answers, scores: Sequence[float], key: Key) -> tuple[str | None, float]:
-    groups: dict[str, tuple[str, list[float]]] = {}
-    for answer, score in zip(answers, scores, strict=True):
-        if answer is not None:
-            groups.setdefault(key(answer), (answer, []))[1].append(score)
-    # fsum: the exact sum does not depend on the order, so neither does the winner
-    return max(
-        ((answer, fsum(group)) for answer, group in groups.values()), key=lambda item: item[1], default=(None, 0.0)
-    )
+    winners = []
+    for answers, scores in chains:
+        if (won := weighted(answers, scores, key)) is not None:
+            best = max(s for a, s in zip(answers, scores, strict=True) if a is not None and key(a) == key(won))
+            winners.append((won, best))
+    return weighted([answer for answer, _ in winners], [score for _, score in winners], key)

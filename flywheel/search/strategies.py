@@ -14,10 +14,21 @@ from flywheel.recipe import CalibrateSpec, StrategySpec
 from flywheel.search.adaptive import Adaptive
 from flywheel.search.beam import Beam
 from flywheel.search.best_of_n import BestOfN
+from flywheel.search.dvts import Dvts
+from flywheel.search.greedy import Greedy
+from flywheel.search.particle import Particle
 from flywheel.search.revise import Revise
 from flywheel.search.strategy import Strategy, Unfit
 
-STRATEGIES: tuple[type[Strategy], ...] = (BestOfN, Beam, Revise, Adaptive)  # add a new strategy here
+STRATEGIES: tuple[type[Strategy], ...] = (
+    Greedy,
+    BestOfN,
+    Beam,
+    Dvts,
+    Particle,
+    Revise,
+    Adaptive,
+)  # add a new strategy here
 AnyStrategy = Union[STRATEGIES]  # noqa: UP007  (made of the list; for fields of records)
 KINDS = {strategy.kind: strategy for strategy in STRATEGIES}
 

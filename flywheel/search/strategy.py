@@ -5,7 +5,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import ClassVar, Self
+from typing import Annotated, ClassVar, Self
+
+from pydantic import Field
 
 from flywheel.ledger import metered
 from flywheel.models.engine import Engine, Sampling
@@ -15,6 +17,8 @@ from flywheel.models.steps import Reader
 from flywheel.recipe import SampleSpec
 from flywheel.records import Candidate, Question, Role, Solution
 from flywheel.search.select import weighted
+
+Temperature = Annotated[float, Field(gt=0, le=2)] | None  # None: `sample.temperature`
 
 
 class Unfit(Exception):
@@ -124,9 +128,10 @@ class Searcher:
         """Whether the models that `strategy` needs are loaded."""
         return self.maker(strategy) is not None and (self.prm is not None or not strategy.judged)
 
-    def sampling(self) -> Sampling:
-        """Sampling parameters for a whole solution."""
-        return self.reader.sampling(self.sample)
+    def sampling(self, temperature: float | None = None) -> Sampling:
+        """Sampling parameters for a whole solution; `temperature`: in place of the recipe's, 0 for greedy."""
+        usual = self.reader.sampling(self.sample)
+        return usual if temperature is None else replace(usual, temperature=temperature)
 
 
 async def attempt(
@@ -140,13 +145,15 @@ async def attempt(
     draw: str | None = None,
     parent: str | None = None,
     attempt: int = 1,
+    temperature: float | None = None,
 ) -> Candidate:
     """Sample one whole solution for `prompt`: a candidate with its cost in tokens and no PRM values yet.
 
-    `draw`: id of the independent draw that the solution belongs to; its own id if None.
+    `draw`: id of the independent draw that the solution belongs to; its own id if None. `temperature`: as in
+    `Searcher.sampling`.
     """
     with metered() as spent:
-        [done] = await engine.generate(prompt, searcher.sampling(), purpose=purpose)
+        [done] = await engine.generate(prompt, searcher.sampling(temperature), purpose=purpose)
     solution = searcher.reader.solution(
         done.tokens,
         done.finish,

@@ -2,7 +2,8 @@
 
 Only this stage and `search` read the test split. Round 0 samples twice: the first set assigns
 the fixed bins of all later rounds and the second is scored, so no sample does both. Comparing
-the two sets gives the migration between bins that is due to resampling alone.
+the two sets gives the migration between bins that is due to resampling alone. Beside the samples stands the greedy
+answer: what a served model gives, and the cheapest answer that a search has to beat.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ def work(ctx: Context, kit: Kit, questions: Sequence[str]) -> Iterator[object]:
     counts = dict.fromkeys(questions, ctx.recipe.evaluate.samples)
     for purpose in ("bin", "evaluate") if ctx.round == 0 else ("evaluate",):
         yield from kit.sample_all(counts, purpose=purpose, tag=f"r{ctx.round}/{purpose}")
+    once = dict.fromkeys(questions, 1)
+    yield from kit.sample_all(once, purpose="greedy", tag=f"r{ctx.round}/greedy", temperature=0.0)
 
 
 def finish(ctx: Context) -> dict:
@@ -45,6 +48,8 @@ def finish(ctx: Context) -> dict:
         into[name], into[f"{name}_ci"] = interval(ctx, values)
 
     put("pass@1", [now[q] for q in questions], policy)
+    greedy = test_rates(ctx, ctx.round, "greedy")
+    put("greedy@1", [greedy[q] for q in questions], policy)
     put(f"pass@{k}", [float(any(g.correct for g in grades[q])) for q in questions], policy)
     correct = {g.solution_id: g.correct for group in grades.values() for g in group}
     put(
@@ -56,7 +61,7 @@ def finish(ctx: Context) -> dict:
 
     seed = ctx.seed("bootstrap") % 2**31
     start_bins = fixed_bins(test_rates(ctx, 0, "bin"), edges)
-    start = test_rates(ctx, 0)
+    start, start_greedy = test_rates(ctx, 0), test_rates(ctx, 0, "greedy")
     last = test_rates(ctx, ctx.round - 1) if ctx.round else start
     table = []
     for b in range(1, count + 1):
@@ -80,6 +85,9 @@ def finish(ctx: Context) -> dict:
                 ),
                 "from_last_round": list(
                     paired_gain([last[q] for q in questions], [now[q] for q in questions], seed=seed)
+                ),
+                "greedy_from_round_0": list(
+                    paired_gain([start_greedy[q] for q in questions], [greedy[q] for q in questions], seed=seed)
                 ),
             },
         }

@@ -164,11 +164,11 @@ class Kit:
         """Sampling parameters for a whole solution, with `changes`."""
         return replace(self.reader.sampling(self.recipe.sample), **changes)
 
-    async def solutions(self, question: Question, n: int, *, purpose: str, tag: str) -> list[Solution]:
-        """Sample `n` independent solutions of `question` from the policy."""
+    async def solutions(self, question: Question, n: int, *, purpose: str, tag: str, **changes) -> list[Solution]:
+        """Sample `n` independent solutions of `question` from the policy; `changes` as for `sampling`."""
         engine = self.engine()
         completions = await engine.generate(
-            self.prompts.solve(question, engine.bare), self.sampling(), purpose=purpose, n=n
+            self.prompts.solve(question, engine.bare), self.sampling(**changes), purpose=purpose, n=n
         )
         return [
             self.reader.solution(
@@ -182,11 +182,15 @@ class Kit:
             for i, done in enumerate(completions)
         ]
 
-    def sample_all(self, counts: Mapping[str, int], *, purpose: str, tag: str) -> Iterator[Solution | Grade]:
-        """Sample `counts[id]` solutions of each question; yields a question's solutions, then their grades."""
+    def sample_all(self, counts: Mapping[str, int], *, purpose: str, tag: str, **changes) -> Iterator[Solution | Grade]:
+        """Sample `counts[id]` solutions of each question; yields a question's solutions, then their grades.
+
+        `changes` as for `sampling`.
+        """
 
         async def one(question: str) -> list[Solution]:
-            return await self.solutions(self.problems[question].question, counts[question], purpose=purpose, tag=tag)
+            item = self.problems[question].question
+            return await self.solutions(item, counts[question], purpose=purpose, tag=tag, **changes)
 
         for _, solutions in self.each(counts, one):
             yield from solutions

@@ -1,7 +1,8 @@
 """Search on the test questions: policy r-1 with this round's PRM, reviser and serve plan.
 
-Baselines: the same selection with the un-finetuned base as verifier, and, as a control for the
-reviser's pass@1 by attempt, revisions with another question's attempts in the prompt.
+Baselines: the greedy answer; the same selection with the un-finetuned base as verifier; for revisions, parallel
+samples of the reviser itself (Snell et al., figures 6 and 8), and, as a control for its pass@1 by attempt, revisions
+with another question's attempts in the prompt.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from flywheel.runs.run import Context
 from flywheel.runs.stage import Input, Stage
 from flywheel.search.beam import Beam
 from flywheel.search.best_of_n import BestOfN
+from flywheel.search.greedy import Greedy
 from flywheel.search.plan import Plan
 from flywheel.search.revise import Revise, revision_prompt
 from flywheel.search.run import search
@@ -88,17 +90,19 @@ class OneQuestion:
         return Found(chosen.answer(candidates), [c.solution for c in candidates], tokens)
 
     async def all(
-        self, pool: Sequence[Solution], oracle_bin: int, edges: Sequence[float]
+        self, pool: Sequence[Solution], greedy: Solution, oracle_bin: int, edges: Sequence[float]
     ) -> tuple[dict[str, Found], list[float]]:
         """(Found by method, PRM scores of `pool`). All methods run concurrently to fill the engines' batches.
 
-        `pool`: the solutions of the evaluate stage. `edges`: bin edges for the probe's mean score.
+        `pool`, `greedy`: the solutions of the evaluate stage. `edges`: bin edges for the probe's mean score.
         """
         k, n = len(pool), self.spec.budget
         length = max(n, self.spec.revise_attempts)
         methods = {f"beam@{n}": self.by(Beam(n, min(4, n)))}
         if self.searcher.reviser:
             methods[f"revise@{length}"] = self.by(Revise(length))
+            methods[f"revise_parallel@{n}"] = self.by(Revise(1, n))
+            methods["revise_greedy@1"] = self.by(Greedy("reviser"))
         methods[f"compute_optimal@{n}_oracle"] = self.by(self.plan.strategy(oracle_bin, n))
         methods[f"compute_optimal@{n}_probe"] = self.after_probe(edges)
         by_prm, by_base, *searched = await together(
@@ -110,6 +114,7 @@ class OneQuestion:
         base_scores, base_cost = [c.score for c in by_base], sum(c.score_cost for c in by_base)
         base = weighted(answers[:n], base_scores)
         found = {
+            "greedy@1": Found(greedy.answer, [greedy], head + len(greedy.tokens) + 1),
             f"majority@{k}": Found(majority(answers), pool, sum(drawn)),
             f"majority@{n}": Found(majority(answers[:n]), pool[:n], sum(drawn[:n])),
             **{
@@ -130,6 +135,11 @@ class OneQuestion:
         """The attempts of one revision chain, in order."""
         outcome = await self.search(Revise(max(self.spec.budget, self.spec.revise_attempts)))
         return [c.solution for c in outcome.candidates]
+
+    async def parallel(self) -> list[Solution]:
+        """First attempts of the reviser: what an attempt is worth that saw no other."""
+        outcome = await self.search(Revise(1, self.spec.budget))
+        return [replace(c.solution, purpose="parallel") for c in outcome.candidates]
 
     async def control(self, other: OneQuestion, context: int) -> list[Solution]:
         """Attempts 2, 3, ... with another question's attempts in the prompt: does the right context help?"""
@@ -153,7 +163,10 @@ class OneQuestion:
 
 def work(ctx: Context, kit: Kit, questions: Sequence[str]) -> Iterator[object]:
     searcher = kit.searcher(reviser=Role.REVISER in search_models(ctx))
-    samples, grades = test_solutions(ctx, ctx.round - 1), test_grades(ctx, ctx.round - 1)
+    samples, greedy = (test_solutions(ctx, ctx.round - 1, purpose) for purpose in ("evaluate", "greedy"))
+    grades = {
+        q: group + test_grades(ctx, ctx.round - 1, "greedy")[q] for q, group in test_grades(ctx, ctx.round - 1).items()
+    }
     plan = Plan.from_dict(ctx.figures("calibrate")["serve"])
     plan.check_models(model_names(search_models(ctx)))
     bins, edges = oracle_bins(ctx), probe_edges(ctx)
@@ -162,16 +175,16 @@ def work(ctx: Context, kit: Kit, questions: Sequence[str]) -> Iterator[object]:
 
     async def one(question: str) -> tuple[dict[str, Found], list[float], list[Solution]]:
         mine, other = searches[question], searches[others[question]]
-        wanted: list = [mine.all(samples[question], bins[question], edges)]
+        wanted: list = [mine.all(samples[question], *greedy[question], bins[question], edges)]
         if searcher.reviser:
-            wanted.append(mine.chain())
+            wanted += [mine.chain(), mine.parallel()]
         if searcher.reviser and mine is not other:  # equal if the chunk holds one question
             wanted.append(mine.control(other, ctx.recipe.reviser.context))
         (found, scores), *attempts = await together(wanted)
         return found, scores, [s for group in attempts for s in group]
 
     for question, (answered, scores, attempts) in kit.each(questions, one):
-        correct = {g.solution_id: g.correct for g in grades[question]}
+        correct = {g.solution_id: g.correct for g in (*sampled[question], *once[question])}
         drawn = {s.id: s for found in answered.values() for s in found.solutions} | {s.id: s for s in attempts}
         fresh = {g.solution_id: g for g in kit.grade([s for s in drawn.values() if s.id not in correct])}
         correct |= {id: g.correct for id, g in fresh.items()}
@@ -210,17 +223,25 @@ def finish(ctx: Context) -> dict:
 
 
 def reviser_figures(ctx: Context) -> dict:
-    """pass@1 by attempt of the revision chains and of the control; empty in a round without a reviser."""
+    """pass@1 by attempt of the revision chains and of the control; empty in a round without a reviser.
+
+    wrong_to_right, right_to_wrong: how often a revision changes the verdict on the attempt before it. `_fresh`: how
+    often an independent first attempt at the same questions would have: a reviser that only draws again is level.
+    """
     correct = {g.solution_id: g.correct for g in ctx.read(Grade, "search")}
-    curves: dict[str, dict[int, list[float]]] = {"revise": {}, "control": {}}
-    changed: dict[str, list[bool]] = {"right_to_wrong": [], "wrong_to_right": []}
+    curves: dict[str, dict[int, list[float]]] = {"revise": {}, "control": {}, "parallel": {}}
+    names = ("right_to_wrong", "wrong_to_right")
+    changed: dict[str, list[float]] = {f"{name}{end}": [] for name in names for end in ("", "_fresh")}
     for group in by_question(ctx.read(Solution, "search")).values():
         for s in group:
             curves[s.purpose].setdefault(s.attempt, []).append(float(correct[s.id]))
+        fresh = [correct[s.id] for s in group if s.purpose == "parallel"]
         chain = sorted((s for s in group if s.purpose == "revise"), key=lambda s: s.attempt)
         for before, after in pairwise(chain):
             was, now = correct[before.id], correct[after.id]
-            changed["right_to_wrong" if was else "wrong_to_right"].append(now != was)
+            name = names[not was]
+            changed[name].append(float(now != was))
+            changed[f"{name}_fresh"].append(sum(right != was for right in fresh) / len(fresh))
     if not curves["revise"]:
         return {}
     attempts = sorted(curves["revise"])[: ctx.recipe.evaluate.revise_attempts]

@@ -77,7 +77,7 @@ def difficulties(ctx: Context) -> dict[str, Difficulty]:
 
 
 def test_grades(run: Run, round: int, purpose: str = "evaluate") -> dict[str, list[Grade]]:
-    """Grades of the test questions, by question. `purpose`: `evaluate`, or in round 0 also `bin`."""
+    """Grades of the test questions, by question. `purpose`: `evaluate`, `greedy`, or in round 0 also `bin`."""
     return by_question(g for g in run.read(Grade, "evaluate", round) if g.purpose == purpose)
 
 
@@ -86,8 +86,8 @@ def test_rates(run: Run, round: int, purpose: str = "evaluate") -> dict[str, flo
     return pass_rates(g for group in test_grades(run, round, purpose).values() for g in group)
 
 
-def test_solutions(run: Run, round: int) -> dict[str, list[Solution]]:
-    return by_question(s for s in run.read(Solution, "evaluate", round) if s.purpose == "evaluate")
+def test_solutions(run: Run, round: int, purpose: str = "evaluate") -> dict[str, list[Solution]]:
+    return by_question(s for s in run.read(Solution, "evaluate", round) if s.purpose == purpose)
 
 
 def answer_is_right(answer: str | None, solutions: Iterable[Solution], correct: Mapping[str, bool]) -> float:

@@ -7,6 +7,7 @@ prompts, reader, the laboratory's tokenizer) is the real thing.
 from __future__ import annotations
 
 import asyncio
+import random
 from collections import Counter
 from dataclasses import replace
 
@@ -22,8 +23,11 @@ from flywheel.models.steps import Reader
 from flywheel.recipe import PromptSpec, SampleSpec
 from flywheel.records import Finish, Question, Role
 from flywheel.search.adaptive import Adaptive
-from flywheel.search.beam import Beam
+from flywheel.search.beam import Beam, Prefix
 from flywheel.search.best_of_n import BestOfN
+from flywheel.search.dvts import Dvts
+from flywheel.search.greedy import Greedy
+from flywheel.search.particle import Draw, Particle
 from flywheel.search.revise import Revise
 from flywheel.search.run import read_off, search
 from flywheel.search.strategy import Searcher
@@ -57,6 +61,7 @@ class Say:
         self.lines, self.values = lines or {}, values or {}
         self.dealt: Counter[str] = Counter()
         self.asked: list[str] = []
+        self.sampled: list[Sampling] = []
         self.read: list[str] = []  # what the judge was asked to value
         self.waiting: list[tuple[asyncio.Future, Output]] = []
 
@@ -65,6 +70,7 @@ class Say:
         said = text.split("Try" if "Try" in text else "Check", 1)[1].strip(" ")
         self.asked.append(said)
         if isinstance(ask, Sampling):
+            self.sampled.append(ask)
             lines, key = (
                 (self.lines, "") if isinstance(self.lines, list) else (self.lines.get(said) or self.lines["*"], said)
             )
@@ -374,6 +380,9 @@ STRATEGIES = [
     Beam(4, 2),
     Revise(4),
     Revise(2, 2, "majority"),
+    Greedy(),
+    Dvts(4, 2),
+    Particle(4),
     Adaptive(4, 0.9, step=2),
     Adaptive(5, 0.7, "reviser", 2),
 ]
@@ -401,7 +410,7 @@ def test_every_token_of_every_question_in_flight_is_charged_to_that_question():
     assert sum(outcome.tokens for outcome, _ in done) == bench.ledger.tokens()
     for i, (outcome, spent) in enumerate(done):
         assert outcome.tokens == spent.tokens == spent.prompt + spent.generated + spent.scored > 0
-        if not isinstance(jobs[i][0], Beam):
+        if not isinstance(jobs[i][0], Beam | Dvts | Particle):  # whose solutions share prefixes
             assert outcome.tokens == sum(c.cost + c.score_cost for c in outcome.candidates)
 
 
@@ -554,6 +563,9 @@ def test_an_unknown_way_to_select_is_refused():
 # ---- odd questions ----
 
 EVERY = [
+    Greedy(),
+    Dvts(1, 1),
+    Particle(1),
     BestOfN(1),
     BestOfN(1, "majority"),
     BestOfN(1, "best"),
@@ -568,7 +580,7 @@ STEPS = {"": ["5 +3 =8\n"], "5 +3 =8\n": ["8 *2 =16\n"], "5 +3 =8\n8 *2 =16\n": 
 
 @pytest.mark.parametrize("strategy", EVERY, ids=str)
 def test_a_budget_of_one_is_one_sample_whatever_the_strategy(strategy):
-    bench = Bench(STEPS if isinstance(strategy, Beam) else {"": SAMPLES}, VALUES, {"": SAMPLES})
+    bench = Bench(STEPS if isinstance(strategy, Beam | Dvts | Particle) else {"": SAMPLES}, VALUES, {"": SAMPLES})
     outcome = bench.search(strategy)
     assert outcome.answer == "16" and len(outcome.candidates) == 1 and outcome.tokens > 0
 
@@ -612,3 +624,58 @@ def test_where_all_scores_are_equal_the_vote_decides_and_then_the_first():
 def test_a_value_that_is_none_names_the_question_and_the_model(value):
     with pytest.raises(ValueError, match="question q1: prm_1 gave the value"):
         Bench({"": SAMPLES}, dict.fromkeys(VALUES, value)).search(BestOfN(2))
+
+
+# ---- temperature, greedy, and other searches by step ----
+
+
+def test_a_strategy_samples_at_its_own_temperature():
+    """The recipe's is 1; greedy asks for 0, and a strategy at another temperature draws anew."""
+    strategies = (BestOfN(2), BestOfN(2, temperature=0.4), Greedy(), Greedy("reviser"), Revise(2, temperature=0.3))
+    for strategy, wanted in zip(strategies, (1.0, 0.4, 0.0, 0.0, 0.3)):
+        bench = Bench({"": SAMPLES}, VALUES, {"*": SAMPLES})
+        outcome = bench.search(strategy)
+        sampled = [ask.temperature for role in (Role.POLICY, Role.REVISER) for ask in bench.devices[role].sampled]
+        assert set(sampled) == {wanted} and len(sampled) == len(outcome.candidates)
+    assert BestOfN(2, temperature=0.4).name == "best_of_n:2:weighted:t0.4"
+    assert not BestOfN(4).covers(BestOfN(2, temperature=0.4))
+    greedy = Bench({"": SAMPLES}, VALUES)
+    assert greedy.search(Greedy()).answer == "16" and not greedy.judged()
+
+
+def test_dvts_keeps_the_best_step_of_each_tree():
+    """One beam of 4 goes on from =8 (0.9) alone; two trees of 2 keep the best of their own, =8 and =9."""
+    lines = {
+        "": ["5 +3 =8\n", "5 +3 =8\n", "5 +3 =9\n", "5 +3 =9\n"],
+        "5 +3 =8\n": ["Answer 16"],
+        "5 +3 =9\n": ["Answer 18"],
+    }
+    bench = Bench(lines, VALUES)
+    outcome = bench.search(Dvts(4, 2))
+    assert sorted(c.solution.answer for c in outcome.candidates) == ["16", "16", "18", "18"]
+    assert [c.solution.answer for c in Bench(lines, VALUES).search(Beam(4, 4)).candidates] == ["16"] * 4
+    assert len({c.solution.draw for c in outcome.candidates}) == 2  # the trees are independent draws
+    assert len({c.solution.id for c in outcome.candidates}) == 4
+    assert outcome.tokens == bench.ledger.tokens()
+    half = read_off(Dvts(4, 2), outcome, Dvts(2, 2))
+    assert Dvts(4, 2).covers(Dvts(2, 2)) and half.candidates == outcome.candidates[:2]
+
+
+@pytest.mark.parametrize(("power", "seen"), [(1.0, {"16", "18"}), (9.0, {"16"})])
+def test_particles_survive_by_their_odds(power, seen):
+    """=8 has odds of 9, =9 of 3 in 7: by these both survive in 64 particles, to the ninth power only =8 does."""
+    lines = {"": ["5 +3 =8\n", "5 +3 =9\n"], "5 +3 =8\n": ["Answer 16"], "5 +3 =9\n": ["Answer 18"]}
+    bench = Bench(lines, VALUES)
+    outcome = bench.search(Particle(64, power))
+    assert {c.solution.answer for c in outcome.candidates} == seen and len(outcome.candidates) == 64
+    again = Bench(lines, VALUES).search(Particle(64, power))
+    assert [c.solution.tokens for c in again.candidates] == [c.solution.tokens for c in outcome.candidates]
+    assert len(bench.judged()) == 2 + len(seen)  # equal prefixes are judged once
+
+
+def test_a_prefix_drawn_more_often_has_more_particles_to_lose():
+    """Three of four first steps are =9 (odds 3 / 7), one is =8 (odds 9): shares 9 / 7 to 9."""
+    draw = Draw(Particle(8000), random.Random(0))
+    kept = dict(draw.keep([Prefix((1,), (0.3,), 0.3, 3), Prefix((2,), (0.9,), 0.9, 1)], 8000))
+    share = kept[Prefix((1,), (0.3,), 0.3, 3)] / 8000
+    assert share == pytest.approx((9 / 7) / (9 / 7 + 9), abs=0.02)  # four standard errors

@@ -82,7 +82,9 @@ def test_the_summary_has_every_figure_that_it_promises(finished):
         "harvest",
         "gate",
     } <= first.keys()
+    assert {"pass@1", "greedy@1"} <= first["policy"].keys() and "greedy_from_round_0" in first["gain"]
     assert {
+        "greedy@1",
         "majority@8",
         "best_of_n_weighted@8",
         "beam@4",

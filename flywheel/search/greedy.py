@@ -1,0 +1,46 @@
+"""One answer at temperature 0: what a served model gives, and the cheapest answer that a search has to beat."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from flywheel.records import Candidate, Question, Role
+from flywheel.search.select import majority
+from flywheel.search.strategy import Searcher, Strategy, attempt
+
+
+@dataclass(frozen=True)
+class Greedy(Strategy):
+    """`maker`: the `policy`, or the `reviser` (its first attempt)."""
+
+    maker: Literal["policy", "reviser"] = "policy"
+
+    kind: ClassVar[str] = "greedy"
+
+    @classmethod
+    def at(cls, budget: int, *, maker: Literal["policy", "reviser"] = "policy") -> Greedy:
+        """One generation, whatever the budget."""
+        return cls(maker)
+
+    @property
+    def name(self) -> str:
+        return f"greedy:{self.maker}"
+
+    @property
+    def label(self) -> str:
+        return f"greedy\n{self.maker}"
+
+    @property
+    def judged(self) -> bool:
+        return False
+
+    async def run(self, question: Question, searcher: Searcher, tag: str) -> Sequence[Candidate]:
+        engine = searcher.maker(self)
+        prompt = searcher.prompts.solve(question, self.maker == Role.POLICY and engine.bare)
+        id = f"{question.id}/{tag}/0"
+        return [await attempt(engine, prompt, searcher, question, purpose=self.kind, id=id, temperature=0.0)]
+
+    def answer(self, candidates: Sequence[Candidate]) -> str | None:
+        return majority([c.solution.answer for c in candidates])

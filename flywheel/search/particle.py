@@ -1,0 +1,74 @@
+"""Particle filtering against the PRM (Puri et al. 2025, arXiv 2502.01618).
+
+A beam keeps the best prefixes; here prefixes survive at random, in proportion to the odds that the PRM gives them. So
+a prefix that an imperfect PRM undervalues keeps its chance.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, ClassVar
+
+from pydantic import Field
+
+from flywheel.records import Candidate, Question
+from flywheel.search.beam import Prefix, StepSearch
+from flywheel.search.strategy import Searcher, Strategy, option
+
+SURE = 1e-3  # values are kept this far from 0 and 1, whose odds are 0 and infinite
+LONGEST = 40  # steps
+
+
+@dataclass(frozen=True)
+class Particle(Strategy):
+    """`n` particles. After each step the open ones are drawn anew, with replacement, by (score / (1 - score))^`power`.
+
+    A finished particle leaves the draw. `power` is the inverse of the paper's temperature: 0 ignores the PRM, and the
+    larger it is, the more the best prefix takes over.
+    """
+
+    n: int
+    power: float = 1.0
+
+    kind: ClassVar[str] = "particle"
+
+    @classmethod
+    def at(cls, budget: int, *, power: Annotated[float, Field(ge=0)] = 1.0) -> Particle:
+        return cls(budget, power)
+
+    @property
+    def name(self) -> str:
+        return f"particle:{self.n}" + option("power", self.power, 1.0)
+
+    @property
+    def label(self) -> str:
+        return f"{self.n} particles" + ("" if self.power == 1 else f"\npower {self.power:g}")
+
+    async def run(self, question: Question, searcher: Searcher, tag: str) -> Sequence[Candidate]:
+        """The draws depend on the question and `tag` alone, so that a repeated search makes the same ones."""
+        id = f"{question.id}/{tag}"
+        return await StepSearch(Draw(self, random.Random(id)), question, searcher, id).run(LONGEST)
+
+
+@dataclass
+class Draw:
+    """What `StepSearch` asks of a strategy, with this search's own random numbers."""
+
+    strategy: Particle
+    chance: random.Random
+    lookahead: int = field(default=0, init=False)
+    kind: str = field(default=Particle.kind, init=False)
+
+    @property
+    def n(self) -> int:
+        return self.strategy.n
+
+    def keep(self, alive: Sequence[Prefix], places: int) -> list[tuple[Prefix, int]]:
+        """`places` draws from the `alive` prefixes, as (prefix, number of its draws)."""
+        scores = [min(max(prefix.score, SURE), 1 - SURE) for prefix in alive]
+        odds = [prefix.count * (s / (1 - s)) ** self.strategy.power for prefix, s in zip(alive, scores)]
+        drawn = Counter(self.chance.choices(range(len(alive)), odds, k=places))
+        return [(alive[i], count) for i, count in sorted(drawn.items())]
