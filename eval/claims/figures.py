@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import spearmanr
 
-from eval.claims.rows import attempts, goal_share, study_cases
+from eval.claims.rows import attempts, goal_makers, goal_share, study_cases
 from eval.claims.study import BINS, GRADES, Study
 from eval.curves import SELECT
 from eval.draws import HEAD
@@ -38,7 +38,7 @@ def figures(s: Study) -> Figures:
         "difficulty": difficulty(s),
     }
     if 64 in s.sizes:
-        chosen = s.cheapest(s.best_of_n(64, "weighted"))[2]
+        chosen = s.cheapest(s.best_parallel(64, goal_makers(s))[0])[2]
         out["goal"] = {"strategies": [strategy.name for strategy in chosen], "share": goal_share(s).mean()}
     for case in cases["ratios"]:
         out.setdefault("best_ratio_by_bin", {})[case["budget"]] = best_ratios(s, case["budget"])
@@ -73,9 +73,9 @@ def compute_optimal(s: Study) -> list[dict]:
             "accuracy": (plan := s.plan(case["budget"], case["kinds"], grade)).right.mean(),
             "tokens": plan.tokens.mean(),
             "net_tokens": plan.net.mean(),
-            "best_of_n_needs": s.tokens_for(plan.right.mean()),
+            "best_of_n_needs": s.tokens_for(plan.right.mean(), case["makers"]),
         }
-        for case in study_cases(s)["plans"]
+        for case in study_cases(s)["predicted"]
         for grade in GRADES
     ]
 
@@ -117,11 +117,11 @@ def fixed_tokens(run: Run, round: int) -> dict[str, float]:
 def amortise(rows: list[dict], fixed: dict[str, float]) -> None:
     """Add to each row of `compute_optimal` its net tokens by number of questions served, and its break-even number.
 
-    The baseline is best-of-N weighted, which needs a PRM too, so the extra one-time costs are calibration and, if the
-    plan may use it, the reviser. Each question pays in full for the estimate of its own difficulty.
+    The baseline is best-of-N weighted of the policy or of the reviser, which needs the same models, so the extra
+    one-time cost is calibration. Each question pays in full for the estimate of its own difficulty.
     """
     for row in rows:
-        once = fixed["calibrate"] + (fixed["reviser"] if row["of"] != "search" else 0.0)
+        once = fixed["calibrate"]
         once += fixed["prompt_head"] if row["grade"] == "prompt" else 0.0
         row["net_by_served"] = {str(served): row["net_tokens"] + once / served for served in SERVED}
         saved = row["best_of_n_needs"] - row["net_tokens"]

@@ -5,7 +5,7 @@ Values are per question; the texts of the rows and the zeros that decide them ar
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -16,9 +16,9 @@ import yaml
 
 from eval.claims.rounds import Rounds
 from eval.claims.study import BINS, GRADES, Study
+from flywheel.records import Role
 from flywheel.search.adaptive import Adaptive
 from flywheel.search.beam import Beam
-from flywheel.search.best_of_n import BestOfN
 from flywheel.search.revise import Revise
 from flywheel.search.strategy import Strategy
 
@@ -61,11 +61,20 @@ def rows(ours: Ours, subject: Study | Rounds, cases: dict[str, list[Case]]) -> d
     return found
 
 
-PLANS = (
-    ("1", "search", (Beam,)),
-    ("2", "revisions", (Revise,)),
-    ("1+2", "of all strategies", (Beam, Revise, Adaptive)),
+PLANS = (  # claim, its title, the strategies of the plan besides best-of-N, the makers of the parallel samples
+    ("1", "search", (Beam,), (Role.POLICY,)),
+    ("2", "revisions", (Revise,), (Role.REVISER,)),
+    ("1+2", "of all strategies", (Beam, Revise, Adaptive), (Role.POLICY, Role.REVISER)),
+    ("distilled", "revisions", (Revise,), (Role.POLICY,)),
 )
+
+
+def baseline(makers: Sequence[Role], n: int | str) -> str:
+    """What `n` parallel samples of one of `makers` are called."""
+    if makers == (Role.POLICY,):
+        return f"best-of-{n} weighted"
+    which = "the reviser" if makers == (Role.REVISER,) else "the policy or the reviser, whichever is better"
+    return f"best-of-{n} weighted of {which}"
 
 
 def study_cases(s: Study) -> dict[str, list[Case]]:
@@ -73,10 +82,19 @@ def study_cases(s: Study) -> dict[str, list[Case]]:
     top, low = s.budgets[-1], s.budgets[0]
     tried = {Adaptive, *(kind for kind in (Beam, Revise) if s.strategies(top, kind))}
     plans = [
-        {"number": number, "title": title, "kinds": kinds, "budget": budget}
-        for number, title, kinds in PLANS
+        {
+            "number": number,
+            "title": title,
+            "kinds": kinds,
+            "budget": budget,
+            "makers": makers,
+            "baseline": baseline(makers, budget),
+            "any": baseline(makers, "N"),
+        }
+        for number, title, kinds, makers in PLANS
         if tried >= set(kinds)
         for budget in s.budgets
+        if all(budget in s.counts(maker) for maker in makers)
     ]
     every = [{"budget": budget, "beam": beam} for budget in s.budgets for beam in s.strategies(budget, Beam)]
     beams = [case for case in every if not case["beam"].lookahead]
@@ -85,10 +103,20 @@ def study_cases(s: Study) -> dict[str, list[Case]]:
     ends = [{"low": low, "top": top}] if top > low else []
     return {
         "plans": plans,
-        "quarters": [{**case, "more": 4 * case["budget"]} for case in plans if 4 * case["budget"] in s.sizes],
+        "quarters": [
+            {**case, "more": more, "baseline": baseline(case["makers"], more)}
+            for case in plans
+            if all((more := 4 * case["budget"]) in s.counts(maker) for maker in case["makers"])
+        ],
+        "predicted": [case for case in plans if case["number"] != "distilled"],
         "grades": [{**case, "grade": grade} for case in plans for grade in GRADES],
-        "rises": [{"fewer": fewer, "more": more} for fewer, more in pairwise(s.budgets) if Revise in tried],
-        "adaptives": [{"budget": b, "strategy": a} for b in s.budgets for a in s.strategies(b, Adaptive)],
+        "rises": [{"fewer": fewer, "more": more} for fewer, more in pairwise(s.counts(Role.REVISER))],
+        "adaptives": [
+            {"budget": b, "strategy": a, "any": baseline((a.maker,), "N")}
+            for b in s.budgets
+            for a in s.strategies(b, Adaptive)
+            if s.counts(a.maker)
+        ],
         "beams": beams,
         "low beams": [case for case in beams if case["budget"] == low <= LOW],
         "ends": ends,
@@ -98,7 +126,7 @@ def study_cases(s: Study) -> dict[str, list[Case]]:
         "long chain": [case for case in chains[-1:] if case["budget"] > 4],
         "parallel": (parallel := [c for c in parallel if (c["budget"], Revise(1, c["budget"], c["how"])) in s.tried]),
         "ratios": [case for case in parallel if case["how"] == "weighted"],
-        "hardest": [{"best": best_on_hardest(s)}],
+        "once": [{}],
         "64": [{}] if 64 in s.sizes else [],
     }
 
@@ -115,22 +143,31 @@ def lost(s: Study, budget: int) -> np.ndarray:
     return ((before == 1) & (after == 0)).sum(axis=1) / np.where(count, count, np.nan)
 
 
-def over_best_of_n(s: Study, budget: int, kinds: tuple[type[Strategy], ...], n: int) -> np.ndarray:
-    return s.plan(budget, kinds, "oracle").right - s.best_of_n(n, "weighted")
+def over_parallel(
+    s: Study, budget: int, kinds: tuple[type[Strategy], ...], makers: Sequence[Role], n: int, **_
+) -> np.ndarray:
+    return s.plan(budget, kinds, "oracle").right - s.best_parallel(n, makers)[0]
 
 
-def net(s: Study, budget: int, kinds: tuple[type[Strategy], ...], grade: str, **_) -> np.ndarray:
+def net(
+    s: Study, budget: int, kinds: tuple[type[Strategy], ...], makers: Sequence[Role], grade: str, **_
+) -> np.ndarray:
     plan = s.plan(budget, kinds, grade)
-    return plan.right - s.at_tokens(plan.net.mean())
+    return plan.right - s.at_tokens(plan.net.mean(), makers)
+
+
+def goes_on(s: Study, fewer: int, more: int) -> np.ndarray:
+    few, many = (over_parallel(s, n, (Revise,), (Role.REVISER,), n) for n in (fewer, more))
+    return many - few
 
 
 def predicted_less_oracle(s: Study, budget: int, kinds: tuple[type[Strategy], ...], **_) -> np.ndarray:
     return s.plan(budget, kinds, "predicted").right - s.plan(budget, kinds, "oracle").right + NEARLY
 
 
-def at_equal_tokens(s: Study, budget: int, strategy: Strategy) -> np.ndarray:
-    """Accuracy minus that of best-of-N at equal mean tokens; a strategy without bins has no other costs."""
-    return s.row(budget, strategy) - s.at_tokens(s.row(budget, strategy, "tokens").mean())
+def at_equal_tokens(s: Study, budget: int, strategy: Strategy, **_) -> np.ndarray:
+    """Accuracy minus that of its maker's parallel samples at equal mean tokens; without bins it has no other costs."""
+    return s.row(budget, strategy) - s.at_tokens(s.row(budget, strategy, "tokens").mean(), (strategy.maker,))
 
 
 def at_equal_computed(s: Study, budget: int, beam: Beam) -> np.ndarray:
@@ -143,34 +180,45 @@ def sequential_gain(s: Study, budget: int, how: str) -> np.ndarray:
 
 
 def best_ratio_gain(s: Study, budget: int, how: str) -> np.ndarray:
-    ratios = [r for r in s.strategies(budget, Revise) if r.select == how]
-    return s.best_of(ratios, budget) - s.row(budget, Revise(1, budget, how))
+    ratios = [s.row(budget, r) for r in s.strategies(budget, Revise) if r.select == how]
+    return s.best_of(ratios) - s.row(budget, Revise(1, budget, how))
+
+
+def goal_makers(s: Study) -> tuple[Role, ...]:
+    """The makers of the 64 parallel samples that the goal is measured against."""
+    return tuple(maker for maker in (Role.POLICY, Role.REVISER) if 64 in s.counts(maker))
 
 
 def goal_share(s: Study) -> np.ndarray:
     """Tokens of the cheapest strategy that reaches best-of-64's accuracy, as a fraction of best-of-64's mean tokens."""
-    return s.cheapest(s.best_of_n(64, "weighted"))[1] / s.best_of_n_tokens(64, "weighted").mean()
+    right, tokens = s.best_parallel(64, goal_makers(s))
+    return s.cheapest(right)[1] / tokens.mean()
 
 
-def best_on_hardest(s: Study) -> Strategy:
-    """The best in bin 5 among best-of-N with the whole pool and the strategies at the largest budget."""
-    found = {BestOfN(s.sizes[-1]): s.best_of_n(s.sizes[-1], "weighted")}
-    found |= {strategy: s.row(b, strategy) for b, strategy in s.tried if b == s.budgets[-1]}
-    return max(found, key=lambda strategy: found[strategy][s.bins("oracle") == BINS].mean())
+def goal_accuracy(s: Study) -> np.ndarray:
+    return s.cheapest(s.best_parallel(64, goal_makers(s))[0])[0] + NEARLY
+
+
+def best_on_hardest(s: Study) -> np.ndarray:
+    """Accuracy in bin 5 of what was best there on the other half: best-of-N or a strategy at the largest budget."""
+    rows = [
+        s.best_of_n(s.sizes[-1], "weighted"),
+        *(s.row(b, strategy) for b, strategy in s.tried if b == s.budgets[-1]),
+    ]
+    out = np.full(len(s.questions), np.nan)
+    hard = s.bins("oracle") == BINS
+    for fit, use in s.halves():
+        best = max(rows, key=lambda row: row[fit][hard[fit]].mean())
+        out[use] = np.where(hard[use], best[use], np.nan)
+    return out
 
 
 STUDY: Ours = {
-    "{number}.gross@{budget}": ("plans", lambda s, budget, kinds, **_: over_best_of_n(s, budget, kinds, budget)),
-    "{number}.quarter@{budget}": (
-        "quarters",
-        lambda s, budget, kinds, more, **_: over_best_of_n(s, budget, kinds, more) + NEARLY,
-    ),
+    "{number}.gross@{budget}": ("plans", lambda s, budget, **case: over_parallel(s, budget, n=budget, **case)),
+    "{number}.quarter@{budget}": ("quarters", lambda s, more, **case: over_parallel(s, n=more, **case) + NEARLY),
     "{number}.net-{grade}@{budget}": ("grades", net),
-    "2.goes_on@{more}": (
-        "rises",
-        lambda s, fewer, more: over_best_of_n(s, more, (Revise,), more) - over_best_of_n(s, fewer, (Revise,), fewer),
-    ),
-    "3.{title}@{budget}": ("plans", predicted_less_oracle),
+    "2.goes_on@{more}": ("rises", goes_on),
+    "3.{title}@{budget}": ("predicted", predicted_less_oracle),
     "4.low:{beam.name}": ("low beams", lambda s, budget, beam: s.row(budget, beam) - s.best_of_n(budget, "weighted")),
     "4.tokens:{beam.name}": ("beams", lambda s, budget, beam: at_equal_tokens(s, budget, beam)),
     "4.computed:{beam.name}": ("beams", at_equal_computed),
@@ -196,9 +244,9 @@ STUDY: Ours = {
     "9.{how}@{budget}": ("parallel", sequential_gain),
     "10.ratio@{budget}": ("ratios", best_ratio_gain),
     "10.easy@{budget}": ("ratios", lambda s, budget, how: s.in_bins(sequential_gain(s, budget, how) + NEARLY, 1, 2)),
-    "14.hardest": ("hardest", lambda s, best: 0.1 - s.in_bins(s.options()[best][0], BINS)),
+    "14.hardest": ("once", lambda s: 0.1 - best_on_hardest(s)),
     "adaptive:{strategy.name}": ("adaptives", at_equal_tokens),
-    "goal.accuracy": ("64", lambda s: s.cheapest(s.best_of_n(64, "weighted"))[0] + NEARLY),
+    "goal.accuracy": ("64", goal_accuracy),
     "goal.tokens": ("64", lambda s: 0.25 - goal_share(s)),
 }
 ROUNDS: Ours = {

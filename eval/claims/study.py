@@ -13,8 +13,10 @@ from eval.curves import SELECT, is_right
 from eval.draws import Difficult, Drawn, Tried
 from flywheel.errors import UserError
 from flywheel.measure.bins import quantile_bins
+from flywheel.records import Role
 from flywheel.search.best_of_n import BestOfN
 from flywheel.search.plan import Trial, held_out, most_right
+from flywheel.search.revise import Revise
 from flywheel.search.strategy import Strategy
 
 T = TypeVar("T")
@@ -91,24 +93,58 @@ class Study:
         cost = partial(spent, n=n, judge=judge, computed=computed)
         return self.once("tokens", n, judge, computed, make=lambda: self.over(cost, self.pools))
 
-    def at_tokens(self, tokens: float, select: str = "weighted", computed: bool = False) -> np.ndarray:
-        """Accuracy per question of best-of-N at `tokens` mean tokens (`computed`: see `best_of_n_tokens`).
+    # ---- parallel samples, the baseline of every claim: best-of-N weighted of the policy or of the reviser ----
 
-        Interpolated between the measured N on a log scale; NaN if the pool is too small for so many tokens.
+    def counts(self, maker: Role) -> list[int]:
+        """The numbers of parallel samples that were drawn of `maker`."""
+        return self.sizes if maker == Role.POLICY else [b for b in self.budgets if (b, Revise(1, b)) in self.tried]
+
+    def parallel(self, n: int, maker: Role, computed: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """(accuracy, tokens), each per question, of `n` samples; `computed`: see `best_of_n_tokens`."""
+        if maker == Role.POLICY:
+            return self.best_of_n(n, "weighted"), self.best_of_n_tokens(n, "weighted", computed)
+        tokens = self.row(n, Revise(1, n), "tokens")
+        return self.row(n, Revise(1, n)), tokens - (self.row(n, Revise(1, n), "cached") if computed else 0)
+
+    def best_parallel(self, n: int, makers: Sequence[Role]) -> tuple[np.ndarray, np.ndarray]:
+        """`parallel` of the maker that is right more often on the other half of the questions."""
+        found = [self.parallel(n, maker) for maker in makers]
+        right, tokens = (np.zeros(len(self.questions)) for _ in range(2))
+        for fit, use in self.halves():
+            best = max(found, key=lambda of: of[0][fit].mean())
+            right[use], tokens[use] = best[0][use], best[1][use]
+        return right, tokens
+
+    def at_tokens(self, tokens: float, makers: Sequence[Role] = (Role.POLICY,), computed: bool = False) -> np.ndarray:
+        """Accuracy per question of parallel samples at `tokens` mean tokens (`computed`: see `best_of_n_tokens`).
+
+        Of several makers, of the one that is right more often on the other half. Interpolated between the measured
+        numbers of samples on a log scale; fewer tokens than the least number takes count as that number. NaN if there
+        are too few samples of one maker for so many tokens.
         """
-        grid = np.log([self.best_of_n_tokens(n, select, computed).mean() for n in self.sizes])
-        if np.log(tokens) > grid[-1]:
+        curves = [self._at_tokens(tokens, maker, computed) for maker in makers]
+        if any(np.isnan(curve).any() for curve in curves):
             return np.full(len(self.questions), np.nan)
-        at = np.clip(np.log(tokens), grid[0], grid[-1])
-        high = int(np.clip(np.searchsorted(grid, at), 1, len(grid) - 1))
-        part = (at - grid[high - 1]) / (grid[high] - grid[high - 1])
-        below, above = (self.best_of_n(self.sizes[place], select) for place in (high - 1, high))
-        return (1 - part) * below + part * above
+        return self.best_of(curves)
 
-    def tokens_for(self, accuracy: float, select: str = "weighted") -> float:
-        """Mean tokens at which best-of-N first reaches mean `accuracy`, log-interpolated; infinity if it never does."""
-        cost = [self.best_of_n_tokens(n, select).mean() for n in self.sizes]
-        right = [self.best_of_n(n, select).mean() for n in self.sizes]
+    def _at_tokens(self, tokens: float, maker: Role, computed: bool) -> np.ndarray:
+        drawn = [self.parallel(n, maker, computed) for n in self.counts(maker)]
+        grid = np.log([spent.mean() for _, spent in drawn])
+        if not len(grid) or np.log(tokens) > grid[-1]:
+            return np.full(len(self.questions), np.nan)
+        at = max(np.log(tokens), grid[0])
+        return np.array([np.interp(at, grid, accuracies) for accuracies in zip(*(right for right, _ in drawn))])
+
+    def tokens_for(self, accuracy: float, makers: Sequence[Role] = (Role.POLICY,)) -> float:
+        """Mean tokens at which parallel samples of one of `makers` first reach mean `accuracy`; infinity if never.
+
+        Log-interpolated between the measured numbers of samples.
+        """
+        return min(self._tokens_for(accuracy, maker) for maker in makers)
+
+    def _tokens_for(self, accuracy: float, maker: Role) -> float:
+        drawn = [self.parallel(n, maker) for n in self.counts(maker)]
+        right, cost = ([of.mean() for of in column] for column in zip(*drawn))
         place = next((i for i, reached in enumerate(right) if reached >= accuracy), None)
         if not place:
             return float("inf") if place is None else float(cost[0])
@@ -135,9 +171,9 @@ class Study:
         }
         return bests | {s: (self.row(b, s), self.row(b, s, "tokens")) for b, s in self.tried}
 
-    def best_of(self, strategies: Sequence[Strategy], budget: int) -> np.ndarray:
-        """Accuracy per question of the strategy that was best on the other half of the questions."""
-        rows, out = [self.row(budget, s) for s in strategies], np.zeros(len(self.questions))
+    def best_of(self, rows: Sequence[np.ndarray]) -> np.ndarray:
+        """Accuracy per question of the row that was best on the other half of the questions."""
+        out = np.zeros(len(self.questions))
         for fit, use in self.halves():
             out[use] = max(rows, key=lambda row: row[fit].mean())[use]
         return out

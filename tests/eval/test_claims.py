@@ -22,7 +22,7 @@ from eval.studies import flops_matched, foreign_prm, on_policy_reviser, oracle_s
 from eval.studies.claims import RESULTS, draw_command
 from eval.studies.study import shape, wanted
 from flywheel.errors import UserError
-from flywheel.records import Finish, Solution, Step, Trajectory
+from flywheel.records import Finish, Role, Solution, Step, Trajectory
 from flywheel.runs.files import plain
 from flywheel.runs.run import Run
 from flywheel.search.adaptive import Adaptive
@@ -104,7 +104,7 @@ def test_a_claim_is_judged_by_its_whole_interval():
     found = {c.id: c for c in combine([study_rows(study())], "command")}
     assert found["1.gross@4"].verdict == "holds" and found["1.gross@4"].ours == pytest.approx(0.6)
     assert found["4.low:beam:4:4"].ours == pytest.approx(0.2)  # ahead on 60 questions, behind on 40
-    assert found["14.hardest"].verdict == "fails" and "beam:4:4" in found["14.hardest"].claim
+    assert found["14.hardest"].verdict == "fails" and found["14.hardest"].ours == pytest.approx(-0.9)  # by the beam
     behind = figures(study())
     assert [row["odd_winners"] for row in behind["strategies"]] == [1.0]
     agree = {row["grade"]: row for row in behind["difficulty"]}
@@ -134,7 +134,30 @@ def test_rows_of_revisions_and_of_lookahead():
     assert found["9.weighted@4"].ours == pytest.approx(0.6) and found["9.majority@4"].ours == pytest.approx(-0.4)
     assert found["10.easy@4"].ours == pytest.approx(0.02) and found["10.ratio@4"].ours == pytest.approx(0.6)
     assert found["6.beam:2:2:lookahead1"].ours == pytest.approx(0.6)
-    assert {"2.gross@4", "1+2.gross@4", "3.of all strategies@4"} <= found.keys()
+    assert "3.of all strategies@4" in found
+    # the plan is right everywhere: by weight one chain is; the reviser's four parallel samples on easy questions alone,
+    # the policy's likewise, and so does the better of the two
+    for id, ahead in (("2.gross@4", 0.6), ("distilled.gross@4", 0.6), ("1+2.gross@4", 0.6)):
+        assert found[id].ours == pytest.approx(ahead), id
+    assert "best-of-4 weighted of the reviser" in found["2.gross@4"].claim
+
+
+def test_revisions_are_measured_against_the_reviser_s_own_parallel_samples():
+    """The reviser alone knows the hard questions: ahead of the policy's samples, level with its own."""
+    tried = [Tried(q, BEAM, 4, False, 70, 20, 0.5, "") for q in EASY + HARD]
+    for q in EASY + HARD:
+        for select in ("weighted", "majority", "last"):
+            tried.append(Tried(q, Revise(4, 1, select), 4, True, 80, 40, 0.0, "", (True,) * 4))
+            tried.append(Tried(q, Revise(1, 4, select), 4, True, 50, 10, 0.0, ""))
+    tried += [Tried(q, Adaptive(4, 0.9, "reviser"), 4, True, 30, 0, 0.0, "") for q in EASY + HARD]
+    s = study(tried)
+    found = study_rows(s)
+    assert found["distilled.gross@4"].values.mean() == pytest.approx(0.6)
+    assert found["2.gross@4"].values.mean() == found["1+2.gross@4"].values.mean() == 0
+    assert found["adaptive:adaptive:4:0.9:reviser"].values.mean() == 0  # 30 tokens count as the 50 of four samples
+    assert s.tokens_for(0.9, (Role.POLICY, Role.REVISER)) == 50 and s.tokens_for(0.9) == float("inf")
+    assert s.parallel(4, Role.REVISER, computed=True)[1].mean() == 40
+    assert np.isnan(s.at_tokens(60, (Role.REVISER,))).all()  # no more than four were drawn
 
 
 def test_every_row_is_computed_and_said():
@@ -205,7 +228,7 @@ def test_what_is_paid_once_is_shared_by_the_questions_served():
     ]
     amortise(plans, {"prm": 7.0, "reviser": 8000.0, "calibrate": 1000.0, "prompt_head": 1000.0})
     assert plans[0]["net_by_served"] == {"100": 60.0, "10000": 50.1, "1000000": 50.001}
-    assert plans[0]["break_even"] == 10.0 and plans[1]["net_by_served"]["100"] == 150.0
+    assert plans[0]["break_even"] == 10.0 and plans[1]["net_by_served"]["100"] == 70.0
     assert plans[1]["break_even"] == float("inf") and plans[2]["break_even"] == 0.0
 
 
