@@ -21,9 +21,10 @@ def markdown(claims: Sequence[Claim], figures: Sequence[Figures]) -> str:
         f"Test questions of {seeds} ({runs}), round {first['round']}; `eval/runs.yaml` says how they were made. "
         "Written by `python -m eval claims --from-results` from `claims.json` and `figures.json`.",
         "",
-        "A row `holds` if its whole interval is above zero (8.lost: above 0.1), `fails` if it is wholly below, else it",
-        "is `undecided`. Figures are differences in accuracy, where the row below says nothing else; what a row says,",
-        "with the 0.02 added that some allow, stands below under the same id.",
+        "A row `holds` if its whole interval is above zero (8.lost: above 0.1; rows that allow 0.02: above -0.02),",
+        "`fails` if it is wholly below, else it is `undecided`; an interval of exactly zero is `no difference`.",
+        "Figures are differences in accuracy, where the row below says nothing else; what a row says stands below",
+        "under its id.",
         "",
         *summary.lines(claims, first),
         "",

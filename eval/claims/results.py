@@ -28,7 +28,12 @@ class Claim:
 
 
 def verdict(low: float, high: float, zero: float = 0.0) -> str:
-    """`holds` if the whole interval is above `zero`, `fails` if it is wholly below, else `undecided`."""
+    """`holds` if the whole interval is above `zero`, `fails` if it is wholly below, else `undecided`.
+
+    `no difference` if it is `zero` itself: both sides gave the same answers everywhere.
+    """
+    if low == high == zero:
+        return "no difference"
     return "holds" if low > zero else "fails" if high < zero else "undecided"
 
 

@@ -48,12 +48,15 @@ def ours(found: Sequence[Claim]) -> str:
     return "; ".join(f"{name} {', '.join(values)}" for name, values in groups.items())
 
 
+VERDICTS = ("holds", "no difference", "undecided", "fails")
+
+
 def counted(found: Sequence[Claim]) -> str:
     """The verdict if all rows agree, else the number of rows with each verdict."""
     counts = Counter(c.verdict for c in found)
     if len(counts) == 1:
         return found[0].verdict
-    return "mixed: " + ", ".join(f"{counts[v]} {v}" for v in ("holds", "undecided", "fails") if counts[v])
+    return "mixed: " + ", ".join(f"{counts[v]} {v}" for v in VERDICTS if counts[v])
 
 
 def verdict(summary: Summary, found: Sequence[Claim]) -> str:

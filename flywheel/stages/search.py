@@ -164,9 +164,7 @@ class OneQuestion:
 def work(ctx: Context, kit: Kit, questions: Sequence[str]) -> Iterator[object]:
     searcher = kit.searcher(reviser=Role.REVISER in search_models(ctx))
     samples, greedy = (test_solutions(ctx, ctx.round - 1, purpose) for purpose in ("evaluate", "greedy"))
-    grades = {
-        q: group + test_grades(ctx, ctx.round - 1, "greedy")[q] for q, group in test_grades(ctx, ctx.round - 1).items()
-    }
+    sampled, once = (test_grades(ctx, ctx.round - 1, purpose) for purpose in ("evaluate", "greedy"))
     plan = Plan.from_dict(ctx.figures("calibrate")["serve"])
     plan.check_models(model_names(search_models(ctx)))
     bins, edges = oracle_bins(ctx), probe_edges(ctx)

@@ -99,8 +99,9 @@ def test_accuracy_at_a_number_of_tokens_lies_between_the_measured_sizes():
 
 
 def test_a_claim_is_judged_by_its_whole_interval():
-    judged = [verdict(0.01, 0.2), verdict(-0.2, -0.01), verdict(-0.1, 0.1), verdict(0.0, 0.1)]
-    assert judged == ["holds", "fails", "undecided", "undecided"]
+    judged = [verdict(0.01, 0.2), verdict(-0.2, -0.01), verdict(-0.1, 0.1), verdict(0.0, 0.1), verdict(0.0, 0.0)]
+    assert judged == ["holds", "fails", "undecided", "undecided", "no difference"]
+    assert verdict(-0.01, 0.01, zero=-0.02) == "holds"
     found = {c.id: c for c in combine([study_rows(study())], "command")}
     assert found["1.gross@4"].verdict == "holds" and found["1.gross@4"].ours == pytest.approx(0.6)
     assert found["4.low:beam:4:4"].ours == pytest.approx(0.2)  # ahead on 60 questions, behind on 40
@@ -132,7 +133,8 @@ def test_rows_of_revisions_and_of_lookahead():
     assert found["8.lost"].ours == pytest.approx(1 / 2) and found["8.lost"].verdict == "holds"  # above a tenth
     assert found["8.selection"].ours == 1.0 and "7.slope" not in found  # which wants a fifth attempt
     assert found["9.weighted@4"].ours == pytest.approx(0.6) and found["9.majority@4"].ours == pytest.approx(-0.4)
-    assert found["10.easy@4"].ours == pytest.approx(0.02) and found["10.ratio@4"].ours == pytest.approx(0.6)
+    assert found["10.easy@4"].ours == 0 and found["10.easy@4"].verdict == "holds"  # level, and 0.02 is allowed
+    assert found["10.ratio@4"].ours == pytest.approx(0.6)
     assert found["6.beam:2:2:lookahead1"].ours == pytest.approx(0.6)
     assert "3.of all strategies@4" in found
     # the plan is right everywhere: by weight one chain is; the reviser's four parallel samples on easy questions alone,
