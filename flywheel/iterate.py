@@ -124,7 +124,7 @@ def main(
 
 def shipped(folder: str) -> dict[str, Path]:
     """Name -> path of the YAML files in `folder` (`recipes` or `accelerate_configs`) that ship with flywheel."""
-    return {path.stem: path for path in sorted((SHARE / folder).glob("*.yaml"))}
+    return {path.stem: path for path in sorted((SHARE / folder).rglob("*.yaml"))}
 
 
 def find_recipe(name: str) -> Path:
@@ -155,7 +155,7 @@ def load_recipe(args: argparse.Namespace) -> Recipe:
         overrides += [f"problems.path={own}", "problems.format=jsonl"]
     loaded = recipe.load(path, overrides)
     folder = path.resolve().parent
-    root = folder.parent if folder.name == "recipes" else folder
+    root = next((place.parent for place in (folder, *folder.parents) if place.name == "recipes"), folder)
     # a recipe may name functions of its project (checkers); a fork's recipe is in a run
     for project in (root, SHARE, Path.cwd()):
         if str(project) not in sys.path:

@@ -330,19 +330,10 @@ class Recipe(Spec):
 def load(path: str | Path, overrides: list[str] = ()) -> Recipe:
     """Read a YAML recipe and apply `section.key=value` overrides (values are YAML).
 
+    A recipe that `extends` another file, relative to its own, says only what differs: sections are merged key by key.
     Raises RecipeError, naming the file and the key.
     """
-    path = Path(path)
-    try:
-        data = yaml.load(path.read_text(encoding="utf-8"), Loader)
-    except FileNotFoundError:
-        raise RecipeError(f"{path}: no such recipe") from None
-    except (UnicodeDecodeError, OSError) as error:
-        raise RecipeError(f"{path}: cannot be read: {error}") from None
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(data, dict):
-        raise RecipeError(f"{path}: a recipe is a mapping of sections, got {type(data).__name__}")
+    data = _read(Path(path))
     for item in overrides:
         key, equals, value = item.partition("=")
         if not equals:
@@ -352,6 +343,29 @@ def load(path: str | Path, overrides: list[str] = ()) -> Recipe:
         except yaml.YAMLError:
             raise RecipeError(f"override {item!r}: the value is not YAML") from None
     return parse(data, str(path))
+
+
+def _read(path: Path, extending: tuple[Path, ...] = ()) -> dict:
+    try:
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader)
+    except FileNotFoundError:
+        named = f"{extending[-1]}: extends: {path}" if extending else str(path)
+        raise RecipeError(f"{named}: no such recipe") from None
+    except (UnicodeDecodeError, OSError) as error:
+        raise RecipeError(f"{path}: cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise RecipeError(f"{path}: a recipe is a mapping of sections, got {type(data).__name__}")
+    if (other := data.pop("extends", None)) is None:
+        return data
+    if not isinstance(other, str) or path in extending:
+        raise RecipeError(f"{path}: extends: the path of another recipe wanted, got {other!r}")
+    merged = _read(path.parent / other, (*extending, path))
+    for section, value in data.items():
+        both = isinstance(value, dict) and isinstance(merged.get(section), dict)
+        merged[section] = {**merged[section], **value} if both else value
+    return merged
 
 
 def parse(data: dict, source: str = "recipe") -> Recipe:
