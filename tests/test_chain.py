@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from data.chain import corpus, domain, problems, tokenizer
+from data.chain import corpus, domain, problems, tokenizer, unseen
 from data.chain.check import SEED_MODEL, encode, select
 
 TEXT = "Q 5 +3 *2 ?\nTry 5 +3 =8\n8 *2 =16\nAnswer 16"
@@ -60,6 +60,21 @@ def test_the_problem_set_is_what_its_builder_makes_with_right_answers_and_disjoi
         for row in rows:
             assert row["split"] == split and row["answer"] == domain.answer_of(row["question"])
             assert row["k"] == len(row["question"].split()) - 1
+
+
+def test_withheld_facts_are_needed_by_unseen_questions_alone():
+    hidden, known = unseen.withheld()
+    assert not hidden & known and len(hidden) > 50 and abs(len(hidden) - len(known)) <= 1
+    files = unseen.build()
+    texts = [row["question"] for rows in files.values() for row in rows]
+    assert len(set(texts)) == len(texts) == sum(unseen.SIZES.values())
+    for name, rows in files.items():
+        for row in rows:
+            facts = unseen.needed(row["question"])
+            assert bool(facts & hidden) == (row["level"] == "unseen") and row["split"] == name
+            assert row["level"] != "seen" or facts & known
+    trained = {pair for row in files["train"] for pair in unseen.needed(row["question"])}
+    assert len(trained) > 0.98 * (658 - len(hidden))  # the training questions hold nearly all the others
 
 
 @pytest.mark.parametrize("split", problems.SIZES)

@@ -17,6 +17,7 @@ from flywheel.models.prm import Prm, together
 from flywheel.records import Answered, Candidate, Grade, ModelRef, Outcome, Problem, Role, SampleScores, Solution, Split
 from flywheel.runs.run import Context
 from flywheel.runs.stage import Input, Stage
+from flywheel.search.adaptive import Adaptive
 from flywheel.search.beam import Beam
 from flywheel.search.best_of_n import BestOfN
 from flywheel.search.greedy import Greedy
@@ -98,7 +99,7 @@ class OneQuestion:
         """
         k, n = len(pool), self.spec.budget
         length = max(n, self.spec.revise_attempts)
-        methods = {f"beam@{n}": self.by(Beam(n, min(4, n)))}
+        methods = {f"beam@{n}": self.by(Beam(n, min(4, n))), f"adaptive@{n}": self.by(Adaptive(n))}
         if self.searcher.reviser:
             methods[f"revise@{length}"] = self.by(Revise(length))
             methods[f"revise_parallel@{n}"] = self.by(Revise(1, n))

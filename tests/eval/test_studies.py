@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 from pathlib import Path
@@ -27,7 +28,7 @@ def test_help_lists_the_studies(capsys):
     assert main(["--help"]) == 0
     printed = capsys.readouterr().out
     assert all(f"  {study} " in printed and question in printed for study, question in questions().items())
-    assert len(questions()) == 14
+    assert len(questions()) == 15
 
 
 def test_what_a_person_can_mend_is_one_line(tmp_path, capsys):
@@ -52,3 +53,27 @@ def test_every_kept_result_names_runs_that_are_described():
         if name not in ("claims.json", "figures.json"):  # claims hold the rows of other studies too
             assert named == set(RUNS["results"][name]), name
         assert named <= RUNS["runs"].keys(), name
+
+
+def test_gains_by_level_are_of_the_level_s_own_questions(tmp_path):
+    """Two runs; greedy answers are left out where a run has none."""
+    from eval.studies import levels
+    from flywheel.records import Grade, Problem, Question, Split, Verdict
+
+    class Played:
+        def __init__(self, right):
+            self.right, self.rounds = right, [0, 1]
+
+        def problems(self, *splits):
+            return [Problem(Question(f"q{i}", "text", ("easy", "hard")[i % 2]), "a", Split.TEST) for i in range(4)]
+
+        def read(self, cls, stage, round):
+            for i, rate in enumerate(self.right[round]):
+                for k in range(2):
+                    verdict = Verdict.CORRECT if k < 2 * rate else Verdict.INCORRECT
+                    yield Grade(f"q{i}/{k}", f"q{i}", verdict, "evaluate")
+
+    runs = [Played([[0.5, 0, 0.5, 0], [1, 0, 1, 0]]), Played([[0.5, 0, 0.5, 0], [1, 1, 1, 0]])]
+    found = {row["level"]: row for row in levels.measure(argparse.Namespace(runs=runs))["levels"]}
+    assert [row[0] for row in found["easy"]["pass@1"]] == [0.5, 1.0] and found["easy"]["questions"] == 2
+    assert found["hard"]["pass@1_gain"][0][0] == pytest.approx(0.25) and "greedy@1" not in found["hard"]

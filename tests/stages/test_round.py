@@ -88,6 +88,7 @@ def test_the_summary_has_every_figure_that_it_promises(finished):
         "majority@8",
         "best_of_n_weighted@8",
         "beam@4",
+        "adaptive@4",
         "compute_optimal@4_oracle",
         "compute_optimal@4_probe",
     } <= first["search"].keys()
