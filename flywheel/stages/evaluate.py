@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from flywheel.measure.bins import fixed_bins, migration, migration_null
+from flywheel.measure.diversity import diversity
 from flywheel.measure.stats import paired_gain
 from flywheel.records import Role, Split
 from flywheel.runs.run import Context
@@ -57,6 +58,7 @@ def finish(ctx: Context) -> dict:
         [answer_is_right(majority([s.answer for s in solutions[q]]), solutions[q], correct) for q in questions],
         policy,
     )
+    policy["diversity"] = diversity(solutions, correct)
     policy["verdicts"] = verdict_counts([g for group in grades.values() for g in group])
 
     seed = ctx.seed("bootstrap") % 2**31
