@@ -140,10 +140,10 @@ def _remarks(now: dict) -> Iterator[str]:
         if of := sum(hardest):
             left = of - hardest[-1]
             yield f"left fixed bin {len(hardest)} {when}: {left} of {of} ({left / of:.0%})"
-    if found := now["policy"].get("diversity"):
+    if "distinct_right" in (policy := now["policy"]):
         yield (
-            f"diversity: {found['distinct_right']:.2f} distinct right texts a question, answer entropy"
-            f" {found['answer_entropy']:.2f} nats"
+            f"diversity: {policy['distinct_right']:.2f} distinct right texts a question, answer entropy"
+            f" {policy['answer_entropy']:.2f} nats"
         )
     reviser = now.get("reviser", {})
     part, where = (reviser["test"], "test questions") if "test" in reviser else (reviser, "validation questions")

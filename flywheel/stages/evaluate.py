@@ -58,7 +58,7 @@ def finish(ctx: Context) -> dict:
         [answer_is_right(majority([s.answer for s in solutions[q]]), solutions[q], correct) for q in questions],
         policy,
     )
-    policy["diversity"] = diversity(solutions, correct)
+    policy |= diversity(solutions, correct)
     policy["verdicts"] = verdict_counts([g for group in grades.values() for g in group])
 
     seed = ctx.seed("bootstrap") % 2**31
