@@ -12,6 +12,7 @@ import numpy as np
 from flywheel.errors import UserError
 from flywheel.ledger import Ledger
 from flywheel.measure.stats import bootstrap_mean
+from flywheel.measure.step_errors import best_threshold, step_errors
 from flywheel.models.prm import aggregate, label_ids
 from flywheel.recipe import PrmSpec, TrainSpec
 from flywheel.records import Answered, Grade, ModelRef, Role, Solution, Split
@@ -140,10 +141,16 @@ def answers(run: Run, round: int) -> dict[str, dict[str, float]]:
 
 @dataclass
 class Verified:
-    """The quality of verifiers of one run: by name, accuracy of the selection by question, and within-question AUC."""
+    """The quality of verifiers of one run: by name, accuracy of the selection by question, and within-question AUC.
+
+    `step_f1`: F1 of the first wrong step. `score_by_steps`: the mean score of wholly right solutions by their number of
+    steps, which a fair judge does not let fall.
+    """
 
     accuracy: dict[str, dict[str, float]] = field(default_factory=dict)
     auc: dict[str, float | None] = field(default_factory=dict)
+    step_f1: dict[str, float] = field(default_factory=dict)
+    score_by_steps: dict[str, dict[int, float]] = field(default_factory=dict)
 
     def add(
         self,
@@ -166,12 +173,24 @@ class Verified:
             rows = [(score[s.id], right[s.id], q) for q, group in groups.items() for s in group if s.id in score]
             self.auc[f"{name}:{how}"] = within_question_auc(*zip(*rows)) if rows else None
 
+    def add_steps(self, name: str, values: Sequence[Sequence[float]], wrong: Sequence[int | None], how: str) -> None:
+        """Add F1 and scores (aggregate `how`) by length. The threshold of each half is chosen on the other one."""
+        halves, scores = [list(zip(values[i::2], wrong[i::2])) for i in (0, 1)], {}
+        found = [step_errors(*zip(*use), best_threshold(*zip(*fit))).f1 for fit, use in (halves, halves[::-1])]
+        self.step_f1[name] = float(np.mean(found))
+        for steps, truth in zip(values, wrong):
+            if truth is None:
+                scores.setdefault(len(steps), []).append(aggregate(steps, how))
+        self.score_by_steps[name] = {count: float(np.mean(found)) for count, found in sorted(scores.items())}
+
 
 def verifier_figures(runs: Sequence[Verified]) -> dict:
-    """Accuracy, averaged over runs per question, with its 95% interval over questions; AUC averaged over runs."""
+    """Accuracy, averaged over runs per question, with its 95% interval over questions; the other figures by run."""
+    steps = {"step_f1": [run.step_f1 for run in runs], "score_by_steps": [run.score_by_steps for run in runs]}
     accuracy = {name: bootstrap_mean(over_runs([run.accuracy[name] for run in runs])) for name in runs[0].accuracy}
     known = {name: [run.auc[name] for run in runs if run.auc[name] is not None] for name in runs[0].auc}
-    return {"accuracy": accuracy, "auc_within_question": {k: np.mean(v) if v else None for k, v in known.items()}}
+    auc = {k: np.mean(v) if v else None for k, v in known.items()}
+    return {"accuracy": accuracy, "auc_within_question": auc, **(steps if runs[0].step_f1 else {})}
 
 
 def job(run: Run, out: Path, spec: TrainSpec, keep: str, role: Role) -> Job:

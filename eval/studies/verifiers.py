@@ -2,7 +2,8 @@
 
 None (majority), the un-finetuned base, the round's Monte Carlo PRM, and a PRM trained in the same way on true step
 labels (the ceiling that label noise leaves; in the laboratory every step can be told right or wrong). Several runs
-(seeds) are averaged question by question; intervals are a bootstrap over questions.
+(seeds) are averaged question by question; intervals are a bootstrap over questions. Beside them the F1 of the first
+wrong step, as ProcessBench counts it, and the scores of right solutions by their number of steps.
 """
 
 from __future__ import annotations
@@ -44,6 +45,13 @@ def true_prm(run: Run, r: int) -> str:
     return fit_prm(run, folder(run, r) / "verifier_true_steps", fit, check, run.recipe.prm)
 
 
+def first_wrong(question: str, steps: list[str]) -> int | None:
+    """The index of a solution's first wrong step, or None."""
+    from data.chain.domain import right_so_far
+
+    return next((i for i, right in enumerate(right_so_far(question, steps)) if not right), None)
+
+
 def judge(run: Run, r: int) -> Verified:
     """The verifiers on the samples of policy r - 1."""
     prompts, _ = prompts_and_reader(run)
@@ -56,6 +64,10 @@ def judge(run: Run, r: int) -> Verified:
         if key not in distinct:
             tokens, reads = encode(prompts, problems[solution.question_id].question, solution.steps)
             distinct[key] = PrmExample(tuple(tokens), tuple(reads), (0.0,) * len(reads), question_id=key[0])
+    texts = {
+        (s.question_id, s.tokens): [step.text.strip() for step in s.steps] for group in pool.values() for s in group
+    }
+    wrong = [first_wrong(problems[question].question.text, texts[question, tokens]) for question, tokens in distinct]
     k, found = len(next(iter(pool.values()))), Verified()
     found.accuracy[f"majority@{k}"] = {
         question: answer_is_right(majority([s.answer for s in group]), group, right) for question, group in pool.items()
@@ -69,6 +81,7 @@ def judge(run: Run, r: int) -> Verified:
         keys = {s.id: (s.question_id, s.tokens) for group in pool.values() for s in group}
         # include duplicates, because selection sees every sample
         found.add(name, pool, {id: scored[key] for id, key in keys.items() if key in scored}, right)
+        found.add_steps(name, list(scored.values()), wrong, run.recipe.prm.aggregate)
     return found
 
 

@@ -169,6 +169,8 @@ def test_the_studies_read_a_finished_run(finished):
     assert within["rounds"] == [0, 1]  # so the first run's round 1 had cost more than the other's
     verifiers = studied("verifiers", run)
     assert {"majority@8", "base:product", "monte_carlo:product", "true_steps:product"} <= verifiers["accuracy"].keys()
+    [f1] = verifiers["step_f1"]
+    assert f1.keys() == {"base", "monte_carlo", "true_steps"} and all(0 <= value <= 1 for value in f1.values())
     search = manifest(run, 1, "search")["figures"]["search"]  # the same samples and the same PRM, by another path
     assert verifiers["accuracy"]["majority@8"][0] == pytest.approx(search["majority@8"])
     assert verifiers["accuracy"]["monte_carlo:product"][0] == pytest.approx(
