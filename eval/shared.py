@@ -28,7 +28,7 @@ from flywheel.stages.shared import LAST_POLICY, answer_is_right, ids, search_mod
 from flywheel.training import Job, PrmExample, train_prm
 
 MODELS = (Input("train_prm"), Input("choose_reviser"), *LAST_POLICY)  # the stages that make a round's search models
-AGGREGATES = ("last", "min", "product")
+AGGREGATES = ("last", "min", "product", "odds")
 
 
 def add_runs(parser: argparse.ArgumentParser, round: bool = True, count: str = "+") -> None:

@@ -208,8 +208,10 @@ class TrainSpec(Spec):
 class PrmSpec(TrainSpec):
     labels: Pair[str] = ("+", "-")  # good, bad: single tokens
     min_examples: Positive = 16  # labelled solutions to train on; with fewer the round has no PRM, and the base judges
-    target: Literal["value", "progress"] = "value"  # the label of a step: see `targets` in training/examples.py
-    aggregate: Literal["last", "min", "product", "mean"] = "last"
+    target: Literal["value", "progress", "ratio"] = (
+        "value"  # the label of a step: see `targets` in training/examples.py
+    )
+    aggregate: Literal["last", "min", "product", "mean", "odds"] = "last"
 
 
 class ReviserSpec(TrainSpec):
@@ -314,10 +316,11 @@ class Recipe(Spec):
                 f"calibrate.strategies: best_of_n is missing{at};"
                 " a round without a reviser has nothing else, and all else is measured against it"
             )
-        if self.prm.target == "progress" and self.prm.aggregate not in ("min", "product"):
+        fitting = {"progress": ("product", "min"), "ratio": ("odds", "min")}.get(self.prm.target)
+        if fitting and self.prm.aggregate not in fitting:
             yield (
-                f"prm.aggregate: {self.prm.aggregate} does not sum up a PRM of prm.target progress,"
-                " which judges each step alone; product or min does"
+                f"prm.aggregate: {self.prm.aggregate} does not sum up a PRM of prm.target {self.prm.target},"
+                f" which judges each step alone; {' or '.join(fitting)} does"
             )
         if self.label.prefer[0] > self.label.prefer[1]:
             yield f"label.prefer: a rising pair wanted, got {list(self.label.prefer)}"

@@ -40,7 +40,7 @@ def true_prm(run: Run, r: int) -> str:
     for row in rows:
         solution, problem = solutions[row.solution_id], problems[row.question_id]
         truth = right_so_far(problem.question.text, [step.text.strip() for step in solution.steps])
-        values, weights = targets(tuple(map(float, truth)), 1.0, run.recipe.prm.target)
+        values, weights = targets(tuple(map(float, truth)), 1.0, run.recipe.prm.target, run.recipe.label.rollouts)
         (check if problem.id in held else fit).append(example(prompts, problem, solution, values, weights))
     return fit_prm(run, folder(run, r) / "verifier_true_steps", fit, check, run.recipe.prm)
 

@@ -19,6 +19,7 @@ from flywheel.models.steps import one_token
 from flywheel.records import Question, Step
 
 T = TypeVar("T")
+SURE = 1e-6  # `odds` takes no value as nearer to 0 or 1
 
 
 class Prm:
@@ -89,7 +90,8 @@ def aggregate(values: Sequence[float], how: str) -> float:
     """One score in [0, 1] from a solution's step values in [0, 1]; 0.0 for a solution without steps.
 
     Snell et al. found `last` best with soft Monte Carlo labels (appendix E); `min` and `product` are from
-    Lightman et al. (2023, arXiv 2305.20050). Raises ValueError for a NaN or an unknown `how`.
+    Lightman et al. (2023, arXiv 2305.20050); `odds` multiplies the odds of the steps, for `prm.target: ratio`. Raises
+    ValueError for a NaN or an unknown `how`.
     """
     if any(math.isnan(value) for value in values):
         raise ValueError(f"a step value is not a number: {tuple(values)}")
@@ -104,4 +106,7 @@ def aggregate(values: Sequence[float], how: str) -> float:
             return math.prod(values)
         case "mean":
             return sum(values) / len(values)
-    raise ValueError(f"prm.aggregate: {how!r} is none of last, min, product, mean")
+        case "odds":
+            sure = [min(max(value, SURE), 1 - SURE) for value in values]
+            return 1 / (1 + math.prod((1 - value) / value for value in sure))
+    raise ValueError(f"prm.aggregate: {how!r} is none of last, min, product, mean, odds")

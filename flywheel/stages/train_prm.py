@@ -45,7 +45,7 @@ def labelled(ctx: Context, prompts: Prompts, problems: dict[str, Problem]) -> La
     target = ctx.recipe.prm.target if any(rates[question] for question in questions) else "value"
     out = Labelled(target, held_out(ctx, questions))
     for row in rows:
-        values, weights = targets(row.values, rates[row.question_id], target)
+        values, weights = targets(row.values, rates[row.question_id], target, ctx.recipe.label.rollouts)
         made = example(prompts, problems[row.question_id], solutions[row.solution_id], values, weights)
         if not sum(weights):
             out.silent += 1
@@ -133,7 +133,7 @@ def quality(
     figures: dict = {"auc_questions": len(set(questions)), "auc_pairs": pairs(questions, right)}
     for name, adapter in (("", str(ctx.dir / "adapter")), ("_base", None)):
         values = score_all(ctx.recipe.model.base, adapter, scored, labels, ledger=ctx.ledger, purpose="validate")
-        scores = {how: [aggregate(v, how) for v in values] for how in ("last", "min", "product", "mean")}
+        scores = {how: [aggregate(v, how) for v in values] for how in ("last", "min", "product", "mean", "odds")}
         for how in ("last", "min", "product"):
             figures[f"auc_within_question_{how}{name}"] = within_question_auc(scores[how], right, questions)
         chosen = scores[ctx.recipe.prm.aggregate]

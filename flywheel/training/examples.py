@@ -95,22 +95,35 @@ def rows(name: str, examples: Sequence[Example] | Sequence[PrmExample], longest:
     return [example.row() for example in examples]
 
 
-def targets(values: Sequence[float], start: float, target: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def targets(
+    values: Sequence[float], start: float, target: str, rollouts: int
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """(labels, weights) for the PRM from the Monte Carlo values of one solution's steps, each in [0, 1].
+
+    `rollouts`: the number that a value is the mean of. `start`: the question's pass rate, v_0.
 
     `value`: the values themselves, all with weight 1 (Snell et al. 2024, appendix D).
 
     `progress`: the fraction of the success probability that survives the step, min(1, v_i / v_(i-1)),
-    with weight v_(i-1), because a ratio of small counts is mostly noise. v_0 is `start`, the question's
-    pass rate. A step after a value of 0 gets weight 0. If no step raises the value, the product of a
+    with weight v_(i-1), because a ratio of small counts is mostly noise. A step after a value of 0 gets
+    weight 0. If no step raises the value, the product of a
     solution's labels is its last value divided by `start`. So a PRM trained on progress is aggregated by
     `product`, one trained on values by `last`; with `product` the model need not combine the steps
     itself, which a small model learns badly (measured: eval/LOG.md). Setlur et al. 2024
     (arXiv 2410.08146) reward a similar quantity, the difference v_i - v_(i-1).
+
+    `ratio`: v_i / (v_(i-1) + v_i) of the same values, each shrunk towards 1/2 by half a success and half a
+    failure, with the shrunk v_(i-1) as weight. 1/2 is a step that changes nothing. The odds of the labels
+    multiply to v_T / v_0 however many steps there are (aggregate `odds`), while the clipped ratios of
+    `progress` fall with length: the mean of min(1, .) over noise is below 1.
     """
     if target == "value":
         return tuple(values), (1.0,) * len(values)
+    if target == "ratio":
+        start, *values = ((value * rollouts + 0.5) / (rollouts + 1) for value in (start, *values))
     before = (start, *values[:-1])
+    if target == "ratio":
+        return tuple(v / (v + p) for v, p in zip(values, before)), before
     return tuple(min(1.0, v / p) if p else 0.0 for v, p in zip(values, before)), before
 
 

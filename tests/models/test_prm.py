@@ -113,7 +113,9 @@ def test_aggregates_by_hand():
         pytest.approx(0.1),
         pytest.approx(1.55 / 3),
     ]
-    assert {aggregate((), how) for how in ("last", "min", "product", "mean")} == {0.0}
+    assert aggregate(values, "odds") == pytest.approx((1 * 4 / 3) / (1 + 1 * 4 / 3))  # odds 1, 4 and 1/3
+    assert 0 <= aggregate((0.0, 1.0), "odds") <= 1
+    assert {aggregate((), how) for how in ("last", "min", "product", "mean", "odds")} == {0.0}
     with pytest.raises(ValueError, match="not a number"):
         aggregate((0.5, math.nan, 0.4), "last")
     with pytest.raises(ValueError, match="prm.aggregate: 'median'"):

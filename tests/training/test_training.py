@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import training_worker as lab
 
 from flywheel.errors import UserError, explain
 from flywheel.ledger import Ledger
+from flywheel.models.prm import aggregate
 from flywheel.recipe import ModelSpec, TrainSpec
 from flywheel.training import Example, Job, PrmExample, TrainingError, train_prm, train_sft
 from flywheel.training.checkpoints import points
@@ -405,16 +407,39 @@ def test_bad_prm_data_is_one_clear_line(base, tmp_path, example, complaint):
 
 def test_targets_are_the_values_or_the_fraction_of_the_success_probability_that_survives_each_step():
     values = (0.5, 0.75, 0.25, 0.0, 0.0)
-    assert targets(values, 0.25, "value") == (values, (1.0,) * 5)
-    progress, weights = targets(values, 0.25, "progress")
+    assert targets(values, 0.25, "value", 8) == (values, (1.0,) * 5)
+    progress, weights = targets(values, 0.25, "progress", 8)
     assert progress == (1.0, 1.0, pytest.approx(1 / 3), 0.0, 0.0)  # a step that helps is good, not better than good
     assert weights == (0.25, 0.5, 0.75, 0.25, 0.0)  # after a hopeless step there is nothing to learn
-    assert sum(targets((0.0, 0.0), 0.0, "progress")[1]) == 0
+    assert sum(targets((0.0, 0.0), 0.0, "progress", 8)[1]) == 0
 
 
 def test_the_product_of_progress_is_the_last_value_over_the_first():
     falling = (0.8, 0.4, 0.4, 0.1)
-    assert math.prod(targets(falling, 1.0, "progress")[0]) == pytest.approx(falling[-1])
+    assert math.prod(targets(falling, 1.0, "progress", 8)[0]) == pytest.approx(falling[-1])
+
+
+def test_the_odds_of_ratios_multiply_to_the_last_value_over_the_first_whatever_the_length():
+    for values in ((0.8, 0.4, 0.4, 0.1), (0.5, 1.0), (0.25,) * 9):
+        labels, weights = targets(values, 0.5, "ratio", 8)
+        first, *shrunk = ((value * 8 + 0.5) / 9 for value in (0.5, *values))
+        assert math.prod(label / (1 - label) for label in labels) == pytest.approx(shrunk[-1] / first)
+        assert weights == pytest.approx((first, *shrunk[:-1]))
+    assert targets((0.5, 0.5), 0.5, "ratio", 8)[0] == (0.5, 0.5)  # steps that change nothing
+    assert min(targets((0.0, 0.0), 0.0, "ratio", 8)[0]) > 0  # no odds of 0 and no division by it
+
+
+def test_noise_lowers_the_product_of_progress_with_every_step_but_not_the_odds_of_ratios():
+    """Neutral steps at a true value of 0.5, seen through 8 rollouts each: four steps against one."""
+    rng = random.Random(0)
+
+    def scores(target: str, how: str, steps: int) -> float:
+        seen = ([sum(rng.random() < 0.5 for _ in range(8)) / 8 for _ in range(steps)] for _ in range(2000))
+        made = [aggregate(targets(values, 0.5, target, 8)[0], how) for values in seen]
+        return sum(made) / len(made)
+
+    assert scores("progress", "product", 1) - scores("progress", "product", 4) > 0.3
+    assert abs(scores("ratio", "odds", 1) - scores("ratio", "odds", 4)) < 0.03
 
 
 def test_auc_is_within_questions():
