@@ -1,8 +1,9 @@
 """Count all tokens charged, by role, stage and purpose.
 
-FLOPs are 2N per token for inference and 6N per token for training with N parameters
-(Kaplan et al. 2020, as used in Snell et al., section 7). Counts are nominal: a token
-that the prefix cache served is counted under `prompt` and also under `cached`.
+FLOPs of a token are 2N with N parameters, and 4 times the attention's width for every token that it attends to
+(Kaplan et al. 2020; Snell et al., section 7, leave attention out). Training costs as much again for the gradients of
+the activations, and 2 a token for every trained parameter: 6N if all are, about 4N with LoRA. Counts are nominal: a
+token that the prefix cache served is counted under `prompt` and also under `cached`.
 """
 
 from __future__ import annotations
@@ -32,6 +33,11 @@ class Spent:
     def add(self, other: Spent) -> None:
         for item in fields(other):
             setattr(self, item.name, getattr(self, item.name) + getattr(other, item.name))
+
+
+def pairs(start: int, end: int) -> int:
+    """The (query, key) pairs of causal attention for the tokens `start` to `end` - 1 of a sequence."""
+    return (end * (end + 1) - start * (start + 1)) // 2
 
 
 _METERS: ContextVar[tuple[Spent, ...]] = ContextVar("meters", default=())
@@ -72,22 +78,37 @@ class Ledger:
         cached: int = 0,
         generated: int = 0,
         scored: int = 0,
+        attention: int = 0,
+        attended: int = 0,
     ) -> None:
-        """Charge inference. `cached` of the prompt or scored tokens cost no FLOPs. Raises ValueError for bad counts."""
+        """Charge inference. `cached` of the prompt or scored tokens cost no FLOPs. Raises ValueError for bad counts.
+
+        attention: the width of the model's attention, heads x head dimension over all layers. attended: see `pairs`.
+        """
         if min(prompt, cached, generated, scored) < 0 or cached > prompt + scored:
             raise ValueError(
                 f"ledger: impossible charge for {role}/{purpose}: {prompt=} {cached=} {generated=} {scored=}"
             )
         computed = prompt + generated + scored - cached
-        spent = Spent(
-            prompt=prompt, cached=cached, generated=generated, scored=scored, flops=2.0 * parameters * computed
-        )
+        flops = 2.0 * parameters * computed + 4.0 * attention * attended
+        spent = Spent(prompt=prompt, cached=cached, generated=generated, scored=scored, flops=flops)
         for account in (self._at(role, purpose), *_METERS.get()):
             account.add(spent)
 
-    def train(self, role: str, purpose: str, *, parameters: int, tokens: int) -> None:
-        """Charge `tokens` processed in training, over all epochs."""
-        self._at(role, purpose).add(Spent(trained=tokens, flops=6.0 * parameters * tokens))
+    def train(
+        self,
+        role: str,
+        purpose: str,
+        *,
+        parameters: int,
+        trained: int,
+        tokens: int,
+        attention: int = 0,
+        attended: int = 0,
+    ) -> None:
+        """Charge `tokens` processed in training, over all epochs. trained: those of the `parameters` that learn."""
+        flops = (4.0 * parameters + 2.0 * trained) * tokens + 12.0 * attention * attended
+        self._at(role, purpose).add(Spent(trained=tokens, flops=flops))
 
     def tokens(self) -> int:
         return sum(spent.tokens for spent in self._spent.values())

@@ -220,7 +220,7 @@ def add_round(path: Path, r: int, refused: tuple[int, ...] = ()) -> None:
             "search": "prm",
         }.get(stage, "policy")
         if stage.startswith("train") or stage == "distill":
-            ledger.train(role, stage, parameters=1000, tokens=50_000)
+            ledger.train(role, stage, parameters=1000, trained=50, tokens=50_000)
             pq.write_table(pa.Table.from_pylist(ledger.take()), folder / "ledger.parquet")
         else:
             for shard in range(2):

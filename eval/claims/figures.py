@@ -111,7 +111,8 @@ def fixed_tokens(run: Run, round: int) -> dict[str, float]:
     found = {part: sum(row["flops"] for row in rows if row["stage"] in stages) / each for part, stages in parts.items()}
     if (head := read_json(folder(run, round) / HEAD / "report.json")) is None:
         raise UserError(f"{folder(run, round) / HEAD}: not trained; python -m eval prompt_head {run.root} trains it")
-    return {**found, "prompt_head": 6 * head["parameters"] * head["tokens"] / each}  # training: 6N per token
+    training = 4 * head["parameters"] + 2 * head["parameters_trained"]  # FLOPs a token, see ledger.py
+    return {**found, "prompt_head": training * head["tokens"] / each}
 
 
 def amortise(rows: list[dict], fixed: dict[str, float]) -> None:

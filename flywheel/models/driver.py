@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from flywheel.errors import TooLong
-from flywheel.ledger import Ledger
+from flywheel.ledger import Ledger, pairs
 from flywheel.models.engine import Completion, Sampling
 from flywheel.records import Finish
 
@@ -85,6 +85,7 @@ class ServedModel:
     ledger: Ledger
     adapter: Any = None
     bare: bool = False
+    attention: int = 0  # see `Ledger.charge`
 
     async def generate(
         self, prompt: Sequence[int], sampling: Sampling, *, purpose: str, n: int = 1
@@ -93,7 +94,7 @@ class ServedModel:
             raise ValueError(f"{self.name}: {n} samples at temperature 0 would be the same one; ask for one")
         self._check_length(prompt, sampling.max_tokens)
         outputs = await self._run([(prompt, sampling)] * n)
-        self._charge(purpose, outputs, prompt=n * len(prompt))
+        self._charge(purpose, outputs, [len(prompt)] * n, "prompt")
         return [Completion(out.tokens[:-1] if out.eos else out.tokens, out.finish, out.eos) for out in outputs]
 
     async def score(self, prompt: Sequence[int], reads: Sequence[int], labels: Labels, *, purpose: str) -> list[float]:
@@ -102,7 +103,7 @@ class ServedModel:
         self._check_length(prompt[: reads[-1]], 1)
         passes = [tuple(reads)] if self.device.one_pass else [(read,) for read in reads]
         outputs = await self._run([(prompt[: part[-1]], Scoring(labels, part)) for part in passes])
-        self._charge(purpose, outputs, scored=sum(part[-1] for part in passes))
+        self._charge(purpose, outputs, [part[-1] for part in passes], "scored")
         return [value for out in outputs for value in out.values]
 
     def score_tokens(self, reads: Sequence[int]) -> int:
@@ -120,10 +121,18 @@ class ServedModel:
                 f" do not fit engine.max_model_len {self.max_model_len}"
             )
 
-    def _charge(self, purpose: str, outputs: Sequence[Output], **counts: int) -> None:
-        role = self.role.partition(":")[0]  # the key `prm:base` is another model with the role `prm`
-        counts |= {"generated": sum(len(out.tokens) for out in outputs), "cached": sum(out.cached for out in outputs)}
-        self.ledger.charge(role, purpose, parameters=self.parameters, **counts)
+    def _charge(self, purpose: str, outputs: Sequence[Output], given: Sequence[int], kind: str) -> None:
+        """given: by output, the tokens of the request, which are charged as `kind`: prompt or scored."""
+        self.ledger.charge(
+            self.role.partition(":")[0],  # the key `prm:base` is another model with the role `prm`
+            purpose,
+            parameters=self.parameters,
+            generated=sum(len(out.tokens) for out in outputs),
+            cached=sum(out.cached for out in outputs),
+            attention=self.attention,
+            attended=sum(pairs(out.cached, count + len(out.tokens)) for out, count in zip(outputs, given)),
+            **{kind: sum(given)},
+        )
 
 
 class Backend:

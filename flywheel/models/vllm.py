@@ -30,6 +30,7 @@ from flywheel.models.engine import Sampling
 from flywheel.models.weights import (
     MAX_LORA_RANK,
     adapter_config,
+    attention_width,
     check_length,
     judge_fault,
     load_merged,
@@ -95,7 +96,15 @@ def open_backend(spec: EngineSpec, models: Mapping[str, ModelRef], ledger: Ledge
             device = devices[engine_of(ref)]
             adapter = device.adapters.get(ref.adapter)
             served[role] = ServedModel(
-                role, ref.name, sizes[role], spec.max_model_len, device, ledger, adapter, bare=ref.adapter is None
+                role,
+                ref.name,
+                sizes[role],
+                spec.max_model_len,
+                device,
+                ledger,
+                adapter,
+                bare=ref.adapter is None,
+                attention=attention_width(ref.base),
             )
         opened.pop_all()
     return Backend(served, list(devices.values()), run_seed.start_run)

@@ -65,6 +65,13 @@ def parameters(ref: ModelRef) -> int:
     return count
 
 
+def attention_width(base: str) -> int:
+    """Heads x head dimension, over all layers: what a token attends with. Raises NotAModel."""
+    config = load_config(base).get_text_config()
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return config.num_hidden_layers * config.num_attention_heads * head
+
+
 @functools.lru_cache  # vLLM alters the classes of some architectures (GPT-NeoX): a process can build them only before
 def _shape(base: str) -> tuple[int, str | None]:
     """(number of parameters, see `judge_fault`) of a base without its weights."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Iterable, Iterator
-from typing import Union
+from typing import Annotated
 
-from pydantic import ConfigDict, ValidationError, validate_call
+from pydantic import ConfigDict, PlainSerializer, PlainValidator, ValidationError, validate_call
 
 from flywheel.errors import UserError
 from flywheel.recipe import CalibrateSpec, StrategySpec
@@ -29,13 +29,20 @@ STRATEGIES: tuple[type[Strategy], ...] = (
     Revise,
     Adaptive,
 )  # add a new strategy here
-AnyStrategy = Union[STRATEGIES]  # noqa: UP007  (made of the list; for fields of records)
 KINDS = {strategy.kind: strategy for strategy in STRATEGIES}
 
 
 def from_dict(data: dict) -> Strategy:
     """The inverse of `Strategy.to_dict`. Raises KeyError for an unknown kind and TypeError for unknown fields."""
     return KINDS[data["kind"]](**{name: value for name, value in data.items() if name != "kind"})
+
+
+# for fields of records; stored with the kind, since the fields of one strategy may be a part of another's
+AnyStrategy = Annotated[
+    Strategy,
+    PlainValidator(lambda value: value if isinstance(value, Strategy) else from_dict(value)),
+    PlainSerializer(lambda strategy: strategy.to_dict()),
+]
 
 
 def strategies(spec: CalibrateSpec) -> list[tuple[int, Strategy]]:

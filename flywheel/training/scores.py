@@ -11,8 +11,9 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from flywheel.ledger import Ledger
+from flywheel.ledger import Ledger, pairs
 from flywheel.models.vllm_cpu import has_bfloat16
+from flywheel.models.weights import attention_width
 from flywheel.records import Role
 from flywheel.training.examples import PrmExample, rows
 
@@ -113,7 +114,15 @@ def score_all(
     Charges `ledger` with role PRM. Not distributed: call it on one rank. Raises TrainingError for a malformed example.
     """
     values, parameters = forward_values(base, adapter, rows("scored", examples), labels, batch_size)
-    ledger.charge(Role.PRM, purpose, parameters=parameters, scored=sum(len(e.tokens) for e in examples))
+    lengths = [len(example.tokens) for example in examples]
+    ledger.charge(
+        Role.PRM,
+        purpose,
+        parameters=parameters,
+        scored=sum(lengths),
+        attention=attention_width(base),
+        attended=sum(pairs(0, length) for length in lengths),
+    )
     return values
 
 

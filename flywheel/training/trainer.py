@@ -22,6 +22,8 @@ from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from flywheel.ledger import pairs
+from flywheel.models.weights import attention_width
 from flywheel.runs.files import read_json, write_json
 from flywheel.training.checkpoints import (
     ROOM,
@@ -292,7 +294,11 @@ def fit(
         (report,) = broadcast_object_list([report])
     if main:
         conclude(job, report, mark["fingerprint"])
-        job.ledger.train(job.role, "train", parameters=report.parameters, tokens=report.tokens)
-        validated = sum(p["eval_loss"] is not None for p in report.curve) * sum(len(r["input_ids"]) for r in validation)
-        job.ledger.charge(job.role, "validate", parameters=report.parameters, scored=validated)
+        size = {"parameters": report.parameters, "attention": attention_width(job.model.base)}
+        attended = sum(pairs(0, lengths[index]) for index in indices)
+        trained = report.parameters_trained
+        job.ledger.train(job.role, "train", trained=trained, tokens=report.tokens, attended=attended, **size)
+        times, held = sum(p["eval_loss"] is not None for p in report.curve), [len(r["input_ids"]) for r in validation]
+        attended = times * sum(pairs(0, length) for length in held)
+        job.ledger.charge(job.role, "validate", scored=times * sum(held), attended=attended, **size)
     return report

@@ -15,6 +15,7 @@ import training_worker as lab
 from flywheel.errors import UserError, explain
 from flywheel.ledger import Ledger
 from flywheel.models.prm import aggregate
+from flywheel.models.weights import attention_width
 from flywheel.recipe import ModelSpec, TrainSpec
 from flywheel.training import Example, Job, PrmExample, TrainingError, train_prm, train_sft
 from flywheel.training.checkpoints import points
@@ -122,7 +123,9 @@ def test_sft_learns_charges_every_token_and_leaves_a_loadable_adapter(base, tmp_
     examples = lab.sft_examples(100, 0)
     lengths = [len(e.tokens) for e in examples]
     assert rows["train"]["trained"] == report.tokens == sum(lengths[i] for i in order(lengths, 16, 6, 0))
-    assert rows["train"]["flops"] == 6.0 * report.parameters * report.tokens
+    attended = sum(length * (length + 1) // 2 for length in (lengths[i] for i in order(lengths, 16, 6, 0)))
+    weights = 4 * report.parameters + 2 * report.parameters_trained  # LoRA: no gradients of the frozen weights
+    assert rows["train"]["flops"] == weights * report.tokens + 12 * attention_width(base) * attended
     assert rows["validate"]["scored"] == 5 * sum(len(e.tokens) for e in lab.sft_examples(21, 1))
 
     config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
