@@ -33,7 +33,7 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 _MATHS = re.compile(r"\$[^$]*\$|\\\(.*?\\\)|\\\[.*?\\\]|\\[A-Za-z]+(?:\{[^{}]*\})?", re.S)
 # What may stand before an answer: "The answer is", "x is 3, which is", "Thus it is". What hedges (8 or 9?) is none
 _LEAD = re.compile(
-    r"(?!.*(?:\bor\b|\?))(?:.*\b(?:which is|it's|(?:therefore|thus|hence)\b[A-Za-z',: ]*\b(?:is|are|equals?))"
+    r"(?:(?!.*(?:\bor\b|\?)).*\b(?:which is|it's)|.*\b(?:therefore|thus|hence)\b[A-Za-z',;: ]*\b(?:is|are|equals?)"
     r"|[A-Za-z',:* ]*\b(?:is|are|equals?|that|answer|solution)|[A-Za-z',* ]*[A-Za-z]{3}(?=:))\b[*: ]*(?=\S)",
     re.I,
 )
@@ -171,13 +171,10 @@ def _by_number(a: str, b: str, same: Same) -> bool | None:
     if first and second:
         if first.unit and second.unit and first.unit != second.unit:
             return False
-        values = [first.value, second.value]
-        if close(*values, first.decimal or second.decimal):
+        if close(first, second):
             return True
-        if "%" in (first.unit, second.unit) and first.unit != second.unit:
-            values = [q.value / 100 if q.unit == "%" else q.value for q in (first, second)]
-            return close(*values, first.decimal or second.decimal)
-        return False
+        percent = "%" in (first.unit, second.unit) and first.unit != second.unit
+        return percent and close(*(q.hundredth() if q.unit == "%" else q for q in (first, second)))
     if first or second:
         other = measured(b if first else a)[0]
         return None if _ARITHMETIC.fullmatch(other) and not _TOWER.search(other) else False
@@ -235,6 +232,9 @@ def _items(text: str, whole: bool = False) -> tuple[str, list[str]] | None:
         return None
     else:
         items = _split(inner, grouped=not (whole and quantity(text)))
+    groups = [_split(group, grouped=True) for group in inner.split(";")] if "=" in inner else []
+    if len(groups) > 1 and all(len(group) > 1 and all(map(_name, group)) for group in groups):
+        items = [f"({';'.join(map(_named, group))})" for group in groups]  # p=5,q=2;p=7,q=2
     items = list(chain.from_iterable(_both_signs(item) for item in items))
     if len(items) > 1 and all(item.startswith("(") for item in items):
         items = list({key(item): item for item in items}.values())  # a point named twice is one point

@@ -70,13 +70,23 @@ _SIGN = re.compile(r"(.*[^\\ ]) ?([%°€£¥₹¢])")
 @dataclass(frozen=True)
 class Quantity:
     value: Fraction
-    decimal: bool  # written with a decimal point, so perhaps rounded
+    place: Fraction  # what 1 in the last decimal is worth, for a number with a decimal point; else 0
     unit: str  # canonical; empty if there is none
 
+    def hundredth(self) -> Quantity:
+        return Quantity(self.value / 100, self.place / 100, "")
 
-def close(x: Fraction, y: Fraction, decimal: bool) -> bool:
-    """Whether two numbers are equal; `decimal`: to 6 places and 5 significant digits, as one of them may be rounded."""
-    return x == y or (decimal and abs(x - y) <= min(PLACES, DIGITS * max(abs(x), abs(y))))
+
+def close(x: Quantity, y: Quantity) -> bool:
+    """Whether two numbers are equal, exactly or as far as decimals go.
+
+    A decimal equals a number at 6 places and 5 significant digits, and a fraction that it rounds to at least 5 digits.
+    """
+    apart, size = abs(x.value - y.value), max(abs(x.value), abs(y.value))
+    if apart == 0 or not (x.place or y.place):
+        return apart == 0
+    rounded = x.place or y.place if not (x.place and y.place) else 0
+    return apart <= min(PLACES, DIGITS * size) or (2 * apart <= rounded and size >= rounded / DIGITS / 10)
 
 
 def quantity(text: str) -> Quantity | None:
@@ -93,15 +103,16 @@ def quantity(text: str) -> Quantity | None:
         sign, plain, *powers = found.groups()
         power = int(next((p for p in powers if p), "0").strip("{}"))
         value = _plain(plain or "1") * Fraction(10) ** power
+        place = scale * Fraction(10) ** (power - len(body.partition("*")[0].partition(".")[2])) if "." in body else 0
     elif found := _FRACTION.fullmatch(body):
         sign, whole, *parts = found.groups()
         top, bottom = [_plain(part) for part in parts if part]
         if bottom == 0 or (whole and top < 0):
             return None
-        value = int(whole or 0) + top / bottom
+        value, place = int(whole or 0) + top / bottom, 0
     else:
         return None
-    return Quantity(scale * (-value if sign == "-" else value), "." in body, unit)
+    return Quantity(scale * (-value if sign == "-" else value), Fraction(place), unit)
 
 
 def _plain(number: str) -> Fraction:
