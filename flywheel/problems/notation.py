@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from functools import lru_cache
 
 from flywheel.problems.extract import closing, unboxed
 
@@ -75,6 +76,7 @@ _COMMAND = re.compile(r"\\frac(?![A-Za-z])|\\sqrt(?![A-Za-z])")
 _ARGUMENT = re.compile(r"\\[A-Za-z]+|.", re.S)
 
 
+@lru_cache(maxsize=4096)  # a gold answer meets many answers, and an answer many keys
 def tidy(text: str) -> str:
     """`text` in one spelling and on one line, without what encloses it: dollars, boxes, `\\text{}`, a final stop.
 
