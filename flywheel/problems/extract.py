@@ -58,7 +58,8 @@ def unboxed(text: str) -> str:
             between = text[place:start]
             joins = not re.search(r"\d", between) and re.search(r"\b(?:and|or)\b|^[^A-Za-z]*$", between)
             out.append("; " if joins else between)
-        out.append(content)
+        open_box = not content and not text[start:end].endswith("}")  # it never closes: the rest of the text is in it
+        out.append(text[start:end].partition("{")[2] if open_box else content)
         place = end
     return text if place is None else "".join(out) + text[place:]
 

@@ -17,7 +17,7 @@ def split(text: str, grouped: bool) -> list[str]:
     """`text` cut at commas, semicolons, "and", "or" outside of brackets. grouped: the comma of 1,080 cuts nothing."""
     if "\\begin" in text:
         return [text]
-    text = re.sub(r"(?<![A-Za-z])(?:and|or)(?![A-Za-z])", ";", re.sub(r"\\text\{([^{}]*)\}", _conjunctions, text))
+    text = re.sub(r"(?<![A-Za-z])(?:and|or)(?![a-z])", ";", re.sub(r"\\text\{([^{}]*)\}", _conjunctions, text))
     items, depth, start = [], 0, 0
     for i, c in enumerate(text):
         depth += (c in "([{") - (c in ")]}")
@@ -57,8 +57,8 @@ def both_signs(item: str) -> list[str]:
 
 
 def name_of(text: str) -> str:
-    """What a text with one equals sign gives a value to: `x`, `y_1`, `f(x)`; empty if it does not."""
-    found = re.fullmatch(r"([A-Za-z](?:_\w|_\{\w+\})?(?:\([A-Za-z]\))?)=[^=;]+", text)
+    """What a text with one equals sign gives a value to: `x`, `y_1`, `f` of `f(x)`; empty if it does not."""
+    found = re.fullmatch(r"([A-Za-z](?:_\w|_\{\w+\})?)(?:\([A-Za-z]\))?=[^=;]+", text)
     return found[1] if found else ""
 
 
