@@ -41,9 +41,9 @@ _LEAD = re.compile(
 # What an expression without variables is made of; e and i are numbers
 _ARITHMETIC = re.compile(
     r"(?:\\(?:frac|sqrt|pi|sin|cos|tan|sec|csc|cot|log|ln|binom|[lr]floor|[lr]ceil|infty|arc(?:sin|cos|tan))(?![A-Za-z])"
-    r"|[\d.,+\-*/^(){}\[\]!|%°ei ])+"
+    r"|[\d.,+\-*/^(){}\[\]!|%°ei ])++"
 )
-_TOWER = re.compile(r"\^[{(]*\d+\^|\^[{(]*-?\d{5,}|\d{5,}\)?!|!!")  # what would take sympy minutes
+_TOWER = re.compile(r"\^[{(]*\d+\^|\^[{(]*-?\d{5,}|(?<!\d)\d{5,}+\)?!|!!")  # what would take sympy minutes
 _FUNCTIONS = {"sin", "cos", "tan", "log", "ln", "exp", "lim", "max", "min", "mod"}
 _CHOICE = re.compile(r"(?:\(([A-Z])\)|([A-Z])(?=$|[).:]))(?!.*\([A-Z]\))[).:]?(.*)")
 
