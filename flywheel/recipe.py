@@ -164,7 +164,9 @@ class PromptSpec(Spec):
     chat_template_kwargs: dict[str, Any] = {}  # variables of the chat template, e.g. {enable_thinking: false}
     step: str = "\n"
     stop: list[Annotated[str, Field(min_length=1)]] = []  # texts that end a solution, besides EOS
-    answer: str = "boxed"  # `boxed`, or a regular expression with one group
+    # how an answer is found: `boxed`, `hashes`, `answer_is`, a regular expression with one group, or a list of such
+    # rules in order (see `find` in problems/extract.py)
+    answer: str | Annotated[list[str], Field(min_length=1)] = "boxed"
     end_at_answer: bool = True  # a solution ends with the step that holds its answer
     examples: list[ExampleSpec] = []  # worked examples, shown to the base alone: what it learns replaces them
 

@@ -7,6 +7,9 @@ class:
 - both: math-verify says what we say; the publisher's verdict is its own policy, or a slip;
 - better, worse: math-verify is wrong where we are right, or the other way about;
 - undecided: no verdict within the limits.
+
+`rules`: by the rule of `problems/equal.py` that gave the verdict, [pairs, of these against the publisher, of these
+against math-verify alone].
 """
 
 from __future__ import annotations
@@ -19,7 +22,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from flywheel.errors import UserError
-from flywheel.problems.grading import Grader, last_boxed
+from flywheel.problems.extract import last_boxed
+from flywheel.problems.grading import Grader
 from flywheel.recipe import ProblemSpec
 from flywheel.records import Finish, Problem, Question, Solution, Split, Step, Verdict
 
@@ -65,10 +69,12 @@ def asked(gold: str, answer: str | None, name: str) -> tuple[Problem, Solution]:
     return Problem(Question(name, name), gold, Split.TRAIN), solution
 
 
-def ours(pairs: list[Pair], seconds: float) -> list[Verdict]:
+def ours(pairs: list[Pair], seconds: float) -> tuple[list[Verdict], list[str]]:
+    """(verdicts, the rules that gave them)."""
     items = [asked(gold, answer, f"q{i}") for i, (gold, answer, _) in enumerate(pairs)]
     with Grader(ProblemSpec(path="", check_seconds=seconds, check_workers=2)) as grader:
-        return [grade.verdict for grade in grader.verdicts(items)]
+        verdicts = [grade.verdict for grade in grader.verdicts(items)]
+        return verdicts, [grader.rule(gold, answer) if answer else "no answer" for gold, answer, _ in pairs]
 
 
 def math_verify_alone(gold: str, answer: str | None) -> bool:
@@ -93,13 +99,20 @@ def measure(args: argparse.Namespace) -> dict:
     out: dict = {}
     for name, pairs in sets(args.data).items():
         theirs = [math_verify_alone(gold, answer) for gold, answer, _ in pairs]
-        kinds = [kind_of(v, other, truth) for v, other, (_, _, truth) in zip(ours(pairs, args.seconds), theirs, pairs)]
+        verdicts, rules = ours(pairs, args.seconds)
+        kinds = [kind_of(v, other, truth) for v, other, (_, _, truth) in zip(verdicts, theirs, pairs)]
+        by_rule: dict[str, list[int]] = {}
+        for rule, verdict, other, (_, _, truth) in zip(rules, verdicts, theirs, pairs):
+            right = verdict is Verdict.CORRECT
+            counted = by_rule.setdefault(rule, [0, 0, 0])
+            by_rule[rule] = [n + more for n, more in zip(counted, (1, right != truth, right != other))]
         counts = Counter(kinds)
         out[name] = {
             "pairs": len(pairs),
             "ours_agrees": counts["agrees"] + counts["better"],
             "math_verify_agrees": sum(other == truth for other, (_, _, truth) in zip(theirs, pairs)),
             **{kind: counts[kind] for kind in CLASSES},
+            "rules": by_rule,
         }
         if args.show:
             out[name]["disagreements"] = [

@@ -8,11 +8,12 @@ token. Sampled token ids are kept; text is never tokenized again.
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 
 from flywheel.models.engine import Completion, Sampling
 from flywheel.models.prompts import end_token
-from flywheel.problems.grading import last_boxed
+from flywheel.problems.extract import ANSWERED, NAMED, after_thought, find
 from flywheel.recipe import PromptSpec, SampleSpec
 from flywheel.records import Finish, Solution, Step
 
@@ -20,17 +21,19 @@ from flywheel.records import Finish, Solution, Step
 class Reader:
     """Parses sampled tokens into steps and solutions.
 
-    tokenizer: a Hugging Face tokenizer. spec: `step` is the text that ends a step; `answer` a regular
-    expression whose one group is the final answer, or `boxed` for the last \\boxed{...}; `stop` texts
-    end a solution like `eos` (see `end_token`), as does a complete step with an answer if `end_at_answer`.
-    Raises ValueError if no token contains the separator or `answer` does not have exactly one group.
+    tokenizer: a Hugging Face tokenizer. spec: `step` is the text that ends a step; `answer` a rule by which an answer
+    is found, or several in order (see `find` in `problems/extract.py`); `stop` texts end a solution like `eos` (see
+    `end_token`), as does a complete step with an answer if `end_at_answer`. What stands before a `</think>` is no
+    part of a solution. Raises ValueError if no token contains the separator, or a regular expression of `answer` does
+    not have exactly one group.
     """
 
     def __init__(self, tokenizer, spec: PromptSpec):
         self.tokenizer, self.end_at_answer, separator = tokenizer, spec.end_at_answer, spec.step
-        self.pattern = None if spec.answer == "boxed" else re.compile(spec.answer)
-        if self.pattern and self.pattern.groups != 1:
-            raise ValueError(f"prompts.answer: {spec.answer!r} needs exactly one group, has {self.pattern.groups}")
+        self.rules = (spec.answer,) if isinstance(spec.answer, str) else tuple(spec.answer)
+        for rule in self.rules:
+            if rule not in NAMED and (groups := re.compile(rule).groups) != 1:
+                raise ValueError(f"prompts.answer: {rule!r} needs exactly one group, has {groups}")
         texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))], clean_up_tokenization_spaces=False)
         special = set(tokenizer.all_special_ids)
         self.ends = frozenset(i for i, text in enumerate(texts) if separator in text and i not in special)
@@ -54,7 +57,11 @@ class Reader:
         return self.tokenizer.decode(list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def steps(self, tokens: Sequence[int]) -> tuple[Step, ...]:
-        """Split `tokens` after every token that ends a step; a rest without such a token is a step too."""
+        """Split `tokens` after every token that ends a step; a rest without such a token is a step too.
+
+        A thought, up to `</think>`, is no step: no PRM judges it, no rollout starts in it, no training text holds it.
+        """
+        tokens = self.after_thought(tokens)
         cuts = [i + 1 for i, token in enumerate(tokens) if token in self.ends]
         if not cuts or cuts[-1] != len(tokens):
             cuts.append(len(tokens))
@@ -83,11 +90,11 @@ class Reader:
         return bool(self.stopped(tokens)) or (self.end_at_answer and self._answered(tokens))
 
     def _answered(self, tokens: Sequence[int]) -> bool:
-        """Whether `tokens` end with a complete step that holds an answer."""
+        """Whether `tokens` end with a complete step that holds an answer, and no thought is open."""
         if not tokens or tokens[-1] not in self.ends:
             return False
         last = next((i for i in range(len(tokens) - 1, 0, -1) if tokens[i - 1] in self.ends), 0)
-        return self.answer(self.text(tokens[last:])) is not None
+        return self.answer(self.text(tokens[last:])) is not None and bool(after_thought(self.text(tokens)))
 
     def trim(self, tokens: Sequence[int]) -> tuple[int, ...]:
         """`tokens` without a final stop text and without the blank tokens before it."""
@@ -97,15 +104,24 @@ class Reader:
         return tuple(tokens[:end])
 
     def answer(self, text: str) -> str | None:
-        """The final answer in `text`: the last match, stripped; None if there is none or it is empty."""
-        if self.pattern is None:
-            return last_boxed(text)
-        found = self.pattern.findall(text)
-        return found[-1].strip() or None if found else None
+        """The final answer in `text`, stripped, by the first rule that finds one; None if none does."""
+        return find(text, self.rules)
+
+    def after_thought(self, tokens: Sequence[int]) -> tuple[int, ...]:
+        """`tokens` after the last `</think>` and the blank tokens that follow it; all of them if there is none."""
+        tokens = tuple(tokens)
+        thoughts = self.text(tokens).count(ANSWERED)
+        if not thoughts:
+            return tokens
+        start = bisect_left(range(len(tokens)), thoughts, key=lambda end: self.text(tokens[:end]).count(ANSWERED))
+        while start < len(tokens) and tokens[start] in self.blank:
+            start += 1
+        return tokens[start:]
 
     def ended(self, step: Completion, before: Sequence[int] = ()) -> bool:
         """Whether a solution ends with this step, sampled alone after `before`: by EOS, a stop text, or its answer."""
-        return step.eos or bool(self.stopped([*before, *step.tokens])) or self._answered(step.tokens)
+        tokens = [*before, *step.tokens]
+        return step.eos or bool(self.stopped(tokens)) or (self._answered(step.tokens) and self._answered(tokens))
 
     def solution(
         self,
@@ -120,7 +136,10 @@ class Reader:
         parent: str | None = None,
         attempt: int = 1,
     ) -> Solution:
-        """Parse `tokens` as a solution. `answer` is None unless `finish` is STOP. `draw` defaults to `id`."""
+        """Parse `tokens` as a solution, which begins after a thought. `draw` defaults to `id`.
+
+        `answer` is None unless `finish` is STOP.
+        """
         steps = self.steps(self.trim(tokens))
         answer = self.answer("".join(step.text for step in steps)) if finish is Finish.STOP else None
         return Solution(id, question_id, steps, finish, answer, purpose, model, draw or id, parent, attempt)

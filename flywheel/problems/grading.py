@@ -1,4 +1,4 @@
-"""Compare answers with gold answers: plain comparison first, then a checker in killable processes.
+"""Grade answers: the rules of `equal.py` that need no algebra first, then a checker in killable processes.
 
 Checkers run model output through sympy, which can hang, exhaust memory or crash. So `pool.py` calls them with limits,
 and an answer that exceeds a limit or kills its process is UNDECIDED, never wrong.
@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import importlib
 import logging
-import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from fractions import Fraction
 
 from flywheel.errors import UserError
+from flywheel.problems.equal import decide, equal, key, rule_of
+from flywheel.problems.extract import last_boxed as last_boxed
 from flywheel.problems.pool import CheckerPool
 from flywheel.recipe import ProblemSpec
 from flywheel.records import Finish, Grade, Problem, Solution, Verdict
@@ -27,25 +27,15 @@ from flywheel.records import Finish, Grade, Problem, Solution, Verdict
 log = logging.getLogger(__name__)
 
 DEFAULT_CHECKER = "flywheel.problems.grading:same_answer"
-MAX_CHARS = 20_000  # a longer answer is wrong unless it equals the gold text
-MAX_DIGITS = 1000  # a longer number is compared as text (Python converts at most 4300 digits)
-DECIMALS = 6  # as in math-verify
-
-_NUMBER = re.compile(r"[+-]?(?=\.?[0-9])(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+|[0-9]*)(?:\.[0-9]*)?")
-_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
-_NUMERIC_TEXT = re.compile(r"[-+0-9\s.,%]+")
-_MATH_MARKS = ("$", "\\boxed", "\\(", "\\[")
 
 
 def same_answer(gold: str, answer: str) -> bool:
-    """Whether `answer` equals `gold`: as text or number after normalisation, else by math-verify.
+    """Whether `answer` equals `gold`, by the rules of `equal.py`.
 
-    Both are extracted final answers (LaTeX or plain, with or without `$`). Two plain numbers are compared to 6
-    decimals. There is no time limit here, `Grader` sets one: math-verify's own uses signals, which threads cannot
-    receive and sympy's C loops do not notice.
+    Both are extracted final answers (LaTeX or plain, with or without `$`). There is no time limit here, `Grader` sets
+    one.
     """
-    decided = _decide(gold, answer)
-    return _math_verify(gold, answer) if decided is None else decided
+    return equal(gold, answer)[0]
 
 
 def warm_up() -> None:
@@ -55,25 +45,8 @@ def warm_up() -> None:
 
 
 def answer_key(answer: str) -> str:
-    """A normal form of `answer`: answers with the same key count as one in a vote.
-
-    Ignores whitespace around symbols, `$`, `\\boxed{}`, case, a trailing dot, digit-group commas, a leading +
-    and trailing zeros of decimals. Uses no gold answer and no algebra: 1/2 and 0.5 stay different.
-    """
-    return _clean(answer).casefold()
-
-
-def last_boxed(text: str) -> str | None:
-    """The stripped content of the last \\boxed{...}; None if there is none, or it is empty or not balanced."""
-    start = text.rfind("\\boxed{")
-    if start < 0:
-        return None
-    depth = 0
-    for i in range(start + 6, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[i], 0)
-        if depth == 0:
-            return text[start + 7 : i].strip() or None
-    return None
+    """A normal form of `answer`: answers with the same key count as one in a vote (`key` in `equal.py`)."""
+    return key(answer)
 
 
 def load_function(name: str, key: str = "problems.checker") -> Callable:
@@ -91,67 +64,13 @@ def load_function(name: str, key: str = "problems.checker") -> Callable:
     return found
 
 
-def _clean(text: str) -> str:
-    """One line without `$`, an enclosing \\boxed{}, a final dot and spaces around symbols; numbers normalised."""
-    text = " ".join(text.split())
-    if text.startswith("\\boxed{") and text.count("\\boxed") == 1:
-        inner = last_boxed(text)
-        if inner is not None and len(text) <= len(inner) + 10:  # at most a space and a dot follow the brace
-            text = inner
-    text = text.replace("\\$", "").replace("$", "").replace("\\!", "").removeprefix("\\(").removesuffix("\\)").strip()
-    text = text.removesuffix(".").strip()
-    text = re.sub(r"\s*([^\w\s])\s*", r"\1", text)
-    return _canonical(text) if _is_number(text) else text
-
-
-def _is_number(text: str) -> bool:
-    return len(text) <= MAX_DIGITS and _NUMBER.fullmatch(text) is not None
-
-
-def _canonical(number: str) -> str:
-    """1,080 -> 1080; +3 -> 3; 2.50 -> 2.5; 007 -> 7; -0.0 -> 0."""
-    sign = "-" if number.startswith("-") else ""
-    whole, _, decimals = number.lstrip("+-").replace(",", "").partition(".")
-    whole, decimals = whole.lstrip("0") or "0", decimals.rstrip("0")
-    text = f"{whole}.{decimals}" if decimals else whole
-    return text if text == "0" else sign + text
-
-
-def _decide(gold: str, answer: str) -> bool | None:
-    """The verdict if it needs no algebra (equal texts, two plain numbers, excessive length), else None."""
-    if len(answer) > max(MAX_CHARS, 10 * len(gold)):
-        return False  # before `_clean`, which takes a second for a million characters
-    a, b = _clean(gold), _clean(answer)
-    if a == b:
-        return bool(a)
-    if len(answer) > MAX_CHARS or _CONTROL.search(answer):
-        return False  # math-verify drops control characters, so it would read "4\x002" as 42
-    if _is_number(a) and _is_number(b):
-        return ("." in a or "." in b) and round(Fraction(a), DECIMALS) == round(Fraction(b), DECIMALS)
-    return None
-
-
-def _math_verify(gold: str, answer: str) -> bool:
-    from math_verify import parse, verify
-
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own time limit is off
-    parsed = [parse(_as_math(text), parsing_timeout=None) for text in (gold, answer)]
-    return verify(*parsed, timeout_seconds=None)
-
-
-def _as_math(text: str) -> str:
-    """Add `$` as math-verify needs it: around bare LaTeX, but not around numbers such as `1 000` or `1,22`."""
-    if any(mark in text for mark in _MATH_MARKS) or _NUMERIC_TEXT.fullmatch(text):
-        return text
-    return f"${text}$"
-
-
 class Grader:
     """Grades solutions. A context manager; its processes start when first needed and end on exit.
 
     With the default checker, pairs that plain comparison decides never reach a process; a custom checker sees
     every pair. `counts`: number of distinct (gold, answer) pairs decided by plain comparison (`plain`) or by a
-    checker (`checked`), or left `undecided`. Raises UserError if `problems.checker` cannot be imported.
+    checker (`checked`), or left `undecided`. `rules`: with the default checker, how many pairs each rule of `equal.py`
+    decided, or `undecided`. Raises UserError if `problems.checker` cannot be imported.
     """
 
     def __init__(self, spec: ProblemSpec):
@@ -159,6 +78,8 @@ class Grader:
         self.shortcuts = spec.checker == DEFAULT_CHECKER
         self.pool = CheckerPool(spec.checker, spec.check_seconds, spec.check_workers)
         self.counts: Counter[str] = Counter(plain=0, checked=0, undecided=0)
+        self.rules: Counter[str] = Counter()
+        self._rule: dict[tuple[str, str], str] = {}
         self._same: dict[tuple[str, str], bool | None] = {}  # (gold, answer) -> verdict; None: undecided
 
     def __enter__(self) -> Grader:
@@ -176,6 +97,10 @@ class Grader:
         self._settle([pair for pair in wanted if pair not in self._same])
         return [Grade(s.id, s.question_id, self._verdict(p, s), s.purpose) for p, s in pairs]
 
+    def rule(self, gold: str, answer: str) -> str:
+        """The rule by which a graded pair's verdict fell, or `undecided`; empty with a checker of one's own."""
+        return self._rule.get((gold, answer), "")
+
     def _verdict(self, problem: Problem, solution: Solution) -> Verdict:
         if solution.answer is None:
             return Verdict.TRUNCATED if solution.finish is Finish.LENGTH else Verdict.UNPARSABLE
@@ -188,14 +113,20 @@ class Grader:
         """Decide every pair and store the verdict in `_same`."""
         hard = []
         for pair in pairs:
-            decided = _decide(*pair) if self.shortcuts else None
+            decided = decide(*pair) if self.shortcuts else None
             if decided is None:
                 hard.append(pair)
             else:
-                self._same[pair] = decided
+                self._keep(pair, *decided)
                 self.counts["plain"] += 1
-        for (gold, answer), (same, why) in zip(hard, self.pool.check(hard)):
-            self._same[gold, answer] = same
+        for pair, (same, why) in zip(hard, self.pool.check(hard)):
+            self._keep(pair, same, "undecided" if same is None else rule_of(*pair) if self.shortcuts else "")
             self.counts["undecided" if same is None else "checked"] += 1
             if same is None:
-                log.info("undecided: %s; gold %.80r, answer %.80r", why, gold, answer)
+                log.info("undecided: %s; gold %.80r, answer %.80r", why, *pair)
+
+    def _keep(self, pair: tuple[str, str], same: bool | None, rule: str) -> None:
+        self._same[pair] = same
+        if self.shortcuts:
+            self._rule[pair] = rule
+            self.rules[rule] += 1

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from flywheel.errors import UserError
 from flywheel.problems import gym, tables
-from flywheel.problems.grading import last_boxed
+from flywheel.problems.extract import last_boxed
 from flywheel.problems.overlap import NEAR, WORDS, near
 from flywheel.problems.splits import Row, check_ids, distinct, draw_splits
 from flywheel.recipe import ProblemSpec
@@ -122,8 +122,8 @@ def _cut(pattern: str | None, text: str) -> str | None:
     """The gold answer in `text`; None if there is none."""
     if pattern is None:
         return text
-    if pattern == "boxed":  # TeX allows a single token without braces: `\boxed 9`
-        return last_boxed(text) or _cut(r"\\boxed\s+([^\s{}$.]+)", text)
+    if pattern == "boxed":
+        return last_boxed(text)
     return next((found.strip() for found in reversed(re.findall(pattern, text)) if found.strip()), None)
 
 

@@ -80,3 +80,54 @@ def test_the_answer_of_a_cut_line_is_not_read():
     named = {"id": "s", "question_id": "q", "purpose": "sample", "model": "m"}
     assert reader().solution(ids("Answer: 2"), Finish.LENGTH, **named).answer is None
     assert reader().solution(ids("Answer: 25\n"), Finish.STOP, **named).answer == "25"
+
+
+@pytest.mark.parametrize(
+    ("rules", "text", "answer"),
+    [
+        ("boxed", "so \\fbox{42}", "42"),
+        ("boxed", "it is \\boxed {42}.", "42"),
+        ("boxed", "it is $\\boxed 9$.", "9"),
+        ("boxed", "\\boxed{1}, no: \\boxed{2}", "2"),
+        ("boxed", "\\boxed{1}, no: \\boxed{}", None),
+        ("boxed", "\\boxed{1}, \\boxed{2} or \\boxed{3}", None),  # guesses
+        ("boxed", "\\boxed{1}, no: \\boxed{2}, yes: \\boxed{2}", "2"),
+        ("boxed", "#### 18", None),
+        (["boxed", "hashes"], "#### 18", "18"),
+        (["boxed", "hashes", "answer_is"], "The answer is 18.", "18"),
+        (["boxed", "answer_is"], "The answer is 18.\nor \\boxed{17}", "17"),
+        ("hashes", "#### 18 The answer is 18.", "18"),
+        ("hashes", "#### \\$1,080.50\nwell", "\\$1,080.50"),
+        ("hashes", "####-5<|im_end|>", "-5"),
+        ("hashes", "#### 3 and 4", "3 and 4"),  # no number alone, so the whole line
+        ("hashes", "#### 3/4", "3/4"),
+        ("hashes", "#### x + 1", "x + 1"),
+        ("answer_is", "**Answer:** 4", "4"),
+        ("answer_is", "Answer is 18", "18"),
+        ("answer_is", "The final answer is 2.5. I hope it is right.", "2.5"),
+        ("answer_is", "no answer here", None),
+        (["answer_is", "= (\\d+)"], "1 + 1 = 2", "2"),
+        ("boxed", "<think>\\boxed{3}</think> it is \\boxed{4}", "4"),
+        ("boxed", "<think>\\boxed{3}</think> it is four", None),  # a box in a thought is no answer
+        ("boxed", "\\boxed{3}</think> it is four", None),  # a template may write <think> into the prompt
+        ("boxed", "<think> perhaps \\boxed{3}", None),
+    ],
+)
+def test_an_answer_is_found_by_the_first_rule_that_finds_one(rules, text, answer):
+    assert reader(answer=rules).answer(text) == answer
+
+
+def test_a_thought_is_no_step_and_does_not_end_a_solution():
+    made = reader(answer="boxed", stop=[])
+    text = "<think>\n1 + 1\n\\boxed{3}\n</think>\n\n1 + 1 = 2\n\\boxed{2}\n"
+    assert [step.text for step in made.steps(ids(text))] == ["1 + 1 = 2\n", "\\boxed{2}\n"]
+    solution = made.solution(ids(text), Finish.STOP, id="s", question_id="q", purpose="sample", model="m")
+    assert solution.text == "1 + 1 = 2\n\\boxed{2}" and solution.answer == "2"
+    assert ends(made, text) == len(text)
+    thought = Completion(tuple(ids("\\boxed{3}\n")), Finish.STOP, False)
+    assert made.ended(thought) and not made.ended(thought, before=ids("<think>\n"))
+
+
+def test_a_rule_that_is_none_is_named():
+    with pytest.raises(ValueError, match=r"prompts\.answer: 'Answer' needs exactly one group"):
+        reader(answer=["boxed", "Answer"])
