@@ -13,11 +13,10 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from flywheel.models.prm import together
 from flywheel.problems.grading import answer_key
 from flywheel.recipe import Positive
-from flywheel.records import Candidate, Question, Role
-from flywheel.search.strategy import Searcher, Strategy, Temperature, attempt, judge, option
+from flywheel.records import Candidate, Question
+from flywheel.search.strategy import Searcher, Strategy, Temperature, draw, judge, option
 
 
 @dataclass(frozen=True)
@@ -62,22 +61,10 @@ class Adaptive(Strategy):
 
     async def run(self, question: Question, searcher: Searcher, tag: str) -> Sequence[Candidate]:
         """Sample `step` solutions at a time, score them, and stop when the vote is decided or there are `n`."""
-        revising = self.maker == Role.REVISER
-        prompt = searcher.prompts.solve(question, not revising and searcher.policy.bare)
         made: list[Candidate] = []
         while len(made) < self.n and not self.decided(made):
-            drawn = await together(
-                attempt(
-                    searcher.maker(self),
-                    prompt,
-                    searcher,
-                    question,
-                    purpose=self.kind,
-                    id=f"{question.id}/{tag}/{i}",
-                    temperature=self.temperature,
-                )
-                for i in range(len(made), min(len(made) + self.step, self.n))
-            )
+            more = range(len(made), min(len(made) + self.step, self.n))
+            drawn = await draw(self, searcher, question, tag, more, self.temperature)
             made += await judge(question, drawn, searcher.prm, searcher.kept, before=made)
         return made
 

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from flywheel.models.prm import together
 from flywheel.records import Candidate, Question
 from flywheel.search.select import argmax, majority
-from flywheel.search.strategy import Searcher, Strategy, Temperature, attempt, judge, option
+from flywheel.search.strategy import Searcher, Strategy, Temperature, draw, judge, option
 
 Select = Literal["weighted", "majority", "best"]
 
@@ -41,19 +40,7 @@ class BestOfN(Strategy):
         return self.select != "majority"
 
     async def run(self, question: Question, searcher: Searcher, tag: str) -> Sequence[Candidate]:
-        prompt = searcher.prompts.solve(question, searcher.policy.bare)
-        candidates = await together(
-            attempt(
-                searcher.policy,
-                prompt,
-                searcher,
-                question,
-                purpose=self.kind,
-                id=f"{question.id}/{tag}/{i}",
-                temperature=self.temperature,
-            )
-            for i in range(self.n)
-        )
+        candidates = await draw(self, searcher, question, tag, range(self.n), self.temperature)
         return await judge(question, candidates, searcher.prm, searcher.kept) if self.judged else candidates
 
     def answer(self, candidates: Sequence[Candidate]) -> str | None:

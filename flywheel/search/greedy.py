@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from flywheel.records import Candidate, Question, Role
+from flywheel.records import Candidate, Question
 from flywheel.search.select import majority
-from flywheel.search.strategy import Searcher, Strategy, attempt
+from flywheel.search.strategy import Searcher, Strategy, draw
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,7 @@ class Greedy(Strategy):
         return False
 
     async def run(self, question: Question, searcher: Searcher, tag: str) -> Sequence[Candidate]:
-        engine = searcher.maker(self)
-        prompt = searcher.prompts.solve(question, self.maker == Role.POLICY and engine.bare)
-        id = f"{question.id}/{tag}/0"
-        return [await attempt(engine, prompt, searcher, question, purpose=self.kind, id=id, temperature=0.0)]
+        return await draw(self, searcher, question, tag, [0], temperature=0.0)
 
     def answer(self, candidates: Sequence[Candidate]) -> str | None:
         return majority([c.solution.answer for c in candidates])

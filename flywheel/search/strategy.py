@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Annotated, ClassVar, Self
 
@@ -169,6 +169,34 @@ async def attempt(
     if searcher.kept:
         searcher.kept.candidates[id] = made
     return made
+
+
+async def draw(
+    strategy: Strategy,
+    searcher: Searcher,
+    question: Question,
+    tag: str,
+    numbers: Iterable[int],
+    temperature: float | None,
+) -> list[Candidate]:
+    """Independent whole solutions by the strategy's maker, which sees the question alone; `numbers` end their ids.
+
+    temperature: as in `Searcher.sampling`.
+    """
+    engine = searcher.maker(strategy)
+    prompt = searcher.prompts.solve(question, strategy.maker == Role.POLICY and engine.bare)
+    return await together(
+        attempt(
+            engine,
+            prompt,
+            searcher,
+            question,
+            purpose=strategy.kind,
+            id=f"{question.id}/{tag}/{number}",
+            temperature=temperature,
+        )
+        for number in numbers
+    )
 
 
 async def judge(
