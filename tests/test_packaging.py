@@ -45,7 +45,7 @@ def test_the_wheel_holds_flywheel_and_what_a_run_needs_and_nothing_else(wheel):
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "flywheel").rglob("*.py")}
     data = ["data/__init__.py", "data/chain/__init__.py", "data/chain/domain.py"]
-    patterns = ("recipes/*.yaml", "accelerate_configs/*.yaml", "data/chain/problems/*.jsonl")
+    patterns = ("recipes/*.yaml", "recipes/gpu/*.yaml", "accelerate_configs/*.yaml", "data/chain/problems/*.jsonl")
     patterns += ("data/chain/seed_model/*.json", "data/chain/seed_model/*.safetensors")
     data += [str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(pattern)]
     assert len(data) >= 3 + 3 + 8 + 4 + 5
