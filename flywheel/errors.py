@@ -37,6 +37,11 @@ def explain(error: BaseException) -> str | None:
     return None
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type where there is none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def one_line(work: Callable[[], str], program: str = "flywheel") -> int:
     """The exit code of a command that prints one line: what `work` returns, or on stderr the UserError it raises."""
     try:

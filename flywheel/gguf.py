@@ -11,7 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from flywheel.errors import UserError, one_line
+from flywheel.errors import UserError, first_line, one_line
 from flywheel.runs.files import new_directory
 
 DTYPES = ("bfloat16", "float32")
@@ -39,8 +39,7 @@ def convert(file: Path, out: Path, dtype: str = DTYPES[0]) -> None:
         read, info = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(**source)
     except Exception as error:  # the libraries raise a dozen types for a file that they cannot read
-        reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
-        raise UserError(f"{file}: transformers cannot read it: {reason[0]:.200}") from error
+        raise UserError(f"{file}: transformers cannot read it: {first_line(error):.200}") from error
     if missing := sorted(info["missing_keys"]):
         raise UserError(f"{file}: {len(missing)} weights are missing, the first is {missing[0]}")
     # save_pretrained refuses a model that came out of a GGUF, and a config that says it is quantised

@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flywheel.errors import UserError, one_line
+from flywheel.errors import UserError, first_line, one_line
 
 if TYPE_CHECKING:
     from flywheel.runs.run import Run
@@ -38,10 +38,9 @@ def push(run: Run, repo: str, private: bool = False, round: int | None = None) -
     except HFValidationError as error:
         raise UserError(f"{repo}: not a name of a repository: {error}") from None
     except HfHubHTTPError as error:
-        raise UserError(f"{repo}: the Hub refused: {str(error).strip().splitlines()[0]}") from None
+        raise UserError(f"{repo}: the Hub refused: {first_line(error)}") from None
     except (OfflineModeIsEnabled, HTTPError) as error:
-        reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
-        raise UserError(f"{repo}: the Hub cannot be reached: {reason[0]}") from None
+        raise UserError(f"{repo}: the Hub cannot be reached: {first_line(error)}") from None
     return address
 
 

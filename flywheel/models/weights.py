@@ -9,7 +9,7 @@ import os
 from copy import deepcopy
 from pathlib import Path
 
-from flywheel.errors import UserError
+from flywheel.errors import UserError, first_line
 from flywheel.recipe import ModelSpec
 from flywheel.records import ModelRef
 
@@ -41,8 +41,7 @@ def _load(kind, base: str, what: str, **options):
     try:
         return kind.from_pretrained(base, trust_remote_code=False, **options)
     except Exception as error:  # OSError, ValueError, KeyError, JSON errors, errors of the tokenizers library
-        reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
-        raise NotAModel(f"model.base: {base}: no {what} could be loaded: {reason[0]:.200}") from error
+        raise NotAModel(f"model.base: {base}: no {what} could be loaded: {first_line(error):.200}") from error
 
 
 def check_length(base: str, wanted: int) -> None:

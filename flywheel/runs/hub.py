@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from flywheel.errors import UserError
+from flywheel.errors import UserError, first_line
 
 FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # nothing pickled, no code
 SNAPSHOT = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/[0-9a-f]{40}/?$")
@@ -30,14 +30,10 @@ def snapshot(name: str, revision: str | None, download: bool = True) -> str:
         if not download:
             return name
         raise UserError(
-            f"model.base: {name} is not in the cache, and the Hub cannot be reached: {first(error)}"
+            f"model.base: {name} is not in the cache, and the Hub cannot be reached: {first_line(error)}"
         ) from None
     except (HfHubHTTPError, HFValidationError, HTTPError) as error:
-        raise UserError(f"model.base: {name}: the Hub does not give it: {first(error)}") from None
-
-
-def first(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"model.base: {name}: the Hub does not give it: {first_line(error)}") from None
 
 
 def name_of(base: str) -> str:

@@ -11,6 +11,7 @@ import random
 import resource
 import time
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 
 from flywheel.errors import TooLong
@@ -153,12 +154,12 @@ def serve(recipe: Recipe, out: Path) -> dict[str, float]:
     smallest = min(recipe.calibrate.budgets)
     wanted = [(budget, strategy) for budget, strategy in strategies(recipe.calibrate) if budget == smallest]
     with open_kit(run, models, Split.TRAIN, ledger=Ledger("rehearsal", 0), seed=0) as kit:
-        fitting = [problem for problem in kit.problems.values() if not too_long(recipe, kit.prompts, problem)]
+        fitting = (problem for problem in kit.problems.values() if not too_long(recipe, kit.prompts, problem))
 
         async def one(problem: Problem) -> list:
             return await search_all(wanted, problem.question, kit.searcher(), tag="rehearsal")
 
-        for _, outcomes in kit.each(fitting[:1], one):
+        for _, outcomes in kit.each(islice(fitting, 1), one):
             kit.grade([candidate.solution for _, _, outcome in outcomes for candidate in outcome.candidates])
     return {"serve_memory": peak()}
 
