@@ -201,6 +201,18 @@ def test_accumulation_changes_nothing(base, tmp_path, kind):
         assert (a["eval_loss"] or 0) == pytest.approx(b["eval_loss"] or 0, abs=1e-5)
 
 
+def test_on_a_cpu_the_logits_of_trained_positions_train_as_trl_does(base, tmp_path, monkeypatch):
+    from flywheel.training.trainer import SFTTrainer, SftTrainer
+
+    ours = lab.run(job(base, tmp_path / "ours"), Ledger("t", 1))
+    monkeypatch.setattr(SftTrainer, "compute_loss", SFTTrainer.compute_loss)
+    trl = lab.run(job(base, tmp_path / "trl"), Ledger("t", 1))
+    assert apart(tmp_path / "ours/adapter", tmp_path / "trl/adapter") < 1e-5
+    for a, b in zip(ours.curve, trl.curve, strict=True):
+        assert (a["loss"] or 0) == pytest.approx(b["loss"] or 0, abs=1e-5)
+        assert (a["eval_loss"] or 0) == pytest.approx(b["eval_loss"] or 0, abs=1e-5)
+
+
 def test_scheduler_and_gradient_clip_reach_the_training(base, tmp_path):
     def trained(name, **spec):
         lab.run(job(base, tmp_path / name, "sft", epochs=1, **spec), Ledger("t", 1))
