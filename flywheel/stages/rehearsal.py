@@ -67,20 +67,26 @@ def mean(values: Sequence[float]) -> float:
 
 
 def generated(kit: Kit, problems: list[Problem]) -> tuple[list[Completion], float]:
-    """(completions, tokens/s) of full batches of ever longer completions, up to `sample.max_tokens`."""
+    """(completions, tokens/s) of full batches of ever longer completions, up to `sample.max_tokens`.
+
+    The prompts are in the prefix cache by then, as they are for all but the first sample of a question.
+    """
     longest, most = kit.recipe.sample.max_tokens, 4
     count = max(1, kit.recipe.engine.max_running // SAMPLES)
     problems = random.Random(0).sample(problems, min(count, len(problems)))
     engine = kit.engine()
-    while True:
-        most = min(most, longest)
 
-        async def draw(problem: Problem, most: int = most) -> list[Completion]:
+    def draw(most: int) -> list[Completion]:
+        async def some(problem: Problem) -> list[Completion]:
             prompt = kit.prompts.solve(problem.question, engine.bare)
             return await engine.generate(prompt, kit.sampling(max_tokens=most), purpose="rehearsal", n=SAMPLES)
 
-        started = time.monotonic()
-        done = [one for _, drawn in kit.each(problems, draw) for one in drawn]
+        return [one for _, drawn in kit.each(problems, some) for one in drawn]
+
+    draw(1)
+    while True:
+        most, started = min(most, longest), time.monotonic()
+        done = draw(most)
         seconds = max(time.monotonic() - started, 1e-9)
         if most == longest or seconds > SECONDS / 2:
             return done, sum(len(one.tokens) for one in done) / seconds
@@ -130,7 +136,7 @@ def train(recipe: Recipe, out: Path, length: int) -> dict[str, float]:
     labels = label_ids(prompts.tokenizer, recipe.prm.labels)
     train_prm([PrmExample(text(), (length,), (1.0,))], [], labels, job(Role.PRM, "prm", 1))
     full = recipe.distill.micro_batch_size
-    for name, batch, steps in (("one_text", 1, 1), ("one_step", full, 1), ("steps", full, 16)):
+    for name, batch, steps in (("one_text", 1, 1), ("few_steps", full, 3), ("steps", full, 16)):
         started = time.monotonic()
         texts = [Example(text(), length // 2) for _ in range(batch * steps)]
         report = train_sft(texts, [], job(Role.POLICY, name, batch))
