@@ -72,6 +72,12 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="start a new run even if the try-out of its base reads no answer or finds none right",
     )
+    p.add_argument(
+        "--no-test",
+        action="store_true",
+        help="leave out the stages that read test questions: for runs among which you still choose, by calibration"
+        " questions; the same command without it adds them",
+    )
     p.add_argument("--dry-run", action="store_true", help="print what would run and what it would cost, and end")
     return p
 
@@ -95,6 +101,8 @@ def main(
     args = parser().parse_args(argv)
     if args.round < 0:
         parser().error("--round: 0 or more")
+    if args.no_test and not args.round:
+        parser().error("--no-test: round 0 does nothing but test the base; name a later --round")
     if args.fork:
         if not args.name:
             parser().error("--fork: --name, the name of the new run, is missing")

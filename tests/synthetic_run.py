@@ -179,7 +179,7 @@ def figures_of(stage: str, round: int, refused: tuple[int, ...]) -> dict:
                 "trials": 100,
                 "serve": plan("serve", round),
                 "harvest": plan("harvest", round),
-                "two_fold": {"score": 0.5},
+                "two_fold": [{"budget": 16, "questions": 80, "accuracy": 0.5, "verified": 1.0, "tokens": 800.0}],
             }
         case "harvest":
             return {"candidates": 9600, "kept": 20, "questions": 20, "step_verified": 0.97}

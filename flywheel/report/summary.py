@@ -56,6 +56,11 @@ def summary(run: Run) -> dict:
     return plain(result)
 
 
+def untested(run: Run, r: int) -> dict:
+    """What round r shows without test questions: its parts, its gate, and `serve`, the held-out figures of its plan."""
+    return plain({**_round(run, r), "serve": run.figures("calibrate", r).get("two_fold", [])})
+
+
 def _round(run: Run, r: int) -> dict:
     """One finished round: the figures of `evaluate` and `search`, one key per part in `PARTS`, and the gate.
 

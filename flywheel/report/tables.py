@@ -54,6 +54,19 @@ def print_round(data: dict, round: int, file: TextIO | None = None) -> None:
         console.print(line)
 
 
+def print_untested(now: dict, file: TextIO | None = None) -> None:
+    """Print a round without its test, as `summary.untested` gives it."""
+    console = _console(file)
+    if now["round"]:
+        table = _table(f"round {now['round']}: serve plan", "budget", "accuracy, held out", "tokens")
+        for row in now["serve"]:
+            table.add_row(str(row["budget"]), _number(row["accuracy"]), f"{row['tokens']:,.0f}")
+        console.print(table)
+    for line in _remarks(now):
+        console.print(line)
+    console.print(f"round {now['round']}: test questions were not read (--no-test)")
+
+
 def _console(file: TextIO | None):
     from rich.console import Console
 
@@ -140,7 +153,7 @@ def _remarks(now: dict) -> Iterator[str]:
         if of := sum(hardest):
             left = of - hardest[-1]
             yield f"left fixed bin {len(hardest)} {when}: {left} of {of} ({left / of:.0%})"
-    if "distinct_right" in (policy := now["policy"]):
+    if "distinct_right" in (policy := now.get("policy", {})):
         yield (
             f"diversity: {policy['distinct_right']:.2f} distinct right texts a question, answer entropy"
             f" {policy['answer_entropy']:.2f} nats"

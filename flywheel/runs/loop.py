@@ -89,7 +89,8 @@ class Loop:
         return f" in {self.at}" if self.at else ""
 
     def plan(self, rounds: int) -> list[Scheduled]:
-        return schedule(isolate.resolve(self.stages), rounds)
+        planned = schedule(isolate.resolve(self.stages), rounds)
+        return [scheduled for scheduled in planned if not (self.args.no_test and scheduled.stage.test_split)]
 
     # ---- rank 0 ----
 
@@ -118,7 +119,7 @@ class Loop:
             print(f"questions: {note}", flush=True)
         if self.args.dry_run:
             return 0
-        unreported = {r for r in range(self.args.round + 1) if not self.reported(r).is_file()}
+        unreported = {scheduled.round for scheduled in plan if not self.reported(scheduled.round).is_file()}
         rounds = sorted({scheduled.round for scheduled in todo} | unreported)
         if not rounds:
             self.launch = Launch(self.run, self.ranks)  # the other ranks wait for an order
@@ -212,6 +213,8 @@ class Loop:
             f" (all {stages} stages are finished)",
             flush=True,
         )
+        if self.args.no_test:
+            return 0
         summary = isolate.resolve(f"{self.report}:summary")(Run(self.run, self.recipe))
         isolate.resolve(f"{self.report}:print_round")(summary, self.args.round)
         return 0

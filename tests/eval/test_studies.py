@@ -6,11 +6,13 @@ import argparse
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
 from eval.__main__ import main, questions
+from flywheel.errors import UserError
 
 EVAL = Path(__file__).parents[2] / "eval"
 RUNS = yaml.safe_load((EVAL / "runs.yaml").read_text())
@@ -28,7 +30,7 @@ def test_help_lists_the_studies(capsys):
     assert main(["--help"]) == 0
     printed = capsys.readouterr().out
     assert all(f"  {study} " in printed and question in printed for study, question in questions().items())
-    assert len(questions()) == 15
+    assert len(questions()) == 16
 
 
 def test_what_a_person_can_mend_is_one_line(tmp_path, capsys):
@@ -53,6 +55,34 @@ def test_every_kept_result_names_runs_that_are_described():
         if name not in ("claims.json", "figures.json"):  # claims hold the rows of other studies too
             assert named == set(RUNS["results"][name]), name
         assert named <= RUNS["runs"].keys(), name
+
+
+def test_a_choice_is_shown_by_calibration_questions_alone():
+    from eval.studies import choose
+    from flywheel.records import Grade, Verdict
+
+    def run(name: str, rights: dict[str, list[int]]) -> SimpleNamespace:
+        grades = [
+            Grade(f"{question}/{i}", question, Verdict.CORRECT if right else Verdict.INCORRECT)
+            for question, group in rights.items()
+            for i, right in enumerate(group)
+        ]
+        figures = {
+            ("calibrate", 1): {"two_fold": [{"budget": 4, "accuracy": 0.5, "tokens": 10.0}]},
+            ("train_prm", 1): {"auc_within_question": 0.7, "trained": True},
+        }
+        read = {(Grade, "gate", 1): grades}
+        return SimpleNamespace(root=name, read=lambda *at: read.get(at, []), figures=lambda *at: figures[at])
+
+    one, two = run("one", {"a": [1, 0], "b": [0, 0]}), run("two", {"a": [1, 1], "b": [1, 0]})
+    found = choose.measure(argparse.Namespace(runs=[one, two], round=1))["runs"]
+    assert found["one"]["pass@1"][0] == 0.25 and found["two"]["pass@1"][0] == 0.75
+    assert found["one"]["less_first"] == (0.0, 0.0, 0.0) and found["two"]["less_first"][0] == 0.5
+    assert found["two"]["serve"][0]["budget"] == 4 and found["two"]["prm"] == {"auc_within_question": 0.7}
+    with pytest.raises(UserError, match="three: other calibration questions than one"):
+        choose.measure(argparse.Namespace(runs=[one, run("three", {"a": [1]})], round=1))
+    with pytest.raises(UserError, match="one: the gate of round 2 judged no new policy"):
+        choose.measure(argparse.Namespace(runs=[one], round=2))
 
 
 def test_gains_by_level_are_of_the_level_s_own_questions(tmp_path):

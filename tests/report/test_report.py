@@ -203,3 +203,14 @@ def test_pictures_are_drawn_from_what_there_is(tmp_path):
     names = {p.name for p in pictures.draw(Run(run))}
     assert names == {"pass_by_bin.png", "policy.png", "tokens.png", "training_1.png"}
     assert all((run / "pictures" / name).stat().st_size > 5000 for name in names)
+
+
+def test_a_round_without_its_test_shows_its_calibration_figures(tmp_path, capsys):
+    root = make_run(tmp_path / "run", rounds=1)
+    for stage in ("evaluate", "search"):
+        (root / "round_1" / stage / "manifest.json").unlink()
+    after_round(Run(root), 1)
+    printed = capsys.readouterr().out
+    assert "accuracy, held out" in printed and "gate (calibrate questions): passed" in printed
+    assert "test questions were not read" in printed and "on test questions" not in printed
+    assert not (root / "pictures").exists()

@@ -90,6 +90,19 @@ def test_a_finished_run_goes_on_to_a_later_round(copy):
     assert len(copy.logged("sample:3")) == 10 and len(copy.logged("sample:")) == before + 10
 
 
+def test_without_its_test_a_run_reads_no_test_question_until_it_is_asked_to(project):
+    done = project.run("--round", "2", "--no-test")
+    assert done.returncode == 0, done.stderr
+    assert project.logged("sample:2") and not project.logged("evaluate:")
+    again = project.run("--round", "2", "--no-test")
+    assert again.returncode == 0 and "nothing to do" in again.stdout
+    before = len(project.logged("sample:"))
+    whole = project.run("--round", "2")
+    assert whole.returncode == 0, whole.stderr
+    assert {line[0].split(":")[1] for line in project.logged("evaluate:")} == {"0", "1", "2"}
+    assert len(project.logged("sample:")) == before
+
+
 def test_a_dry_run_writes_nothing(project):
     done = project.run("--round", "1", "--dry-run")
     assert done.returncode == 0 and not project.runs.exists()
