@@ -223,6 +223,7 @@ class ReviserSpec(TrainSpec):
     context: Positive = 4  # attempts in the prompt, at most
     probe_questions: Positive = 40  # validation questions for choosing the checkpoint
     probe_attempts: Positive = 4  # length of the revision chains for choosing the checkpoint
+    choose: Literal["level", "change"] = "level"  # checkpoint by its attempts' pass@1, or by how much revising adds
 
 
 class StrategySpec(BaseModel):
@@ -250,6 +251,7 @@ class HarvestSpec(Spec):
     keep: Positive = 4  # traces per question, at most
     vote: Literal["answer", "trace"] = "answer"  # what independent draws vote for: their answer, or their very text
     min_votes: Positive = 2  # draws that must agree: what was drawn once is often luck
+    extra: Annotated[int, Field(ge=0)] = 0  # more samples for a question that still has fewer than `min_votes` right
     balance: Annotated[float, Field(ge=1)] = 3.0  # a bin's limit, in units of the mean size of non-empty bins
 
 

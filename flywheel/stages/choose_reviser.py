@@ -1,10 +1,11 @@
-"""Choose the reviser's checkpoint by pass@1 of its revised attempts.
+"""Choose the reviser's checkpoint by revision chains of its own on the validation questions.
 
-The paper keeps a checkpoint somewhat past the lowest validation loss, because that loss is
-off-policy (on the policy's attempts, not the reviser's own). Here every checkpoint writes short
-revision chains on the validation questions; the one with the best mean pass@1 over the attempts
-after the first is kept, ties going to the earlier step. Checkpoints that mostly copy the incorrect
-attempt before are rejected; if all are, the round has no reviser.
+The paper keeps a checkpoint somewhat past the lowest validation loss, because that loss is off-policy (on the policy's
+attempts, not the reviser's own). Here every checkpoint writes short revision chains. `reviser.choose`: by `level`, the
+mean pass@1 of the attempts after the first, or by `change`, pass@1 of the last attempt less that of the first: what
+revising adds (SCoRe's difference, Kumar et al. 2024, arXiv 2409.12917), which is zero for a reviser that only draws
+again, however good. Ties go to the earlier step. Checkpoints that mostly copy the incorrect attempt before are
+rejected; if all are, the round has no reviser.
 """
 
 from __future__ import annotations
@@ -86,8 +87,17 @@ def finish(ctx: Context) -> dict:
             by_attempt.setdefault(s.attempt, []).append(correct[s.id])
         curve = [sum(rights) / len(rights) for _, rights in sorted(by_attempt.items())]
         later = curve[1:] or curve
-        copied = copies([(s, correct[s.id]) for s in chain] for chain in chains)
-        tried.append({**checkpoint, "pass@1_by_attempt": curve, "score": sum(later) / len(later), "copies": copied})
+        scores = {"level": sum(later) / len(later), "change": curve[-1] - curve[0]}
+        judged = [[(s, correct[s.id]) for s in chain] for chain in chains]
+        tried.append(
+            {
+                **checkpoint,
+                "pass@1_by_attempt": curve,
+                **scores,
+                "score": scores[ctx.recipe.reviser.choose],
+                "copies": copies(judged),
+            }
+        )
     if not tried:
         return {"chosen": None, "checkpoints": []}
     fit = [c for c in tried if c["copies"] <= COPIES]

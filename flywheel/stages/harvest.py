@@ -1,22 +1,35 @@
 """Compute-optimal search on the training questions; verified solutions are kept for distillation.
 
 Gold is known here, so every verified candidate counts, not only the selected one. The solutions
-of the sample stage are candidates too: their tokens are already spent.
+of the sample stage are candidates too: their tokens are already spent. The plan spends little where it sees little to
+gain, so that late rounds would leave hard questions alone: `harvest.extra` gives these a number of draws.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from flywheel.problems.grading import load_function
-from flywheel.records import Grade, Harvested, Role, Solution, Split
+from flywheel.records import Grade, Harvested, Role, Solution, Split, Verdict
 from flywheel.runs.files import write_table
 from flywheel.runs.run import Context
 from flywheel.runs.stage import Input, Stage
+from flywheel.search.best_of_n import BestOfN
 from flywheel.search.plan import Plan
 from flywheel.search.strategy import Strategy
 from flywheel.stages.kit import Kit, kit
-from flywheel.stages.shared import LAST_POLICY, by_question, difficulties, ids, model_names, search_models, trace, votes
+from flywheel.stages.shared import (
+    LAST_POLICY,
+    by_question,
+    difficulties,
+    ids,
+    model_names,
+    sampled,
+    search_models,
+    trace,
+    votes,
+)
 
 SOURCES = ("sample", "harvest")  # the stages whose verified solutions are kept
 
@@ -29,7 +42,16 @@ def work(ctx: Context, kit: Kit, questions: Sequence[str]) -> Iterator[object]:
     def strategy(question: str) -> Strategy:
         return plan.strategy(bins[question].quantile_bin, budget)
 
-    return kit.search_all(questions, searcher, strategy, f"r{ctx.round}/harvest")
+    samples, verdicts = sampled(ctx)
+    right = Counter(s.question_id for q in questions for s in samples[q] if verdicts[s.id] is Verdict.CORRECT)
+    for record in kit.search_all(questions, searcher, strategy, f"r{ctx.round}/harvest"):
+        if isinstance(record, Grade) and record.correct:
+            right[record.question_id] += 1
+        yield record
+    if extra := ctx.recipe.harvest.extra:
+        few = [q for q in questions if right[q] < ctx.recipe.harvest.min_votes]
+        more = BestOfN(extra, select="majority")
+        yield from kit.search_all(few, searcher, lambda question: more, f"r{ctx.round}/extra")
 
 
 def finish(ctx: Context) -> dict:

@@ -103,7 +103,7 @@ def test_a_reviser_that_copies_is_not_chosen(tmp_path, copying, chosen):
         round=1,
         dir=tmp_path / "choose_reviser",
         path=lambda stage: tmp_path / stage,
-        recipe=SimpleNamespace(reviser=SimpleNamespace(probe_attempts=2), model=SimpleNamespace(base="base")),
+        recipe=SimpleNamespace(reviser=SimpleNamespace(probe_attempts=2, choose="level"), model=SimpleNamespace(base="base")),
         read=lambda kind, stage: iter(grades if kind is Grade else attempts),
         figures=lambda stage: {"checkpoints": [{"step": s, "path": f"step-{s}"} for s in (4, 8)]},
     )
@@ -112,6 +112,32 @@ def test_a_reviser_that_copies_is_not_chosen(tmp_path, copying, chosen):
     assert {c["step"]: c["copies"] for c in found["checkpoints"]} == {step: float(step in copying) for step in (4, 8)}
     if chosen is None:
         assert found["why"].startswith("every checkpoint copies: 100%")
+
+
+@pytest.mark.parametrize("choose, chosen", [("level", 4), ("change", 8)])
+def test_a_reviser_is_chosen_by_its_attempts_or_by_what_revising_adds(tmp_path, choose, chosen):
+    """Checkpoint 4 is right in 3 of 4 questions at either attempt; 8 in none, then in 2."""
+    attempts, grades = [], []
+    for step, rights in ((4, (3, 3)), (8, (0, 2))):
+        (tmp_path / "train_reviser" / f"step-{step}").mkdir(parents=True)
+        for question in range(4):
+            for attempt in (1, 2):
+                id, model = f"q{question}/r1/step{step}/{attempt}", f"reviser_1@{step}"
+                text = f"3 +4\nso {step}{attempt}"
+                attempts.append(solution(id, text, f"q{question}", attempt=attempt, model=model))
+                verdict = Verdict.CORRECT if question < rights[attempt - 1] else Verdict.INCORRECT
+                grades.append(Grade(attempts[-1].id, f"q{question}", verdict))
+    ctx = SimpleNamespace(
+        round=1,
+        dir=tmp_path / "choose_reviser",
+        path=lambda stage: tmp_path / stage,
+        recipe=SimpleNamespace(reviser=SimpleNamespace(choose=choose), model=SimpleNamespace(base="base")),
+        read=lambda kind, stage: iter(grades if kind is Grade else attempts),
+        figures=lambda stage: {"checkpoints": [{"step": s, "path": f"step-{s}"} for s in (4, 8)]},
+    )
+    found = choose_reviser.finish(ctx)
+    assert found["chosen"]["step"] == chosen
+    assert [(c["level"], c["change"]) for c in found["checkpoints"]] == [(0.75, 0.0), (0.5, 0.5)]
 
 
 def test_a_prm_that_was_refused_leaves_the_base_to_judge(tmp_path):

@@ -8,6 +8,8 @@ import pytest
 
 from flywheel.recipe import load
 from flywheel.records import Difficulty, Finish, Grade, Problem, Question, Solution, Split, Step, Verdict
+from flywheel.search.best_of_n import BestOfN
+from flywheel.search.plan import Entry, Plan
 from flywheel.stages import harvest
 
 
@@ -41,3 +43,33 @@ def test_a_text_of_its_own_is_kept_where_draws_vote_by_answer(vote, kept, tmp_pa
     figures = harvest.finish(ctx)
     assert figures["verified"] == 4 and figures["kept"] == (3 if kept else 0)
     assert figures["too_few_votes"] == 4 - figures["kept"] and figures["questions"] == len(kept)
+
+
+@pytest.mark.parametrize(("extra", "again"), [(0, []), (8, ["half", "hard"])])
+def test_questions_without_a_verified_solution_get_extra_draws(extra, again, monkeypatch):
+    rights = {"easy": (2, 0), "half": (1, 0), "late": (1, 1), "hard": (0, 0)}  # in the sample stage, in the harvest
+    samples = {q: [drawn(q, i, "7") for i in range(3)] for q in rights}
+    verdicts = {
+        s.id: Verdict.CORRECT if i < rights[q][0] else Verdict.INCORRECT
+        for q, group in samples.items()
+        for i, s in enumerate(group)
+    }
+    plan = Plan("harvest", {}, (Entry(3, 4, BestOfN(4), 5, 1.0, 10.0),))
+    asked = []
+
+    def search_all(questions, searcher, strategy, tag):
+        asked.append({q: strategy(q) for q in questions})
+        for q in questions:
+            yield Grade(f"{q}/{tag}", q, Verdict.CORRECT if rights[q][1] else Verdict.INCORRECT, "best_of_n")
+
+    monkeypatch.setattr(harvest, "difficulties", lambda ctx: {q: Difficulty(q, 0.5, 3, 3) for q in rights})
+    monkeypatch.setattr(harvest, "search_models", lambda ctx: {})
+    monkeypatch.setattr(harvest, "sampled", lambda ctx: (samples, verdicts))
+    settings = [f"harvest.extra={extra}", "harvest.budget=4", "harvest.min_votes=2"]
+    ctx = SimpleNamespace(
+        recipe=load("recipes/chain.yaml", settings), figures=lambda stage: {"harvest": plan.to_dict()}, round=1
+    )
+    list(harvest.work(ctx, SimpleNamespace(searcher=lambda reviser: None, search_all=search_all), list(rights)))
+    assert asked[0] == dict.fromkeys(rights, BestOfN(4))
+    assert [sorted(more) for more in asked[1:]] == ([again] if again else [])
+    assert all(strategy == BestOfN(8, select="majority") for more in asked[1:] for strategy in more.values())
