@@ -103,7 +103,9 @@ def test_a_reviser_that_copies_is_not_chosen(tmp_path, copying, chosen):
         round=1,
         dir=tmp_path / "choose_reviser",
         path=lambda stage: tmp_path / stage,
-        recipe=SimpleNamespace(reviser=SimpleNamespace(probe_attempts=2, choose="level"), model=SimpleNamespace(base="base")),
+        recipe=SimpleNamespace(
+            reviser=SimpleNamespace(probe_attempts=2, choose="level"), model=SimpleNamespace(base="base")
+        ),
         read=lambda kind, stage: iter(grades if kind is Grade else attempts),
         figures=lambda stage: {"checkpoints": [{"step": s, "path": f"step-{s}"} for s in (4, 8)]},
     )
