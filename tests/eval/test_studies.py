@@ -30,7 +30,7 @@ def test_help_lists_the_studies(capsys):
     assert main(["--help"]) == 0
     printed = capsys.readouterr().out
     assert all(f"  {study} " in printed and question in printed for study, question in questions().items())
-    assert len(questions()) == 16
+    assert len(questions()) == 17
 
 
 def test_what_a_person_can_mend_is_one_line(tmp_path, capsys):
@@ -83,6 +83,31 @@ def test_a_choice_is_shown_by_calibration_questions_alone():
         choose.measure(argparse.Namespace(runs=[one, run("three", {"a": [1]})], round=1))
     with pytest.raises(UserError, match="one: the gate of round 2 judged no new policy"):
         choose.measure(argparse.Namespace(runs=[one], round=2))
+
+
+def test_samples_are_spent_where_the_vote_or_the_verifier_is_not_sure():
+    """Easy questions: always right, scored high. Hard ones: right in every third sample, and scored high only then."""
+    import random
+
+    from eval.draws import Drawn
+    from eval.studies import allocate
+
+    def pool(question: str, hard: bool) -> list[Drawn]:
+        right = [not hard or i % 3 == 2 for i in range(24)]
+        return [Drawn(question, "7" if r else str(i), 0.9 if r else 0.1, r, 5, 5, 0, "") for i, r in enumerate(right)]
+
+    pools = {f"{kind}{i}": pool(f"{kind}{i}", kind == "hard") for i in range(8) for kind in ("easy", "hard")}
+    counts = allocate.eliminate(pools, 3, 0.5)
+    assert {q: n for q, n in counts.items() if q.startswith("easy")} == {f"easy{i}": 1 for i in range(8)}
+    assert {n for q, n in counts.items() if q.startswith("hard")} == {3}
+    assert sum(allocate.eliminate(pools, 3, 1.0).values()) == 3 * len(pools)  # nothing is ever done: all is spent
+    assert allocate.eliminate(pools, 3, 1.0) == dict.fromkeys(pools, 3)
+    few = allocate.adaptive(pools, 4, 0.9)
+    assert max(few[q] for q in pools if q.startswith("easy")) < min(few[q] for q in pools if q.startswith("hard"))
+    found = allocate.compare(pools, 2, 4, random.Random(0))
+    assert found["best_of_n"]["samples"].tolist() == [2.0] * 16
+    assert found["elimination"]["samples"].sum() <= 2 * 16 + 1e-9
+    assert found["elimination"]["right"].mean() > found["best_of_n"]["right"].mean() + 0.03
 
 
 def test_gains_by_level_are_of_the_level_s_own_questions(tmp_path):
