@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass
 from functools import partial
 
 from flywheel.errors import UserError
+from flywheel.search.best_of_n import BestOfN
+from flywheel.search.greedy import Greedy
 from flywheel.search.strategies import AnyStrategy, from_dict
 from flywheel.search.strategy import Strategy
 
@@ -128,6 +130,19 @@ def most_right(trials: Sequence[Trial], models: Mapping[str, str], bins: int = 5
             options = _options(at_budget, bin, bins, budget, lambda t: float(t.correct))
             entries.append(min(options, key=lambda e: (-e.score, e.tokens)))
     return Plan("serve", dict(models), tuple(entries))
+
+
+def simplest(trials: Sequence[Trial]) -> dict[int, Strategy]:
+    """Budget -> what a plan has to beat: one strategy for all questions, greedy or best-of-N.
+
+    Of those that were tried (votes, temperatures) the one with most right answers; ties go to the cheaper one.
+    """
+    groups: dict[tuple[int, Strategy], list[Trial]] = {}
+    for trial in trials:
+        if isinstance(trial.strategy, Greedy | BestOfN):
+            groups.setdefault((trial.budget, trial.strategy), []).append(trial)
+    ranked = sorted(groups, key=lambda key: (-sum(t.correct for t in groups[key]), sum(t.tokens for t in groups[key])))
+    return {budget: strategy for budget, strategy in reversed(ranked)}
 
 
 def harvest_plan(trials: Sequence[Trial], models: Mapping[str, str], budget: int, keep: int, bins: int = 5) -> Plan:

@@ -14,7 +14,7 @@ from flywheel.records import Outcome, Role, SampleScores, Split, Verdict
 from flywheel.runs.run import Context
 from flywheel.runs.stage import Input, Stage
 from flywheel.search.best_of_n import BestOfN
-from flywheel.search.plan import Trial, harvest_plan, serve_plan, table
+from flywheel.search.plan import Trial, harvest_plan, serve_plan, simplest, table
 from flywheel.search.run import search_all
 from flywheel.search.strategies import left_out, strategies
 from flywheel.search.strategy import Strategy
@@ -78,6 +78,7 @@ def finish(ctx: Context) -> dict:
         "serve": serve.to_dict(),
         "harvest": harvest.to_dict(),
         "two_fold": two_fold,
+        "simplest": {budget: strategy.to_dict() for budget, strategy in sorted(simplest(trials).items())},
         "table": table(trials),
         "left_out": left_out(spec),
     }

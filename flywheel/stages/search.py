@@ -1,8 +1,9 @@
 """Search on the test questions: policy r-1 with this round's PRM, reviser and serve plan.
 
-Baselines: the greedy answer; the same selection with the un-finetuned base as verifier; for revisions, parallel
-samples of the reviser itself (Snell et al., figures 6 and 8), and, as a control for its pass@1 by attempt, revisions
-with another question's attempts in the prompt.
+Baselines: the greedy answer; `simplest`, the best strategy without bins, greedy or best-of-N, its vote and temperature
+chosen on the calibration questions as the plan is; the same selection with the un-finetuned base as verifier; for
+revisions, parallel samples of the reviser itself (Snell et al., figures 6 and 8), and, as a control for its pass@1 by
+attempt, revisions with another question's attempts in the prompt.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from flywheel.search.plan import Plan
 from flywheel.search.revise import Revise, revision_prompt
 from flywheel.search.run import search
 from flywheel.search.select import majority, weighted
+from flywheel.search.strategies import from_dict
 from flywheel.search.strategy import Searcher, Strategy, judge
 from flywheel.stages.kit import Kit, kit
 from flywheel.stages.shared import (
@@ -54,9 +56,10 @@ class Found:
 class OneQuestion:
     """All searches of one test question. Methods that use the same strategy share its outcome."""
 
-    def __init__(self, ctx: Context, kit: Kit, searcher: Searcher, problem: Problem, plan: Plan):
+    def __init__(self, ctx: Context, kit: Kit, searcher: Searcher, problem: Problem, plan: Plan, simplest: Strategy):
         self.spec, self.round = ctx.recipe.evaluate, ctx.round
-        self.kit, self.searcher, self.question, self.plan = kit, searcher, problem.question, plan
+        self.kit, self.searcher, self.question = kit, searcher, problem.question
+        self.plan, self.simplest = plan, simplest
         self.running: dict[Strategy, asyncio.Task[Outcome]] = {}
 
     async def search(self, strategy: Strategy) -> Outcome:
@@ -99,7 +102,11 @@ class OneQuestion:
         """
         k, n = len(pool), self.spec.budget
         length = max(n, self.spec.revise_attempts)
-        methods = {f"beam@{n}": self.by(Beam(n, min(4, n))), f"adaptive@{n}": self.by(Adaptive(n))}
+        methods = {
+            f"simplest@{n}": self.by(self.simplest),
+            f"beam@{n}": self.by(Beam(n, min(4, n))),
+            f"adaptive@{n}": self.by(Adaptive(n)),
+        }
         if self.searcher.reviser:
             methods[f"revise@{length}"] = self.by(Revise(length))
             methods[f"revise_parallel@{n}"] = self.by(Revise(1, n))
@@ -166,10 +173,12 @@ def work(ctx: Context, kit: Kit, questions: Sequence[str]) -> Iterator[object]:
     searcher = kit.searcher(reviser=Role.REVISER in search_models(ctx))
     samples, greedy = (test_solutions(ctx, ctx.round - 1, purpose) for purpose in ("evaluate", "greedy"))
     sampled, once = (test_grades(ctx, ctx.round - 1, purpose) for purpose in ("evaluate", "greedy"))
-    plan = Plan.from_dict(ctx.figures("calibrate")["serve"])
+    calibrated = ctx.figures("calibrate")
+    plan = Plan.from_dict(calibrated["serve"])
+    simplest = from_dict(calibrated["simplest"][str(ctx.recipe.evaluate.budget)])
     plan.check_models(model_names(search_models(ctx)))
     bins, edges = oracle_bins(ctx), probe_edges(ctx)
-    searches = {q: OneQuestion(ctx, kit, searcher, kit.problems[q], plan) for q in questions}
+    searches = {q: OneQuestion(ctx, kit, searcher, kit.problems[q], plan, simplest) for q in questions}
     others = dict(zip(questions, [*questions[1:], questions[0]]))
 
     async def one(question: str) -> tuple[dict[str, Found], list[float], list[Solution]]:

@@ -10,7 +10,8 @@ from flywheel.recipe import CalibrateSpec
 from flywheel.search.adaptive import Adaptive
 from flywheel.search.beam import Beam
 from flywheel.search.best_of_n import BestOfN
-from flywheel.search.plan import Plan, Trial, harvest_plan, held_out, serve_plan, table
+from flywheel.search.greedy import Greedy
+from flywheel.search.plan import Plan, Trial, harvest_plan, held_out, serve_plan, simplest, table
 from flywheel.search.revise import Revise
 from flywheel.search.strategies import left_out, strategies
 
@@ -276,3 +277,16 @@ def test_the_table_shows_every_strategy_in_every_bin():
             "tokens": 100.0,
         },
     ]
+
+
+def test_the_plan_s_rival_is_the_best_single_strategy_of_greedy_and_best_of_n():
+    cold = BestOfN(4, temperature=0.5)
+    asked = [
+        *trials(SMALL, 4, [1, 0, 0]),
+        *trials(cold, 4, [1, 1, 0]),
+        *trials(BestOfN(4, "majority"), 4, [1, 1, 0], tokens=90),
+        *trials(Beam(4), 4, [1, 1, 1]),  # not simple
+        *trials(Greedy(), 16, [1, 1, 0], tokens=5),
+        *trials(BIG, 16, [1, 1, 0]),
+    ]
+    assert simplest(asked) == {4: BestOfN(4, "majority"), 16: Greedy()}
