@@ -6,10 +6,10 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from eval.shared import add_runs, folder, records
+from eval.shared import add_runs, folder
 from flywheel.errors import UserError
 from flywheel.runs.files import read_json, sha256, write_json
-from flywheel.runs.run import Run
+from flywheel.runs.run import Run, records
 from flywheel.runs.shards import shard_dirs
 from flywheel.search.strategies import AnyStrategy
 
@@ -125,7 +125,7 @@ def read_all(run: Run, args: argparse.Namespace) -> tuple[list[Difficult], list[
         if not (directory / "finished").is_file():
             raise UserError(f"{directory}: not drawn; python -m eval study {run.root} --round {args.round} draws it")
         check_origin(directory, run, args.round)
-        found[part] = records(directory, {"difficulty": Difficult, "pool": Drawn}.get(part, Tried))
+        found[part] = list(records(directory, {"difficulty": Difficult, "pool": Drawn}.get(part, Tried)))
     return found["difficulty"], found["pool"], [*found["trials"], *found["adaptive"]]
 
 

@@ -16,9 +16,7 @@ from flywheel.measure.step_errors import best_threshold, step_errors
 from flywheel.models.prm import aggregate, label_ids
 from flywheel.recipe import PrmSpec, TrainSpec
 from flywheel.records import Answered, Grade, ModelRef, Role, Solution, Split
-from flywheel.runs.files import read_table
-from flywheel.runs.run import Context, Run
-from flywheel.runs.shards import shard_dirs
+from flywheel.runs.run import Context, Run, records
 from flywheel.runs.stage import Input, Stage
 from flywheel.runs.worker import fill
 from flywheel.search.revise import Revise
@@ -85,12 +83,6 @@ def draw(
     ctx.dir.mkdir(parents=True, exist_ok=True)
     fill(ctx, chunk)
     return ctx.dir
-
-
-def records(directory: Path, kind: type) -> list:
-    """All records of class `kind` in the shards of `directory`."""
-    tables = [shard / f"{kind.__name__}.parquet" for shard in shard_dirs(directory)]
-    return [row for table in tables if table.is_file() for row in read_table(table, kind)]
 
 
 def chains(

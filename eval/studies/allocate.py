@@ -23,10 +23,10 @@ import numpy as np
 
 from eval.curves import SELECT, is_right
 from eval.draws import Drawn, add_sizes, check_sizes, titles
-from eval.shared import folder, records
+from eval.shared import folder
 from flywheel.errors import UserError
 from flywheel.measure.stats import bootstrap_mean, paired_gain
-from flywheel.runs.run import Run
+from flywheel.runs.run import Run, records
 from flywheel.search.adaptive import Adaptive
 from flywheel.stages.shared import by_question
 

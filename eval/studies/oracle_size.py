@@ -16,14 +16,14 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from scipy.stats import spearmanr
 
-from eval.shared import draw, records
+from eval.shared import draw
 from flywheel.errors import UserError
 from flywheel.ledger import total
 from flywheel.measure.bins import quantile_bins
 from flywheel.measure.stats import bootstrap_mean
 from flywheel.records import Grade, ModelRef, Role, Solution
 from flywheel.runs.files import read_rows
-from flywheel.runs.run import Context, Run
+from flywheel.runs.run import Context, Run, records
 from flywheel.runs.shards import shard_dirs
 from flywheel.stages.kit import Kit
 from flywheel.stages.shared import by_question

@@ -26,6 +26,13 @@ BEAT = 3.0  # seconds
 SKIPPED = "skipped_questions.json"  # ids of the questions that `problems.skip_long` left out when the run began
 
 
+def records(directory: Path, cls: type[R]) -> Iterator[R]:
+    """The records of class `cls` in the shards of `directory`, in the order of the items."""
+    for shard in shard_dirs(directory):
+        if (table := shard / f"{cls.__name__}.parquet").is_file():  # a chunk may yield no such record
+            yield from read_table(table, cls)
+
+
 class Run:
     """Read-only access to a run directory, finished or not: recipe, manifests, records, models."""
 
@@ -82,9 +89,7 @@ class Run:
 
     def read(self, cls: type[R], stage: str, round: int) -> Iterator[R]:
         """The records of class `cls` that a stage wrote, in the order of its items."""
-        for shard in shard_dirs(self.path(stage, round)):
-            if (table := shard / f"{cls.__name__}.parquet").is_file():  # a chunk may yield no such record
-                yield from read_table(table, cls)
+        return records(self.path(stage, round), cls)
 
     @cached_property
     def ledger_rows(self) -> list[dict]:

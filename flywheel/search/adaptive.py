@@ -7,7 +7,7 @@ the samples that show how hard the question is are also candidates for its answe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
@@ -17,6 +17,30 @@ from flywheel.problems.grading import answer_key
 from flywheel.recipe import Positive
 from flywheel.records import Candidate, Question
 from flywheel.search.strategy import Searcher, Strategy, Temperature, draw, judge, option
+
+
+def votes(candidates: Sequence[Candidate]) -> dict[str, float]:
+    """Votes by `answer_key`. Each counts PRM score / highest PRM score; without scores, 1."""
+    scored = any(c.score for c in candidates)
+    highest = max((c.score for c in candidates), default=0.0)
+    out: dict[str, float] = {}
+    for c in candidates:
+        if c.solution.answer is not None:
+            key = answer_key(c.solution.answer)
+            out[key] = out.get(key, 0.0) + (c.score / highest if scored else 1.0)
+    return out
+
+
+def certainty(votes: Mapping[str, float]) -> float:
+    """The probability that the leading answer stays ahead of the second if sampling goes on; 0 without an answer.
+
+    Given the votes, the leader's share among the two answers is Beta(1 + its votes, 1 + the other's votes); the leader
+    stays ahead if that share is above a half.
+    """
+    from scipy.stats import beta
+
+    first, second = sorted([*votes.values(), 0.0, 0.0], reverse=True)[:2]
+    return float(beta.sf(0.5, 1 + first, 1 + second)) if votes else 0.0
 
 
 @dataclass(frozen=True)
@@ -69,21 +93,8 @@ class Adaptive(Strategy):
         return made
 
     def decided(self, candidates: Sequence[Candidate]) -> bool:
-        """Whether the leading answer would stay ahead of the second with probability `sure` if sampling went on.
-
-        Given the votes, the leader's share among the two answers is Beta(1 + its votes, 1 + the other's votes); the
-        vote is decided if P(share > 1/2) >= sure. A vote counts PRM score / highest PRM score.
-        """
-        from scipy.stats import beta
-
-        votes: dict[str, float] = {}
-        highest = max((c.score for c in candidates), default=0.0) or 1.0
-        for c in candidates:
-            if c.solution.answer is not None:
-                key = answer_key(c.solution.answer)
-                votes[key] = votes.get(key, 0.0) + c.score / highest
-        first, second = sorted([*votes.values(), 0.0, 0.0], reverse=True)[:2]
-        return bool(votes) and float(beta.sf(0.5, 1 + first, 1 + second)) >= self.sure
+        """Whether the leading answer would stay ahead with probability `sure` if sampling went on."""
+        return certainty(votes(candidates)) >= self.sure
 
     def covers(self, other: Strategy) -> bool:
         """True if `other` draws from the same model in the same steps and stops no later."""

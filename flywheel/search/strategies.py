@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Iterable, Iterator
-from typing import Annotated
+from typing import Annotated, get_args, get_type_hints
 
 from pydantic import ConfigDict, PlainSerializer, PlainValidator, ValidationError, validate_call
 
@@ -86,6 +86,41 @@ def _at(spec: StrategySpec, budget: int, where: str) -> Strategy | Unfit:
         fault = error.errors()[0]
         option = fault["loc"][0]
         raise UserError(f"{where}.{option}: {fault['msg']} (got {spec.options[option]!r})") from None
+
+
+def named(text: str) -> Strategy:
+    """The strategy that a person names as `greedy` or `KIND:N[:OPTION...]`, N the generations.
+
+    An option is `key=value`, or a word that is a value of one key only: `best_of_n:16:majority`, `beam:16:width=4`,
+    `adaptive:16:reviser:sure=0.9`. Raises UserError.
+    """
+    name, *rest = text.split(":")
+    if name not in KINDS:
+        raise UserError(f"strategy {text!r}: unknown{_nearest(name, KINDS)}; known: {', '.join(KINDS)}")
+    count, *options = ["1", *rest] if name == "greedy" else rest or [""]
+    if not count.isdecimal() or not int(count):
+        raise UserError(f"strategy {text!r}: a number of generations is wanted, as in {name}:16")
+    values = get_type_hints(KINDS[name].at, include_extras=True).items()
+    words = {word: key for key, hint in values for word in get_args(hint) if isinstance(word, str)}
+    given: dict[str, int | float | str] = {}
+    for option in options:
+        key, equals, value = option.partition("=")
+        if not equals:
+            if key not in words:
+                raise UserError(f"strategy {text!r}: no key of {name} is known by {key}; write KEY={key}")
+            key, value = words[key], key
+        given[key] = int(value) if value.isdecimal() else _number(value)
+    found = _at(StrategySpec(kind=name, **given), int(count), f"strategy {text!r}")
+    if isinstance(found, Unfit):
+        raise UserError(f"strategy {text!r}: {found.args[0]} does not fit {count} generations: {found.args[1]}")
+    return found
+
+
+def _number(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:

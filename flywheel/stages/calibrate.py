@@ -8,8 +8,10 @@ bin never score a strategy on that question.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+from flywheel.measure.bins import quantile_edges
+from flywheel.recipe import Recipe
 from flywheel.records import Outcome, Role, SampleScores, Split, Verdict
 from flywheel.runs.run import Context
 from flywheel.runs.stage import Input, Stage
@@ -17,7 +19,7 @@ from flywheel.search.best_of_n import BestOfN
 from flywheel.search.plan import Trial, harvest_plan, serve_plan, simplest, table
 from flywheel.search.run import search_all
 from flywheel.search.strategies import left_out, strategies
-from flywheel.search.strategy import Strategy
+from flywheel.search.strategy import Searcher, Strategy
 from flywheel.stages.kit import Kit, kit
 from flywheel.stages.shared import (
     LAST_POLICY,
@@ -34,31 +36,51 @@ from flywheel.stages.shared import (
 
 def work(ctx: Context, kit: Kit, questions: Sequence[str]) -> Iterator[object]:
     searcher, bins = kit.searcher(reviser=Role.REVISER in search_models(ctx)), difficulties(ctx)
-    wanted = [item for item in strategies(ctx.recipe.calibrate) if searcher.can(item[1])]
+    known = {q: known_traces(ctx, q) for q in questions}
+    return try_all(kit, searcher, {q: bins[q].quantile_bin for q in questions}, known, f"r{ctx.round}/calibrate")
+
+
+def try_all(
+    kit: Kit, searcher: Searcher, bins: Mapping[str, int], known: Mapping[str, Counter[str]], tag: str
+) -> Iterator[SampleScores | Trial]:
+    """A Trial of each strategy of the recipe on each question of `bins` (id -> bin), and scores for the probe's edges.
+
+    known: votes by verified trace that a question has before; see `Trial.verified`.
+    """
+    wanted = [item for item in strategies(kit.recipe.calibrate) if searcher.can(item[1])]
+    enough = kit.recipe.harvest.min_votes
 
     async def one(question: str) -> list[tuple[int, Strategy, Outcome]]:
-        item = kit.problems[question].question
-        return await search_all(wanted, item, searcher, tag=f"r{ctx.round}/calibrate")
+        return await search_all(wanted, kit.problems[question].question, searcher, tag=tag)
 
-    for question, outcomes in kit.each(questions, one):
-        judged = [o.candidates for _, s, o in outcomes if isinstance(s, BestOfN) and s.select == "weighted"]
-        if judged:  # the search stage derives the bin edges of its probe from these scores
+    for question, outcomes in kit.each(bins, one):
+        judged = [o.candidates for _, s, o in outcomes if isinstance(s, BestOfN) and s == BestOfN(s.n)]
+        if judged:  # as the probe draws
             yield SampleScores(question, tuple(c.score for c in max(judged, key=len)))
         distinct = {c.solution.id: c.solution for _, _, o in outcomes for c in o.candidates}
         correct = kit.correct(distinct.values())
-        known, enough = known_traces(ctx, question), ctx.recipe.harvest.min_votes
         for budget, strategy, outcome in outcomes:
             solutions = [c.solution for c in outcome.candidates]
-            won = votes(s for s in solutions if correct[s.id])
+            before, won = known[question], votes(s for s in solutions if correct[s.id])
             yield Trial(
                 question_id=question,
-                bin=bins[question].quantile_bin,
+                bin=bins[question],
                 budget=budget,
                 strategy=strategy,
                 correct=bool(answer_is_right(outcome.answer, solutions, correct)),
-                verified=sum(known[text] < enough <= known[text] + count for text, count in won.items()),
+                verified=sum(before[text] < enough <= before[text] + count for text, count in won.items()),
                 tokens=outcome.tokens,
             )
+
+
+def probe_edges(recipe: Recipe, drawn: Iterable[SampleScores]) -> list[float]:
+    """Falling bin edges for a probe: quantiles of the mean PRM score of `evaluate.probe` samples.
+
+    `calibrate.edges` if the recipe tries no best-of-N weighted, the only strategy that draws as a probe does.
+    """
+    probes = [row.scores[: recipe.evaluate.probe] for row in drawn]
+    means = [sum(scores) / len(scores) for scores in probes]
+    return quantile_edges(means, recipe.calibrate.bins) if means else list(recipe.calibrate.edges)
 
 
 def known_traces(ctx: Context, question: str) -> Counter[str]:
@@ -78,6 +100,7 @@ def finish(ctx: Context) -> dict:
         "serve": serve.to_dict(),
         "harvest": harvest.to_dict(),
         "two_fold": two_fold,
+        "probe_edges": probe_edges(ctx.recipe, ctx.read(SampleScores, "calibrate")),
         "simplest": {budget: strategy.to_dict() for budget, strategy in sorted(simplest(trials).items())},
         "table": table(trials),
         "left_out": left_out(spec),
@@ -89,6 +112,7 @@ STAGE = Stage(
     sections=(
         "problems",
         "calibrate",
+        "evaluate.probe",
         "sample",
         "harvest.budget",
         "harvest.keep",

@@ -13,16 +13,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from flywheel.measure.bins import fixed_bin, quantile_bins, quantile_edges
+from flywheel.measure.bins import quantile_bins
 from flywheel.models.prm import Prm, together
 from flywheel.records import Answered, Candidate, Grade, ModelRef, Outcome, Problem, Role, SampleScores, Solution, Split
 from flywheel.runs.run import Context
 from flywheel.runs.stage import Input, Stage
 from flywheel.search.adaptive import Adaptive
 from flywheel.search.beam import Beam
-from flywheel.search.best_of_n import BestOfN
 from flywheel.search.greedy import Greedy
 from flywheel.search.plan import Plan
+from flywheel.search.probe import by_probe
 from flywheel.search.revise import Revise, revision_prompt
 from flywheel.search.run import search
 from flywheel.search.select import majority, weighted
@@ -33,7 +33,6 @@ from flywheel.stages.shared import (
     LAST_POLICY,
     answer_is_right,
     by_question,
-    difficulties,
     ids,
     interval,
     model_names,
@@ -73,25 +72,15 @@ class OneQuestion:
         return Found(done.answer, [c.solution for c in done.candidates], done.tokens)
 
     async def after_probe(self, edges: Sequence[float]) -> Found:
-        """Bin the question by the mean PRM score of `evaluate.probe` samples, then search by the plan's strategy.
+        """Search by the plan, with the bin that a probe guesses."""
 
-        The probe's samples stay candidates: best-of-N draws that many fewer, other strategies add them to their own.
-        """
-        size = self.spec.probe
-        probe = await search(BestOfN(size), self.question, self.searcher, tag=f"r{self.round}/probe")
-        bin = fixed_bin(sum(c.score for c in probe.candidates) / size, edges)
-        chosen = self.plan.strategy(bin, self.spec.budget)
-        match chosen:
-            case BestOfN(n=n) if n <= size:
-                candidates, tokens = probe.candidates[:n], probe.tokens
-            case BestOfN(n=n):
-                tag = f"r{self.round}/after_probe"
-                rest = await search(replace(chosen, n=n - size), self.question, self.searcher, tag=tag)
-                candidates, tokens = (*probe.candidates, *rest.candidates), probe.tokens + rest.tokens
-            case _:
-                rest = await self.search(chosen)
-                candidates, tokens = (*rest.candidates, *probe.candidates), probe.tokens + rest.tokens
-        return Found(chosen.answer(candidates), [c.solution for c in candidates], tokens)
+        async def ask(strategy: Strategy, tag: str) -> Outcome:
+            if tag == strategy.name:
+                return await self.search(strategy)
+            return await search(strategy, self.question, self.searcher, tag=f"r{self.round}/{tag}")
+
+        done = await by_probe(self.plan, self.spec.budget, self.spec.probe, edges, ask)
+        return Found(done.answer, [c.solution for c in done.candidates], done.tokens)
 
     async def all(
         self, pool: Sequence[Solution], greedy: Solution, oracle_bin: int, edges: Sequence[float]
@@ -177,7 +166,7 @@ def work(ctx: Context, kit: Kit, questions: Sequence[str]) -> Iterator[object]:
     plan = Plan.from_dict(calibrated["serve"])
     simplest = from_dict(calibrated["simplest"][str(ctx.recipe.evaluate.budget)])
     plan.check_models(model_names(search_models(ctx)))
-    bins, edges = oracle_bins(ctx), probe_edges(ctx)
+    bins, edges = oracle_bins(ctx), ctx.figures("calibrate")["probe_edges"]
     searches = {q: OneQuestion(ctx, kit, searcher, kit.problems[q], plan, simplest) for q in questions}
     others = dict(zip(questions, [*questions[1:], questions[0]]))
 
@@ -207,17 +196,6 @@ def work(ctx: Context, kit: Kit, questions: Sequence[str]) -> Iterator[object]:
 def oracle_bins(ctx: Context) -> dict[str, int]:
     """Quantile bins of the test questions by policy r-1's pass@1, which needs gold: oracle difficulty."""
     return quantile_bins(test_rates(ctx, ctx.round - 1), ctx.recipe.calibrate.bins)
-
-
-def probe_edges(ctx: Context) -> list[float]:
-    """Bin edges for the probe's statistic, the mean PRM score of its samples.
-
-    They are the quantiles of this statistic on the calibration questions, on which the plan was fitted.
-    """
-    size, bins = ctx.recipe.evaluate.probe, ctx.recipe.calibrate.bins
-    probes = [row.scores[:size] for row in ctx.read(SampleScores, "calibrate")]
-    means = [sum(scores) / len(scores) for scores in probes]
-    return quantile_edges(means or [d.pass_at_1 for d in difficulties(ctx).values()], bins)
 
 
 def finish(ctx: Context) -> dict:

@@ -1,0 +1,109 @@
+"""Answers with their confidence and bill, on a scripted device."""
+
+from __future__ import annotations
+
+import pytest
+from say import QUESTION, SAMPLES, VALUES, Bench
+
+from flywheel.errors import UserError
+from flywheel.search.adaptive import Adaptive, certainty
+from flywheel.search.beam import Beam
+from flywheel.search.best_of_n import BestOfN
+from flywheel.search.greedy import Greedy
+from flywheel.search.plan import Entry, Plan
+from flywheel.search.revise import Revise
+from flywheel.search.strategies import named
+from flywheel.serving.batch import finished
+from flywheel.serving.solver import Ask, Solved, Solver
+
+EASY, HARD = BestOfN(2), Revise(4)
+PLAN = Plan("serve", {}, tuple(Entry(b, 4, s, 5, 1.0, 10.0) for b, s in ((1, EASY), (2, HARD))))
+
+
+def solve(bench: Bench, ask: Ask, plan: Plan | None = None, edges=(0.5,)) -> Solved:
+    solver = Solver(bench.searcher, plan, edges, 2)
+    [found] = bench.driver.run([QUESTION], lambda q: solver.solve(q, ask))
+    return found
+
+
+def test_an_answer_has_its_share_of_the_votes_its_certainty_and_every_token_on_the_bill():
+    bench = Bench(SAMPLES, VALUES)
+    found = solve(bench, Ask(BestOfN(3)))
+    # 16 (0.4), 18 (0.7), 16 (0.4): the scores by `last` make 18 the best single one and 16 the winner
+    assert found.answer == "16" and found.share == pytest.approx(0.8 / 1.5) and found.best.score == 0.4
+    assert found.certainty == pytest.approx(certainty({"16": 0.8 / 0.7, "18": 1.0})) and 0.5 < found.certainty < 0.6
+    assert (found.strategy, found.guide, found.bin) == ("best_of_n:3:weighted", "asked", None)
+    spent = sum(row["prompt"] + row["generated"] + row["scored"] for row in bench.ledger.rows())
+    assert found.tokens == spent == found.prompt + found.generated + found.scored and found.generated > 0
+    assert not found.cut_off and len(found.candidates) == 3
+
+
+def test_the_plan_is_followed_in_the_bin_that_the_probe_guesses():
+    easy = solve(Bench(SAMPLES, VALUES), Ask(budget=9), PLAN)
+    assert (easy.guide, easy.bin, easy.strategy) == ("probe", 1, EASY.name)  # mean of 0.4 and 0.7, edge 0.5
+    assert len(easy.candidates) == 2
+    bench = Bench(SAMPLES, VALUES, reviser=SAMPLES)
+    hard = solve(bench, Ask(budget=4), PLAN, edges=(0.6,))
+    assert (hard.bin, hard.strategy) == (2, HARD.name)
+    assert len({c.solution.id for c in hard.candidates}) == len(hard.candidates) == 6  # four attempts, two of the probe
+
+
+def test_without_a_plan_it_samples_until_the_vote_is_decided():
+    found = solve(Bench(SAMPLES, VALUES), Ask(budget=4))
+    assert (found.guide, found.strategy) == ("adaptive", Adaptive(4).name) and found.bin is None
+
+
+@pytest.mark.parametrize("limit", [1, 40, 60, 90, 120, 150, 200, 400])
+@pytest.mark.parametrize("plan", [None, PLAN])
+def test_a_limit_on_tokens_is_never_exceeded_and_whatever_was_finished_answers(limit, plan):
+    bench = Bench(SAMPLES, VALUES, reviser=SAMPLES)
+    found = solve(bench, Ask(budget=4, tokens=limit), plan, edges=(0.9,))
+    assert found.tokens <= limit
+    assert found.cut_off if limit <= 60 else limit < 400 or not found.cut_off
+    assert (found.answer is not None) == any(c.solution.answer for c in found.candidates)
+    assert len({c.solution.id for c in found.candidates}) == len(found.candidates)
+
+
+@pytest.mark.parametrize(
+    "text, strategy",
+    [
+        ("greedy", Greedy()),
+        ("greedy:reviser", Greedy("reviser")),
+        ("best_of_n:16:weighted", BestOfN(16)),
+        ("best_of_n:16:majority:temperature=0.5", BestOfN(16, "majority", 0.5)),
+        ("beam:16:width=4", Beam(16, 4)),
+        ("beam:16:width=sqrt", Beam(16, 4)),
+        ("revise:16:chains=4:last", Revise(4, 4, "last")),
+        ("adaptive:8:reviser:sure=0.9", Adaptive(8, 0.9, "reviser")),
+    ],
+)
+def test_a_strategy_by_its_name(text, strategy):
+    assert named(text) == strategy
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("beem:4", "did you mean beam?"),
+        ("best_of_n", "a number of generations is wanted, as in best_of_n:16"),
+        ("best_of_n:0", "a number of generations is wanted"),
+        ("best_of_n:4:loud", "no key of best_of_n is known by loud"),
+        ("beam:4:wide=2", "unknown key of beam"),
+        ("adaptive:4:sure=7", "sure: Input should be less than 1"),
+        ("beam:2:width=4", "does not fit 2 generations"),
+    ],
+)
+def test_a_strategy_that_does_not_exist_is_one_line(text, said):
+    with pytest.raises(UserError, match=said) as raised:
+        named(text)
+    assert text in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_a_line_that_a_kill_cut_short_is_asked_again(tmp_path):
+    out = tmp_path / "answers.jsonl"
+    assert finished(out) == set()
+    out.write_text('{"id": "a", "answer": "1"}\n{"id": "b", "ans')
+    assert finished(out) == {"a"} and out.read_text() == '{"id": "a", "answer": "1"}\n'
+    out.write_text("a,b\n")
+    with pytest.raises(UserError, match="answers.jsonl: not what flywheel solve writes"):
+        finished(out)
