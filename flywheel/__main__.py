@@ -12,6 +12,7 @@ COMMANDS = {
     "try": "sample a few questions by a recipe's base, and show what was read",
     "iterate": "train a run up to a round, or continue it",
     "solve": "answer questions with what a run has learned",
+    "serve": "the same behind an OpenAI-compatible API",
     "summary": "print every figure of a run and what it cost",
     "verify": "check a run's files and say what would have to be redone",
     "export": "write a run's models, its harvest and a model card to a directory",

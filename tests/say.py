@@ -98,9 +98,9 @@ class Say:
 class Bench:
     """A searcher over scripted devices, and a ledger."""
 
-    def __init__(self, policy=None, values=None, reviser=None, *, how="last", max_model_len=256, **sample):
+    def __init__(self, policy=None, values=None, reviser=None, *, how="last", max_model_len=256, device=Say, **sample):
         self.ledger = Ledger("test", 1)
-        self.devices = {Role.POLICY: Say(policy), Role.PRM: Say(values=values), Role.REVISER: Say(reviser)}
+        self.devices = {Role.POLICY: device(policy), Role.PRM: device(values=values), Role.REVISER: device(reviser)}
         engines = {
             role: ServedModel(role, f"{role}_1", 10, max_model_len, device, self.ledger)
             for role, device in self.devices.items()

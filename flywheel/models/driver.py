@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import selectors
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -160,6 +160,11 @@ class Backend:
             self._on_run()
         return drive(items, work, self._step)
 
+    def serve(self, main: Coroutine[Any, Any, R]) -> R:
+        """Run `main`, such as a server's loop, stepping the devices whenever it waits. Raises EngineDied."""
+        with _runner(self._step) as runner:
+            return runner.run(main)
+
     def close(self) -> None:
         for device in self._devices:
             device.close()
@@ -190,8 +195,12 @@ def drive(items: Iterable[T], work: Callable[[T], Awaitable[R]], step: Callable[
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(_SteppingSelector(step))) as runner:
+    with _runner(step) as runner:
         return runner.run(all_items())
+
+
+def _runner(step: Callable[[], bool]) -> asyncio.Runner:
+    return asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(_SteppingSelector(step)))
 
 
 class _SteppingSelector(selectors.DefaultSelector):

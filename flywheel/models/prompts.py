@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from flywheel.errors import UserError, first_line
 from flywheel.recipe import ExampleSpec, PromptSpec
 from flywheel.records import Question, Solution, Step
 
@@ -30,7 +31,11 @@ class Prompts:
         self._again = self._encode(again)
 
     def _encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False)
+        """Raises UserError if the tokenizer has no token for a part of `text`, as a word-level one may."""
+        try:
+            return self.tokenizer.encode(text, add_special_tokens=False)
+        except Exception as error:  # what the library `tokenizers` raises has no other type
+            raise UserError(f"the model's tokenizer cannot write {text!r}: {first_line(error)}") from None
 
     def _head(self, template: str, question: Question, examples: Sequence[ExampleSpec] = ()) -> list[int]:
         asked = [(template.replace("{question}", shown.question), shown.solution) for shown in examples]

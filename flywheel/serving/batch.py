@@ -48,7 +48,7 @@ def answer(
 ) -> dict[str, float]:
     """Answer `problems`, writing to the file `out` or to stdout; returns sums over what was answered now.
 
-    A problem with an empty gold answer is not graded. A question that does not fit the model gets a line with `error`.
+    A problem with an empty gold answer is not graded. A question that the model cannot read gets a line with `error`.
     """
     run = Run(root)
     served = calibrate(run, round) if make_plan else system(run, round)
@@ -66,7 +66,7 @@ def answer(
         async def one(problem: Problem) -> None:
             try:
                 found = await solver.solve(problem.question, ask)
-            except TooLong as error:
+            except (TooLong, UserError) as error:
                 row = {"id": problem.id, "question": problem.question.text, "error": str(error)}
                 sums["failed"] += 1
             else:

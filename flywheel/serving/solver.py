@@ -36,7 +36,7 @@ class Solved:
     share: the answer's share of the (PRM-weighted) votes. certainty: the probability that it stays ahead if sampling
     goes on. guide: what chose the strategy: `asked`, `probe`, or `adaptive` without a plan. bin: the guessed difficulty
     bin. tokens = prompt + generated + scored; `cached` of them came from the prefix cache. best: the highest-scored
-    solution with this answer. cut_off: the limit on tokens ended the search.
+    solution with this answer, or of all if there is no answer. cut_off: the limit on tokens ended the search.
     """
 
     answer: str | None
@@ -110,7 +110,7 @@ class Solver:
 def confidence(candidates: Sequence[Candidate], answer: str | None) -> tuple[Candidate | None, float, float]:
     """(the best candidate with `answer`, the answer's share of the votes, the certainty that it stays ahead)."""
     if answer is None:
-        return None, 0.0, 0.0
+        return max(candidates, key=lambda c: c.score, default=None), 0.0, 0.0
     cast, key = votes(candidates), answer_key(answer)
     given = [c for c in candidates if c.solution.answer is not None and answer_key(c.solution.answer) == key]
     ahead = certainty(cast) if cast[key] == max(cast.values()) else 1 - certainty(cast)

@@ -1,0 +1,71 @@
+"""Serve a run's models behind an OpenAI-compatible API: flywheel serve RUN --port 8000
+
+Every request is answered by a search, as `flywheel solve` does, and its `usage` holds all tokens of it. Beside OpenAI's
+keys a body takes `budget` (generations), `max_total_tokens`, and `strategy` (auto, greedy, or KIND:N[:OPTION...]).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from flywheel.errors import explain
+from flywheel.runs.isolate import THREADS
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(prog="flywheel serve", description=__doc__.partition("\n\n")[2])
+    p.add_argument("run", type=Path, help="a run directory, e.g. runs/chain")
+    p.add_argument("--host", default="127.0.0.1", help="address to listen at (default: this machine alone)")
+    p.add_argument("--port", type=int, default=8000, help="(default: %(default)s)")
+    p.add_argument("--round", type=int, metavar="R", help="the models after this round (default: the last)")
+    p.add_argument("--budget", type=int, metavar="N", help="generations, for the plan (default: evaluate.budget)")
+    p.add_argument("--queue", type=int, default=256, metavar="N", help="requests under way at most; more get 429")
+    p.add_argument("--api-key", metavar="KEY", default=os.environ.get("FLYWHEEL_API_KEY"), help="or FLYWHEEL_API_KEY")
+    p.add_argument("--calibrate", action="store_true", help="make the plan for these models first, if there is none")
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns the exit code. SIGTERM and SIGINT finish what is under way, then end it."""
+    args = parser().parse_args(argv)
+    for option in ("budget", "queue"):
+        if (value := getattr(args, option)) is not None and value < 1:
+            parser().error(f"--{option}: 1 or more")
+    from flywheel.runs.processes import environment, threads_of
+    from flywheel.runs.ranks import Ranks
+    from flywheel.runs.run import Run
+
+    try:
+        run, ranks = Run(args.run), Ranks()
+        # like a stage's process, and before torch is imported; there is no other process, so all threads are its own
+        for key, value in (environment(ranks, False, 0) | {THREADS: str(threads_of(ranks, run.recipe))}).items():
+            os.environ.pop(key, None) if value is None else os.environ.update({key: value})
+        import uvicorn
+
+        from flywheel.serving.batch import opened
+        from flywheel.serving.server import Service, app
+        from flywheel.serving.system import calibrate, system
+
+        served = (calibrate if args.calibrate else system)(run, args.round)
+        with opened(served, run.recipe.seed) as (kit, solver):
+            name = f"{run.recipe.name}-{served.round}"
+            service = Service(solver, name, args.budget or run.recipe.evaluate.budget, args.queue, args.api_key)
+            how = "by its plan" if served.plan else "until the vote is decided: no plan is made for these models"
+            print(f"{name} at http://{args.host}:{args.port}/v1, answering {how}", flush=True)
+            config = uvicorn.Config(app(service), host=args.host, port=args.port, log_level="warning", lifespan="off")
+            kit.backend.serve(uvicorn.Server(config).serve())
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        if (line := explain(error)) is None:
+            raise
+        print(f"flywheel: {line}", file=sys.stderr, flush=True)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

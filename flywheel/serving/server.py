@@ -1,0 +1,277 @@
+"""An OpenAI-compatible server over a run's models: every answer is searched, and `usage` holds the whole bill.
+
+One event loop serves HTTP and steps the engines (`Backend.serve`), so all requests share their batches and none waits
+for another to end. A client that goes away has its search cancelled.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal, TypeVar
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from flywheel.errors import TooLong, UserError
+from flywheel.records import Question
+from flywheel.search.greedy import Greedy
+from flywheel.search.strategies import named
+from flywheel.search.strategy import Strategy
+from flywheel.serving.solver import Ask, Solved, Solver
+
+MAX_BODY = 1 << 20  # bytes
+T = TypeVar("T")
+
+
+class Refused(Exception):
+    """A request that gets an error: args are (HTTP status, message)."""
+
+
+class Gone(Exception):
+    """The client closed its connection."""
+
+
+class Message(BaseModel):
+    role: str
+    content: str
+
+
+class Asked(BaseModel):
+    """A request's body. What is not listed here is refused; `user`, `metadata` and `stream_options` are ignored."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str
+    messages: list[Message] | None = None  # chat
+    prompt: str | None = None  # completions
+    n: Literal[1] = 1
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    max_tokens: Annotated[int, Field(gt=0)] | None = None  # of one solution
+    max_completion_tokens: Annotated[int, Field(gt=0)] | None = None  # the newer name of the same
+    stream: bool = False
+    user: Any = None
+    metadata: Any = None
+    stream_options: Any = None
+    strategy: str = "auto"
+    budget: Annotated[int, Field(gt=0)] | None = None  # generations
+    max_total_tokens: Annotated[int, Field(gt=0)] | None = None
+
+
+@dataclass
+class Service:
+    """What the endpoints share. `name`: the model's id; `queue`: requests under way at most; `key`: of the API."""
+
+    solver: Solver
+    name: str
+    budget: int
+    queue: int
+    key: str | None = None
+    under_way: int = 0
+
+    def __post_init__(self):
+        self.registry = CollectorRegistry()
+
+        def metric(kind, name: str, text: str, *labels: str):
+            return kind(f"flywheel_{name}", text, labels, registry=self.registry)
+
+        self.requests = metric(Counter, "requests", "Requests by HTTP status", "status")
+        self.tokens = metric(Counter, "tokens", "Tokens charged", "kind")
+        self.strategies = metric(Counter, "strategies", "Answers by strategy", "strategy")
+        self.seconds = metric(Histogram, "seconds", "Seconds to an answer")
+        self.running = metric(Gauge, "under_way", "Requests under way")
+
+    def question(self, asked: Asked) -> Question:
+        if asked.model != self.name:
+            raise Refused(404, f"model: {asked.model!r} is not served; {self.name} is")
+        if asked.messages is not None:
+            roles = [message.role for message in asked.messages]
+            if roles != ["user"]:
+                raise Refused(400, f"messages: one message of the user, the question, is wanted; got {roles}")
+            text = asked.messages[0].content
+        else:
+            text = asked.prompt or ""
+        if not text.strip():
+            raise Refused(400, "the question is empty")
+        return Question(uuid.uuid4().hex, text)
+
+    def ask(self, asked: Asked) -> Ask:
+        try:
+            strategy = None if asked.strategy == "auto" else named(asked.strategy)
+        except UserError as error:
+            raise Refused(400, str(error)) from None
+        if asked.temperature is not None:
+            strategy = at_temperature(strategy, asked.temperature)
+        if strategy and not self.solver.searcher.can(strategy):
+            raise Refused(400, f"strategy: {strategy.name} needs a {strategy.maker}, and this round has none")
+        return Ask(strategy, asked.budget or self.budget, asked.max_total_tokens)
+
+    async def solve(self, asked: Asked) -> Solved:
+        question, ask, solver = self.question(asked), self.ask(asked), self.solver
+        if most := asked.max_tokens or asked.max_completion_tokens:
+            sample = solver.searcher.sample
+            sample = sample.model_copy(update={"max_tokens": min(most, sample.max_tokens)})
+            solver = replace(solver, searcher=replace(solver.searcher, sample=sample))
+        if self.under_way >= self.queue:
+            raise Refused(429, f"{self.queue} requests are under way; try again later")
+        self.under_way += 1
+        self.running.set(self.under_way)
+        try:
+            found = await solver.solve(question, ask)
+        except (TooLong, UserError) as error:
+            raise Refused(400, str(error)) from None
+        finally:
+            self.under_way -= 1
+            self.running.set(self.under_way)
+        for kind in ("prompt", "generated", "scored"):
+            self.tokens.labels(kind).inc(getattr(found, kind))
+        self.strategies.labels(found.strategy).inc()
+        self.seconds.observe(found.seconds)
+        return found
+
+
+def at_temperature(strategy: Strategy | None, temperature: float) -> Strategy:
+    """The strategy at a temperature; 0 is the greedy answer. Raises Refused where it has none to set."""
+    if temperature == 0:
+        if strategy and not isinstance(strategy, Greedy):
+            raise Refused(400, f"temperature: 0 is the greedy answer, not {strategy.name}")
+        return strategy or Greedy()
+    if strategy is None:
+        raise Refused(400, "temperature: the plan chooses it; name a strategy to set it, or 0 for the greedy answer")
+    if not hasattr(strategy, "temperature"):
+        raise Refused(400, f"temperature: {strategy.name} has none to set")
+    return replace(strategy, temperature=temperature)
+
+
+def app(service: Service) -> FastAPI:
+    api = FastAPI(title="flywheel", docs_url=None, redoc_url=None, openapi_url=None)
+
+    @api.exception_handler(Refused)
+    async def refuse(request: Request, error: Refused) -> JSONResponse:
+        status, message = error.args
+        service.requests.labels(str(status)).inc()
+        return JSONResponse({"error": {"message": message, "type": "invalid_request_error", "code": status}}, status)
+
+    @api.exception_handler(Gone)
+    async def gone(request: Request, error: Gone) -> Response:
+        service.requests.labels("499").inc()
+        return Response(status_code=499)
+
+    @api.get("/health")
+    async def health() -> dict:
+        return {"status": "ok", "under_way": service.under_way}
+
+    @api.get("/metrics")
+    async def metrics() -> Response:
+        return Response(generate_latest(service.registry), media_type="text/plain; version=0.0.4")
+
+    @api.get("/v1/models")
+    async def models(request: Request) -> dict:
+        check_key(service, request)
+        return {"object": "list", "data": [{"id": service.name, "object": "model", "owned_by": "flywheel"}]}
+
+    async def answer(request: Request, chat: bool) -> Response:
+        check_key(service, request)
+        asked = await read(request, "messages" if chat else "prompt")
+        found = await unless_gone(request, service.solve(asked))
+        service.requests.labels("200").inc()
+        if not asked.stream:
+            return JSONResponse(completion(service.name, found, chat))
+        return StreamingResponse(events(service.name, found, chat), media_type="text/event-stream")
+
+    @api.post("/v1/chat/completions")
+    async def chat(request: Request) -> Response:
+        return await answer(request, True)
+
+    @api.post("/v1/completions")
+    async def complete(request: Request) -> Response:
+        return await answer(request, False)
+
+    return api
+
+
+def check_key(service: Service, request: Request) -> None:
+    if service.key and request.headers.get("authorization") != f"Bearer {service.key}":
+        raise Refused(401, "the API key is missing or wrong")
+
+
+async def read(request: Request, wanted: str) -> Asked:
+    """The request's body, which must have the key `wanted`. Raises Refused."""
+    body = b""
+    async for part in request.stream():
+        body += part
+        if len(body) > MAX_BODY:
+            raise Refused(413, f"the body has more than {MAX_BODY:,} bytes")
+    try:
+        asked = Asked.model_validate_json(body)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        where = ".".join(map(str, fault["loc"]))
+        raise Refused(400, f"{where}: {fault['msg']}" if where else fault["msg"]) from None
+    if getattr(asked, wanted) is None:
+        raise Refused(400, f"{wanted}: missing")
+    return asked
+
+
+async def unless_gone(request: Request, work: Awaitable[T]) -> T:
+    """The result of `work`, which is cancelled if the client closes the connection; then raises Gone."""
+
+    async def closed() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            continue
+
+    task, leaving = asyncio.ensure_future(work), asyncio.ensure_future(closed())
+    try:
+        await asyncio.wait({task, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise Gone
+        return task.result()
+    finally:
+        for each in (task, leaving):
+            each.cancel()
+
+
+def completion(name: str, found: Solved, chat: bool) -> dict:
+    text = found.best.solution.text if found.best else ""
+    said = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
+    return {
+        "id": uuid.uuid4().hex,
+        "object": "chat.completion" if chat else "text_completion",
+        "created": int(time.time()),
+        "model": name,
+        "choices": [{"index": 0, **said, "finish_reason": "length" if found.cut_off else "stop", "logprobs": None}],
+        "usage": {
+            "prompt_tokens": found.prompt,
+            "completion_tokens": found.generated,
+            "scored_tokens": found.scored,
+            "total_tokens": found.tokens,
+            "prompt_tokens_details": {"cached_tokens": found.cached},
+        },
+        "flywheel": {
+            key: getattr(found, key)
+            for key in ("answer", "share", "certainty", "strategy", "guide", "bin", "seconds", "cut_off")
+        },
+    }
+
+
+async def events(name: str, found: Solved, chat: bool) -> AsyncIterator[str]:
+    """The selected answer as server-sent events: a search has no text to stream before it has selected one."""
+    whole = completion(name, found, chat)
+    [choice] = whole["choices"]
+    kind = f"{whole['object']}.chunk" if chat else whole["object"]
+    said = {"delta": choice.pop("message")} if chat else {"text": choice["text"]}
+    last = {"delta": {}} if chat else {"text": ""}
+    reason = choice["finish_reason"]
+    common = {key: whole[key] for key in ("id", "created", "model")} | {"object": kind}
+    for choices in ({"index": 0, **said, "finish_reason": None}, {"index": 0, **last, "finish_reason": reason}):
+        row = {**common, "choices": [choices]}
+        if choices["finish_reason"]:
+            row |= {key: whole[key] for key in ("usage", "flywheel")}
+        yield f"data: {json.dumps(row)}\n\n"
+    yield "data: [DONE]\n\n"
