@@ -266,6 +266,79 @@ def test_the_export_loads_as_peft_and_transformers_load_things(finished, tmp_pat
 
 
 @pytest.mark.slow
+def flywheel(*argv: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "flywheel", *argv]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
+
+
+def test_a_file_of_questions_is_answered_graded_billed_and_not_asked_again(finished, tmp_path):
+    run, _ = finished
+    rows = [json.loads(line) for line in (ROOT / "data/chain/problems/test.jsonl").read_text().splitlines()[:6]]
+    asked, out = tmp_path / "questions.jsonl", tmp_path / "answers.jsonl"
+    asked.write_text("".join(json.dumps({k: r[k] for k in ("id", "question", "answer")}) + "\n" for r in rows))
+    command = ("solve", str(run), "--problems", str(asked), "--out", str(out), "--calibrate", "--tokens", "900")
+    done = flywheel(*command)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = [json.loads(line) for line in out.read_text().splitlines()]
+    assert {row["id"] for row in found} == {row["id"] for row in rows} and {row["guide"] for row in found} == {"probe"}
+    for row in found:
+        assert 0 < row["tokens"] == row["prompt"] + row["generated"] + row["scored"] <= 900
+        assert 0 <= row["share"] <= 1 and 1 <= row["bin"] <= 5 and isinstance(row["right"], bool)
+    total, right = sum(row["tokens"] for row in found), sum(row["right"] for row in found)
+    assert f"6 answered, {total:,} tokens, {right} of 6 right" in done.stderr
+    out.write_text("".join(line + "\n" for line in out.read_text().splitlines()[:4]) + '{"id"')
+    again = flywheel(*command)
+    assert again.returncode == 0 and again.stderr.splitlines()[-1].startswith("2 answered")
+    assert len(out.read_text().splitlines()) == 6
+    assert "nothing to do" in flywheel(*command).stderr
+    unread = flywheel("solve", str(run), "--question", "two and two")
+    assert unread.returncode == 1 and "tokenizer cannot write" in json.loads(unread.stdout.splitlines()[-1])["error"]
+
+
+def test_a_server_answers_openai_s_client_and_ends_when_its_request_has(finished):
+    import signal
+    import threading
+    import time
+
+    import httpx
+    import openai
+
+    from flywheel.runs.ranks import free_port
+
+    run, _ = finished
+    port = free_port()
+    command = [sys.executable, "-m", "flywheel", "serve", str(run), "--port", str(port)]
+    server = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+        end = time.monotonic() + 200
+        while True:
+            try:
+                [model] = client.models.list()
+                break
+            except openai.APIConnectionError:
+                assert time.monotonic() < end and server.poll() is None, server.communicate()
+                time.sleep(0.5)
+        question = {"model": model.id, "messages": [{"role": "user", "content": "5 +3 *2 -6"}]}
+        assert model.id == "chain-1"
+        greedy = [client.chat.completions.create(**question, temperature=0) for _ in range(2)]
+        assert greedy[0].choices[0].message.content == greedy[1].choices[0].message.content != ""
+        assert greedy[0].usage.scored_tokens == 0 < greedy[0].usage.completion_tokens
+        answers = []
+        slow = {"strategy": "best_of_n:64"}
+        asking = threading.Thread(
+            target=lambda: answers.append(client.chat.completions.create(**question, extra_body=slow))
+        )
+        asking.start()
+        while not httpx.get(f"http://127.0.0.1:{port}/health").json()["under_way"] and not answers:
+            time.sleep(0.005)
+        server.send_signal(signal.SIGTERM)
+        asking.join(timeout=100)
+        assert answers[0].usage.total_tokens > 64 and server.wait(timeout=60) == 0
+    finally:
+        server.kill()
+
+
 def test_a_round_without_a_correct_solution_ends_says_so_and_keeps_the_policy(tmp_path):
     rows = [
         json.loads(line)
