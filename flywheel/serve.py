@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -56,6 +57,8 @@ def main(argv: list[str] | None = None) -> int:
             how = "by its plan" if served.plan else "until the vote is decided: no plan is made for these models"
             print(f"{name} at http://{args.host}:{args.port}/v1, answering {how}", flush=True)
             config = uvicorn.Config(app(service), host=args.host, port=args.port, log_level="warning", lifespan="off")
+            for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn handles both, then raises them again at its end
+                signal.signal(number, signal.SIG_IGN)
             kit.backend.serve(uvicorn.Server(config).serve())
     except KeyboardInterrupt:
         return 130
