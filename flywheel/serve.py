@@ -9,10 +9,11 @@ from __future__ import annotations
 import argparse
 import os
 import signal
+import socket
 import sys
 from pathlib import Path
 
-from flywheel.errors import explain
+from flywheel.errors import UserError, explain
 from flywheel.runs.isolate import THREADS
 
 
@@ -27,6 +28,17 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--api-key", metavar="KEY", default=os.environ.get("FLYWHEEL_API_KEY"), help="or FLYWHEEL_API_KEY")
     p.add_argument("--calibrate", action="store_true", help="make the plan for these models first, if there is none")
     return p
+
+
+def bound(host: str, port: int) -> socket.socket:
+    """A socket with that address, not yet listening; port 0 is any free one. Raises UserError if it cannot be had."""
+    door = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        door.bind((host, port))
+    except (OSError, OverflowError) as error:
+        raise UserError(f"--host {host} --port {port}: {error}; name another") from None
+    return door
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -50,16 +62,17 @@ def main(argv: list[str] | None = None) -> int:
         from flywheel.serving.server import Service, app
         from flywheel.serving.system import calibrate, system
 
+        door = bound(args.host, args.port)  # before minutes are spent on opening engines
         served = (calibrate if args.calibrate else system)(run, args.round)
         with opened(served, run.recipe.seed) as (kit, solver):
             name = f"{run.recipe.name}-{served.round}"
             service = Service(solver, name, args.budget or run.recipe.evaluate.budget, args.queue, args.api_key)
             how = "by its plan" if served.plan else "until the vote is decided: no plan is made for these models"
-            print(f"{name} at http://{args.host}:{args.port}/v1, answering {how}", flush=True)
-            config = uvicorn.Config(app(service), host=args.host, port=args.port, log_level="warning", lifespan="off")
+            print(f"{name} at http://{args.host}:{door.getsockname()[1]}/v1, answering {how}", flush=True)
+            config = uvicorn.Config(app(service), log_level="warning", lifespan="off")
             for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn handles both, then raises them again at its end
                 signal.signal(number, signal.SIG_IGN)
-            kit.backend.serve(uvicorn.Server(config).serve())
+            kit.backend.serve(uvicorn.Server(config).serve(sockets=[door]))
     except KeyboardInterrupt:
         return 130
     except Exception as error:

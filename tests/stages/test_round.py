@@ -303,22 +303,16 @@ def test_a_server_answers_openai_s_client_and_ends_when_its_request_has(finished
     import httpx
     import openai
 
-    from flywheel.runs.ranks import free_port
-
     run, _ = finished
-    port = free_port()
-    command = [sys.executable, "-m", "flywheel", "serve", str(run), "--port", str(port)]
-    server = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    command = [sys.executable, "-m", "flywheel", "serve", str(run), "--port", "0"]
+    server = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     try:
-        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
-        end = time.monotonic() + 200
-        while True:
-            try:
-                [model] = client.models.list()
-                break
-            except openai.APIConnectionError:
-                assert time.monotonic() < end and server.poll() is None, server.communicate()
-                time.sleep(0.5)
+        line = next(line for line in server.stdout if line.startswith("chain-1 at "))
+        port = line.split("/v1")[0].rpartition(":")[2]
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=60)
+        [model] = client.models.list()
+        taken = flywheel("serve", str(run), "--port", port)
+        assert taken.returncode == 1 and f"--port {port}: " in taken.stderr and "in use" in taken.stderr
         question = {"model": model.id, "messages": [{"role": "user", "content": "5 +3 *2 -6"}]}
         assert model.id == "chain-1"
         greedy = [client.chat.completions.create(**question, temperature=0) for _ in range(2)]
