@@ -14,6 +14,7 @@ COMMANDS = {
     "solve": "answer questions with what a run has learned",
     "serve": "the same behind an OpenAI-compatible API",
     "summary": "print every figure of a run and what it cost",
+    "report": "write a run as one HTML page",
     "verify": "check a run's files and say what would have to be redone",
     "export": "write a run's models, its harvest and a model card to a directory",
     "push": "upload an export to the Hugging Face Hub",
@@ -37,7 +38,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.command == "config":
         return config(args.arguments)
-    module = "tryout" if args.command == "try" else args.command  # `try` is a word of Python
+    # `try` is a word of Python, and `flywheel.report` a package
+    module = {"try": "tryout", "report": "page"}.get(args.command, args.command)
     return importlib.import_module(f"flywheel.{module}").main(args.arguments)
 
 

@@ -17,7 +17,7 @@ MODULES = {
 }
 HEAVY = {"torch", "vllm", "transformers", "trl", "peft", "datasets", "wandb", "matplotlib", "deepspeed", "accelerate"}
 # Each package has a rank of its own, the highest first; an import may point down, or stay inside its package.
-COMMANDS = {"__main__", "iterate", "tryout", "verify", "export", "gguf", "push", "summary", "solve", "serve"}
+COMMANDS = {"__main__", "iterate", "tryout", "verify", "export", "gguf", "push", "summary", "solve", "serve", "page"}
 NOUNS = {"records", "recipe", "ledger", "errors"}
 RANKS = [
     COMMANDS,

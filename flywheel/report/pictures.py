@@ -31,13 +31,13 @@ def draw(run: Run) -> list[Path]:
     folder = run.root / "pictures"
     folder.mkdir(exist_ok=True)
     paths = []
-    for name, figure in _figures(run):
+    for name, figure in figures(run):
         paths.append(folder / f"{name}.png")
         figure.savefig(paths[-1], dpi=130, bbox_inches="tight")
     return paths
 
 
-def _figures(run: Run) -> Iterator[tuple[str, object]]:
+def figures(run: Run) -> Iterator[tuple[str, object]]:
     evaluated = {r: run.figures("evaluate", r) for r in run.rounds}
     if evaluated:
         yield "pass_by_bin", _by_bin(evaluated)

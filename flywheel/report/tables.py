@@ -44,13 +44,13 @@ def print_round(data: dict, round: int, file: TextIO | None = None) -> None:
     now, before = rounds[round], rounds.get(round - 1)
     console = _console(file)
     console.print(_bins(now, before))
-    for title, rows in _figures(now):
+    for title, rows in figures(now):
         if rows:
             table = _table(f"round {round}: {title}", "figure", "value, 95% interval", "by")
             for row in rows:
                 table.add_row(*row)
             console.print(table)
-    for line in _remarks(now):
+    for line in remarks(now):
         console.print(line)
 
 
@@ -62,7 +62,7 @@ def print_untested(now: dict, file: TextIO | None = None) -> None:
         for row in now["serve"]:
             table.add_row(str(row["budget"]), _number(row["accuracy"]), f"{row['tokens']:,.0f}")
         console.print(table)
-    for line in _remarks(now):
+    for line in remarks(now):
         console.print(line)
     console.print(f"round {now['round']}: test questions were not read (--no-test)")
 
@@ -93,33 +93,33 @@ def _bins(now: dict, before: dict | None):
         title = f"round {now['round']}: {name} on test questions"
         table = _table(title, "fixed bin", "questions", "pass@1, 95% interval")
         for b in bins:
-            table.add_row(str(b["bin"]), str(b["n"]), _value(b, "pass@1"))
+            table.add_row(str(b["bin"]), str(b["n"]), interval_of(b, "pass@1"))
         return table
     title = f"round {now['round']}, pass@1 on test questions: {before['policy']['name']} before, {name} after"
     table = _table(title, "bin", "n", "before", "after, 95% interval", "gain", "gain since round 0")  # just fits WIDTH
     old = {b["bin"]: b.get("pass@1") for b in before.get("fixed_bins", [])}
     for b in bins:
-        gains = _gain(b.get("gain_from_last_round")), _gain(b.get("gain"))
-        table.add_row(str(b["bin"]), str(b["n"]), _number(old.get(b["bin"])), _value(b, "pass@1"), *gains)
+        gains = difference(b.get("gain_from_last_round")), difference(b.get("gain"))
+        table.add_row(str(b["bin"]), str(b["n"]), _number(old.get(b["bin"])), interval_of(b, "pass@1"), *gains)
     return table
 
 
-def _figures(now: dict) -> Iterator[tuple[str, list[tuple[str, str, str]]]]:
+def figures(now: dict) -> Iterator[tuple[str, list[tuple[str, str, str]]]]:
     """(title, rows) of each table; a row is (figure, value, models)."""
     policy, search, prm = now["policy"], now.get("search", {}), now.get("prm", {})
-    rows = [(key, _value(policy, key), policy["name"]) for key in policy if _is_rate(key)]
+    rows = [(key, interval_of(policy, key), policy["name"]) for key in policy if _is_rate(key)]
     for key, gain in now.get("gain", {}).items():
-        rows.append((f"gain {key.replace('_', ' ')}", _gain(gain), policy["name"]))
+        rows.append((f"gain {key.replace('_', ' ')}", difference(gain), policy["name"]))
     yield "the policy, on test questions", rows
     models = search.get("models", {})
     yield (
         "search, on test questions",
-        [(key, _value(search, key), made_by(key, models)) for key in search if _is_rate(key)],
+        [(key, interval_of(search, key), made_by(key, models)) for key in search if _is_rate(key)],
     )
     yield (
         "the verifier, on held-out training questions",
         [
-            (key, _value(prm, key), "base, not fine-tuned" if key.endswith("_base") else prm["model"])
+            (key, interval_of(prm, key), "base, not fine-tuned" if key.endswith("_base") else prm["model"])
             for key, value in prm.items()
             if key.startswith("auc_within_question") and value is not None
         ],
@@ -143,7 +143,7 @@ def made_by(key: str, models: dict) -> str:
     return ", ".join([models[role] for role in roles if role in models] + ["base as verifier"] * base_judges)
 
 
-def _remarks(now: dict) -> Iterator[str]:
+def remarks(now: dict) -> Iterator[str]:
     for key, when in (
         ("migration", "since round 0"),
         ("migration_last", "since the last round"),
@@ -187,7 +187,7 @@ def _remarks(now: dict) -> Iterator[str]:
 def _gate(figures: dict) -> Iterator[str]:
     for key, value in figures.items():
         if key.endswith("gain"):
-            yield f"{key.replace('_', ' ')} {_gain(value)}"
+            yield f"{key.replace('_', ' ')} {difference(value)}"
         elif key.startswith("pass@"):
             yield f"{key} {value[0]:.3f} -> {value[1]:.3f}"
     if why := figures.get("why"):
@@ -202,10 +202,10 @@ def _interval(pair: list[float] | None, sign: str = "") -> str:
     return f" [{pair[0]:{sign}.3f}, {pair[1]:{sign}.3f}]" if pair else ""
 
 
-def _value(figures: dict, key: str) -> str:
+def interval_of(figures: dict, key: str) -> str:
     return _number(figures.get(key)) + _interval(figures.get(f"{key}_ci"))
 
 
-def _gain(gain: list[float] | None) -> str:
+def difference(gain: list[float] | None) -> str:
     """Format (gain, low, high)."""
     return _number(gain[0], "+") + _interval(gain[1:], "+") if gain else ""

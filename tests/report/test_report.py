@@ -205,6 +205,21 @@ def test_pictures_are_drawn_from_what_there_is(tmp_path):
     assert all((run / "pictures" / name).stat().st_size > 5000 for name in names)
 
 
+def test_the_page_of_a_run_under_way_shows_what_there_is(tmp_path, monkeypatch):
+    from flywheel.report.html import page
+
+    root = make_run(tmp_path / "run", rounds=2)
+    for stage in ("evaluate", "search"):
+        (root / "round_2" / stage / "manifest.json").unlink()
+    monkeypatch.setattr(Run, "problems", lambda self, *splits: [])
+    text = page(Run(root))
+    assert "1 rounds finished" in text and "Round 2 is under way: sample," in text
+    assert "Round 1</strong>: all figures" in text and "Round 2</strong>: all figures" not in text
+    for made in root.glob("round_*/*/manifest.json"):
+        made.unlink()
+    assert "none is finished yet" in page(Run(root))
+
+
 def test_a_round_without_its_test_shows_its_calibration_figures(tmp_path, capsys):
     root = make_run(tmp_path / "run", rounds=1)
     for stage in ("evaluate", "search"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -265,7 +266,6 @@ def test_the_export_loads_as_peft_and_transformers_load_things(finished, tmp_pat
     assert AutoTokenizer.from_pretrained(next(out.rglob("tokenizer.json")).parent).encode("Q 5 +3 ?")
 
 
-@pytest.mark.slow
 def flywheel(*argv: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "flywheel", *argv]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
@@ -333,6 +333,40 @@ def test_a_server_answers_openai_s_client_and_ends_when_its_request_has(finished
         server.kill()
 
 
+def test_the_page_shows_every_test_question_and_needs_nothing_from_outside(finished, tmp_path):
+    run, _ = finished
+    out = tmp_path / "page.html"
+    done = flywheel("report", str(run), "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    text = out.read_text()
+    rows = [json.loads(line) for line in (ROOT / "data/chain/problems/test.jsonl").read_text().splitlines()[:8]]
+    assert all(f'data-text="test  {row["id"]} {row["question"]}"' in text for row in rows)
+    assert text.count('<details class="question"') > 8 and "hsl(" in text  # training questions with step values, too
+    assert "compute_optimal@4_probe" in text and 'src="data:image/png;base64,' in text and "http" not in text
+    if browser := shutil.which("chromium"):
+        for width in (360, 1440):
+            assert fits(browser, text, width, tmp_path)
+
+
+def fits(browser: str, html: str, width: int, folder: Path) -> bool:
+    """Whether a page is no wider than the browser's window, and its search leaves one question of many."""
+    probe = """<script>
+      const box = document.getElementById("find");
+      box.value = "test-0003"; box.dispatchEvent(new Event("input"));
+      const left = document.querySelectorAll(".question:not([hidden])").length;
+      document.title = [document.documentElement.scrollWidth <= window.innerWidth, left].join();
+    </script>"""
+    page = folder / f"page_{width}.html"
+    page.write_text(html.replace("</body>", probe + "</body>"))
+    flags = (
+        "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --dump-dom"
+    )
+    profile, size = f"--user-data-dir={folder / str(width)}", f"--window-size={width},900"
+    command = [browser, *flags.split(), profile, size, page.as_uri()]
+    return "<title>true,1</title>" in subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+
+
+@pytest.mark.slow
 def test_a_round_without_a_correct_solution_ends_says_so_and_keeps_the_policy(tmp_path):
     rows = [
         json.loads(line)
