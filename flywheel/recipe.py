@@ -326,6 +326,8 @@ class Recipe(Spec):
                 f"prm.aggregate: {self.prm.aggregate} does not sum up a PRM of prm.target {self.prm.target},"
                 f" which judges each step alone; {' or '.join(fitting)} does"
             )
+        if self.reviser.choose == "change" and self.reviser.probe_attempts < 2:
+            yield "reviser.probe_attempts: 2 or more wanted for reviser.choose change"
         if self.label.prefer[0] > self.label.prefer[1]:
             yield f"label.prefer: a rising pair wanted, got {list(self.label.prefer)}"
         for key in ("prm", "reviser", "distill"):

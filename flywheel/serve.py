@@ -68,7 +68,8 @@ def main(argv: list[str] | None = None) -> int:
             name = f"{run.recipe.name}-{served.round}"
             service = Service(solver, name, args.budget or run.recipe.evaluate.budget, args.queue, args.api_key)
             how = "by its plan" if served.plan else "until the vote is decided: no plan is made for these models"
-            print(f"{name} at http://{args.host}:{door.getsockname()[1]}/v1, answering {how}", flush=True)
+            host = f"[{args.host}]" if ":" in args.host else args.host
+            print(f"{name} at http://{host}:{door.getsockname()[1]}/v1, answering {how}", flush=True)
             config = uvicorn.Config(app(service), log_level="warning", lifespan="off")
             for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn handles both, then raises them again at its end
                 signal.signal(number, signal.SIG_IGN)

@@ -38,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--round", type=int, metavar="R", help="the models after this round (default: the last)")
     p.add_argument(
-        "--budget", type=int, metavar="N", help="generations at most, for the plan (default: evaluate.budget)"
+        "--budget", type=int, metavar="N", help="generations, for the plan or until sure (default: evaluate.budget)"
     )
     p.add_argument("--tokens", type=int, metavar="T", help="a hard limit on all tokens of a question, the PRM's too")
     p.add_argument(
@@ -60,7 +60,9 @@ def read_questions(path: Path) -> list[Problem]:
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     found: dict[str, Problem] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
+        if not line.strip():
+            continue
         where = f"{path}:{number}"
         try:
             row = json.loads(line)
@@ -68,7 +70,7 @@ def read_questions(path: Path) -> list[Problem]:
             raise UserError(f"{where}: not JSON ({error})") from None
         if not isinstance(row, dict) or not isinstance(row.get("question"), str) or not row["question"].strip():
             raise UserError(f"{where}: a field question with some text is wanted")
-        id = str(row.get("id") or number)
+        id = str(number if row.get("id") is None else row["id"])
         if id in found:
             raise UserError(f"{where}: the id {id} occurs twice")
         gold = row.get("answer")
@@ -101,13 +103,14 @@ def main(argv: list[str] | None = None, *, preload: tuple[str, ...] = PRELOAD) -
         run, ranks = Run(args.run), Ranks()
         strategy = None if args.strategy == "auto" else named(args.strategy)
         served = system(run, args.round)
+        served.check(strategy)
         ask = Ask(strategy, args.budget or run.recipe.evaluate.budget, args.tokens)
         if args.question is not None:
             problems = [Problem(Question("question", args.question), "", Split.TEST)]
         else:
             problems = read_questions(args.problems)
         done = finished(args.out) if args.out else set()
-        todo = [problem for problem in problems if problem.id not in done]
+        todo = [problem for problem in problems if (problem.id, problem.question.text) not in done]
         if not todo:
             print(f"nothing to do: {args.out} has all {len(problems)} questions", file=sys.stderr)
             return 0
@@ -121,8 +124,9 @@ def main(argv: list[str] | None = None, *, preload: tuple[str, ...] = PRELOAD) -
             "make_plan": args.calibrate,
         }
         with signals():
-            isolate.start_server(threads_of(ranks, run.recipe), preload)
-            sums = call_alone(ranks, run.recipe, "flywheel.serving.batch:answer", arguments, "the answers")
+            threads = threads_of(ranks, run.recipe)
+            isolate.start_server(threads, preload)
+            sums = call_alone(ranks, run.recipe, "flywheel.serving.batch:answer", arguments, "the answers", threads)
     except Stopped as stop:
         return 128 + stop.args[0]
     except Exception as error:

@@ -3,8 +3,8 @@
 Two ways to spend N samples a question on average, against best-of-N weighted, which gives N to each. All three draw
 from the pool of `python -m eval study` (`--pool` judged samples a question) and select by the PRM-weighted vote:
 
-- adaptive: each question alone is sampled until its vote is decided (`search/adaptive.py`), with the highest `sure`
-  that needs no more than N samples on average;
+- adaptive: each question alone is sampled until its vote is decided (`search/adaptive.py`), with the best `sure` of
+  those that need no more than N samples on average (with the lowest if none does: four samples are its least);
 - elimination: all questions share one budget; in each turn every question that is left gets one more sample, and those
   with a sample that the PRM scores at or above a threshold are done. After Zuo and Zhu 2025, arXiv 2506.12721.
 
@@ -22,7 +22,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from eval.curves import SELECT, is_right
-from eval.draws import Drawn, add_sizes, check_sizes, titles
+from eval.draws import Drawn, add_sizes, check_origin, check_sizes, titles
 from eval.shared import folder
 from flywheel.errors import UserError
 from flywheel.measure.stats import bootstrap_mean, paired_gain
@@ -72,9 +72,9 @@ def best_setting(rule: Rule, pools: Pools, mean: int, settings: Sequence[float])
     return max(right, key=lambda setting: (right[setting], setting), default=min(settings))
 
 
-def halves(questions: Sequence[str], rng: random.Random) -> list[set[str]]:
+def halves(questions: Sequence[str], rng: random.Random) -> list[list[str]]:
     shuffled = rng.sample(questions, len(questions))
-    return [set(shuffled[::2]), set(shuffled[1::2])]
+    return [shuffled[::2], shuffled[1::2]]
 
 
 def compare(pools: Pools, mean: int, orders: int, rng: random.Random) -> dict[str, dict[str, np.ndarray]]:
@@ -109,6 +109,7 @@ def pools_of(run: Run, args: argparse.Namespace) -> dict[str, list[Drawn]]:
     directory = folder(run, args.round) / titles(args)["pool"]
     if not (directory / "finished").is_file():
         raise UserError(f"{directory}: not drawn; python -m eval study {run.root} --round {args.round} draws it")
+    check_origin(directory, run, args.round)
     return by_question(records(directory, Drawn))
 
 

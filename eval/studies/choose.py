@@ -29,6 +29,9 @@ def measure(args: argparse.Namespace) -> dict:
     first: dict[str, float] = {}
     out = {}
     for run in args.runs:
+        if run.manifest("gate", args.round) is None:
+            more = f"flywheel iterate --round {args.round} --no-test finishes it"
+            raise UserError(f"{run.root}: the gate of round {args.round} is not finished; {more}")
         rates = dict(sorted(pass_rates(run.read(Grade, "gate", args.round)).items()))
         if not rates:
             raise UserError(f"{run.root}: the gate of round {args.round} judged no new policy")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +20,7 @@ from flywheel.report.summary import summary
 from flywheel.report.tables import difference, figures, interval_of, remarks
 from flywheel.runs.files import read_table
 from flywheel.runs.run import Run
+from flywheel.stages.shared import pass_rates
 
 SHOWN = 4  # distinct solutions of a question and round
 TEMPLATE = "page.html.jinja"
@@ -53,13 +54,11 @@ def page(run: Run, questions: int = 200) -> str:
     from jinja2 import Environment, FileSystemLoader
 
     data = summary(run)
-    under_way = data.get("unfinished", [])
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
     return environment.get_template(TEMPLATE).render(
         name=run.recipe.name,
         base=Path(run.recipe.model.base).name,
         data=data,
-        under_way=under_way,
         interval_of=interval_of,
         difference=difference,
         figures=figures,
@@ -105,24 +104,22 @@ def browse(run: Run, problems: Iterable[Problem], looks: list[tuple]) -> list[As
     gold = gym.plain if run.recipe.problems.format == "reasoning_gym" else str
     out = {p.id: Asked(p.id, p.question.text, gold(p.answer), str(p.split), p.level) for p in problems}
     for r, stage, purpose, values, kept in looks:
-        verdicts = {g.solution_id: g for g in run.read(Grade, stage, r) if g.question_id in out}
+        grades = [g for g in run.read(Grade, stage, r) if g.question_id in out and g.purpose == purpose]
+        rates, verdicts = pass_rates(grades), {g.solution_id: g.verdict for g in grades}
         groups: dict[str, dict[str, Shown]] = defaultdict(dict)
-        right: dict[str, Counter] = defaultdict(Counter)
         for s in run.read(Solution, stage, r):
             if s.question_id not in out or s.purpose != purpose:
                 continue
-            grade, text = verdicts[s.id], words(s.text)
-            right[s.question_id][grade.correct] += 1
-            shown = groups[s.question_id].setdefault(text, Shown([], s.answer, str(grade.verdict)))
+            text = words(s.text)
+            shown = groups[s.question_id].setdefault(text, Shown([], s.answer, str(verdicts[s.id])))
             if s.id in values or not shown.steps:
                 known = [*values.get(s.id, ()), *[None] * len(s.steps)]
                 shown.steps = [(step.text, worth) for step, worth in zip(s.steps, known)] or [("", None)]
             shown.count += 1
             shown.harvested = (s.question_id, text) in kept
         for id, found in groups.items():
-            rate = right[id][True] / right[id].total()
             ranked = sorted(found.values(), key=lambda one: (one.steps[0][1] is None, -one.count))
-            out[id].rounds[r] = rate, fixed_bin(rate, run.recipe.calibrate.edges), ranked[:SHOWN]
+            out[id].rounds[r] = rates[id], fixed_bin(rates[id], run.recipe.calibrate.edges), ranked[:SHOWN]
     return list(out.values())
 
 

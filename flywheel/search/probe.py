@@ -14,6 +14,7 @@ from flywheel.records import Candidate, Outcome
 from flywheel.search.best_of_n import BestOfN
 from flywheel.search.greedy import Greedy
 from flywheel.search.plan import Plan
+from flywheel.search.run import selected
 from flywheel.search.strategy import Strategy
 
 Ask = Callable[[Strategy, str], Awaitable[Outcome]]  # (strategy, tag) -> its outcome on the question
@@ -39,15 +40,17 @@ async def by_probe(plan: Plan, budget: int, size: int, edges: Sequence[float], a
     probe = await ask(BestOfN(size), "probe")
     bin = fixed_bin(sum(c.score for c in probe.candidates) / size, edges)  # a probe that was cut off looks hard
     chosen, drawn = plan.strategy(bin, budget), tuple(probe.candidates)
-    if isinstance(chosen, BestOfN) and chosen.temperature is None:
-        if chosen.n <= size:
-            candidates, tokens = drawn[: chosen.n], probe.tokens
-        else:
-            rest = await ask(replace(chosen, n=chosen.n - size), "after_probe")
-            candidates, tokens = (*drawn, *rest.candidates), probe.tokens + rest.tokens
+    outcomes, candidates = [probe], drawn
+    if isinstance(chosen, BestOfN) and chosen.temperature is None and chosen.n <= size:
+        candidates = drawn[: chosen.n]
     else:
-        rest = await ask(chosen, chosen.name)
-        candidates = rest.candidates if isinstance(chosen, Greedy) else (*rest.candidates, *drawn)
-        tokens = probe.tokens + rest.tokens
-    distinct = tuple({c.solution.id: c for c in candidates}.values())  # a search that was cut off returns the probe too
-    return Probed(bin, chosen, distinct, chosen.answer(distinct), tokens)
+        shares = isinstance(chosen, BestOfN) and chosen.temperature is None
+        rest = await ask(*(replace(chosen, n=chosen.n - size), "after_probe") if shares else (chosen, chosen.name))
+        known = {c.solution.id for c in drawn}  # a search that was cut off returns the probe too
+        more = tuple(c for c in rest.candidates if c.solution.id not in known)
+        candidates = (*drawn, *more) if shares else more if isinstance(chosen, Greedy) else (*more, *drawn)
+        outcomes.append(rest)
+    if not chosen.judged:  # the probe's scores would outweigh all votes that have none
+        candidates = tuple(replace(c, values=(), score=0.0) for c in candidates)
+    answer = selected(chosen, candidates, any(outcome.cut_off for outcome in outcomes))
+    return Probed(bin, chosen, candidates, answer, sum(outcome.tokens for outcome in outcomes))

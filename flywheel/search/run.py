@@ -32,11 +32,15 @@ async def search(
             candidates = tuple(await strategy.run(question, searcher, tag))
         except OutOfTokens:
             candidates, cut_off = searcher.kept.found(), True
+    answer = selected(strategy, candidates, cut_off)
+    return Outcome(question.id, strategy.name, candidates, answer, spent.tokens, spent.cached, cut_off)
+
+
+def selected(strategy: Strategy, candidates: Sequence[Candidate], cut_off: bool) -> str | None:
+    """The answer of `strategy`; of a search that was cut off by majority, if that is none or lacks the scores."""
     unjudged = cut_off and strategy.judged and not any(c.values for c in candidates)
     answer = None if unjudged else strategy.answer(candidates)
-    if cut_off and answer is None:
-        answer = majority([c.solution.answer for c in candidates])
-    return Outcome(question.id, strategy.name, candidates, answer, spent.tokens, spent.cached, cut_off)
+    return majority([c.solution.answer for c in candidates]) if cut_off and answer is None else answer
 
 
 async def search_all(

@@ -98,8 +98,8 @@ def named(text: str) -> Strategy:
     if name not in KINDS:
         raise UserError(f"strategy {text!r}: unknown{_nearest(name, KINDS)}; known: {', '.join(KINDS)}")
     count, *options = ["1", *rest] if name == "greedy" else rest or [""]
-    if not count.isdecimal() or not int(count):
-        raise UserError(f"strategy {text!r}: a number of generations is wanted, as in {name}:16")
+    if not (count.isdecimal() and len(count) <= 6 and int(count)):
+        raise UserError(f"strategy {text!r}: a number of generations below a million is wanted, as in {name}:16")
     values = get_type_hints(KINDS[name].at, include_extras=True).items()
     words = {word: key for key, hint in values for word in get_args(hint) if isinstance(word, str)}
     given: dict[str, int | float | str] = {}
@@ -109,6 +109,8 @@ def named(text: str) -> Strategy:
             if key not in words:
                 raise UserError(f"strategy {text!r}: no key of {name} is known by {key}; write KEY={key}")
             key, value = words[key], key
+        if key in StrategySpec.model_fields:
+            raise UserError(f"strategy {text!r}: {key} is no option of {name}")
         given[key] = int(value) if value.isdecimal() else _number(value)
     found = _at(StrategySpec(kind=name, **given), int(count), f"strategy {text!r}")
     if isinstance(found, Unfit):

@@ -13,7 +13,9 @@ from tqdm import tqdm
 
 from flywheel.errors import TooLong, UserError
 from flywheel.ledger import Ledger
-from flywheel.records import Problem, Question, Role, Split
+from flywheel.problems.grading import DEFAULT_CHECKER, Grader
+from flywheel.recipe import ProblemSpec
+from flywheel.records import Problem, Question, Role, Split, Verdict
 from flywheel.runs.run import Run
 from flywheel.runs.worker import cut
 from flywheel.serving.solver import Ask, Solved, Solver
@@ -58,9 +60,8 @@ def answer(
             f"no plan is made for {names} (--calibrate makes one): sampling until the vote is decided", file=sys.stderr
         )
     sums = {"answered": 0, "failed": 0, "graded": 0, "right": 0, "tokens": 0}
-    with opened(served, run.recipe.seed) as (kit, solver), _output(out) as file:
-        if ask.strategy and not solver.searcher.can(ask.strategy):
-            raise UserError(f"{ask.strategy.name}: round {served.round} has no {ask.strategy.maker} to search with")
+    grader = Grader(checker_of(run.recipe.problems))
+    with _output(out) as file, opened(served, run.recipe.seed) as (kit, solver), grader:
         bar = tqdm(total=len(problems), unit="question", disable=not sys.stderr.isatty() or len(problems) == 1)
 
         async def one(problem: Problem) -> None:
@@ -74,10 +75,9 @@ def answer(
                 sums["answered"] += 1
                 sums["tokens"] += found.tokens
                 if problem.answer:
-                    [grade] = kit.grader.verdicts([(problem, found.best.solution)]) if found.best else [None]
-                    row["right"] = bool(grade and grade.correct)
-                    sums["graded"] += 1
-                    sums["right"] += row["right"]
+                    row["right"] = right(grader, problem, found)
+                    sums["graded"] += row["right"] is not None
+                    sums["right"] += bool(row["right"])
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
             file.flush()
             bar.update()
@@ -87,19 +87,38 @@ def answer(
     return sums
 
 
+def checker_of(spec: ProblemSpec) -> ProblemSpec:
+    """How answers of one's own questions are checked: as in the run, but for the scorers of reasoning-gym's entries."""
+    return spec.model_copy(update={"checker": DEFAULT_CHECKER}) if spec.format == "reasoning_gym" else spec
+
+
+def right(grader: Grader, problem: Problem, found: Solved) -> bool | None:
+    """Whether the answer is right; None if the checker did not decide."""
+    if found.best is None:
+        return False
+    [grade] = grader.verdicts([(problem, found.best.solution)])
+    return None if grade.verdict is Verdict.UNDECIDED else grade.correct
+
+
 def _output(path: str | None):
     return open(path, "a", encoding="utf-8") if path else nullcontext(sys.stdout)
 
 
-def finished(out: Path) -> set[str]:
-    """The ids that `out` has a line for. A last line that a kill cut short is removed. Raises UserError."""
-    if not out.exists():
-        return set()
-    text = out.read_bytes()
-    whole = text[: text.rfind(b"\n") + 1]
-    if whole != text:
-        out.write_bytes(whole)
+def finished(out: Path) -> set[tuple[str, str]]:
+    """(id, question) of the lines of `out` without an error. A last line that a kill cut short is removed.
+
+    Creates the file if there is none. Raises UserError.
+    """
     try:
-        return {json.loads(line)["id"] for line in whole.decode().splitlines()}
+        with open(out, "a+b") as file:
+            file.seek(0)
+            text = file.read()
+            whole = text[: text.rfind(b"\n") + 1]
+            file.truncate(len(whole))
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror}); name another --out") from None
+    try:
+        rows = [json.loads(line) for line in whole.split(b"\n") if line]
+        return {(row["id"], row["question"]) for row in rows if "error" not in row}
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{out}: not what flywheel solve writes ({error}); name another --out") from None

@@ -7,6 +7,7 @@ for another to end. A client that goes away has its search cancelled.
 from __future__ import annotations
 
 import asyncio
+import hmac
 import json
 import time
 import uuid
@@ -18,8 +19,10 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.requests import ClientDisconnect
 
 from flywheel.errors import TooLong, UserError
+from flywheel.ledger import metered
 from flywheel.records import Question
 from flywheel.search.greedy import Greedy
 from flywheel.search.strategies import named
@@ -39,6 +42,8 @@ class Gone(Exception):
 
 
 class Message(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
     role: str
     content: str
 
@@ -66,13 +71,17 @@ class Asked(BaseModel):
 
 @dataclass
 class Service:
-    """What the endpoints share. `name`: the model's id; `queue`: requests under way at most; `key`: of the API."""
+    """What the endpoints share. `name`: the model's id; `queue`: requests under way at most; `key`: of the API.
+
+    `most`: generations of one request at most.
+    """
 
     solver: Solver
     name: str
     budget: int
     queue: int
     key: str | None = None
+    most: int = 1024
     under_way: int = 0
 
     def __post_init__(self):
@@ -108,6 +117,8 @@ class Service:
             raise Refused(400, str(error)) from None
         if asked.temperature is not None:
             strategy = at_temperature(strategy, asked.temperature)
+        if (most := getattr(strategy, "n", 0)) > self.most or (asked.budget or 0) > self.most:
+            raise Refused(400, f"budget: {max(most, asked.budget or 0)} generations are more than {self.most}")
         if strategy and not self.solver.searcher.can(strategy):
             raise Refused(400, f"strategy: {strategy.name} needs a {strategy.maker}, and this round has none")
         return Ask(strategy, asked.budget or self.budget, asked.max_total_tokens)
@@ -122,15 +133,16 @@ class Service:
             raise Refused(429, f"{self.queue} requests are under way; try again later")
         self.under_way += 1
         self.running.set(self.under_way)
-        try:
-            found = await solver.solve(question, ask)
-        except (TooLong, UserError) as error:
-            raise Refused(400, str(error)) from None
-        finally:
-            self.under_way -= 1
-            self.running.set(self.under_way)
-        for kind in ("prompt", "generated", "scored"):
-            self.tokens.labels(kind).inc(getattr(found, kind))
+        with metered() as spent:
+            try:
+                found = await solver.solve(question, ask)
+            except (TooLong, UserError) as error:
+                raise Refused(400, str(error)) from None
+            finally:  # of a client that went away, too
+                self.under_way -= 1
+                self.running.set(self.under_way)
+                for kind in ("prompt", "generated", "scored"):
+                    self.tokens.labels(kind).inc(getattr(spent, kind))
         self.strategies.labels(found.strategy).inc()
         self.seconds.observe(found.seconds)
         return found
@@ -197,17 +209,21 @@ def app(service: Service) -> FastAPI:
 
 
 def check_key(service: Service, request: Request) -> None:
-    if service.key and request.headers.get("authorization") != f"Bearer {service.key}":
-        raise Refused(401, "the API key is missing or wrong")
+    given = request.headers.get("authorization", "")
+    if service.key and not hmac.compare_digest(given.encode(), f"Bearer {service.key}".encode()):
+        raise Refused(401, "the API key is missing or wrong; send the header Authorization: Bearer KEY")
 
 
 async def read(request: Request, wanted: str) -> Asked:
     """The request's body, which must have the key `wanted`. Raises Refused."""
     body = b""
-    async for part in request.stream():
-        body += part
-        if len(body) > MAX_BODY:
-            raise Refused(413, f"the body has more than {MAX_BODY:,} bytes")
+    try:
+        async for part in request.stream():
+            body += part
+            if len(body) > MAX_BODY:
+                raise Refused(413, f"the body has more than {MAX_BODY:,} bytes")
+    except ClientDisconnect:
+        raise Gone from None
     try:
         asked = Asked.model_validate_json(body)
     except ValidationError as error:
@@ -216,6 +232,8 @@ async def read(request: Request, wanted: str) -> Asked:
         raise Refused(400, f"{where}: {fault['msg']}" if where else fault["msg"]) from None
     if getattr(asked, wanted) is None:
         raise Refused(400, f"{wanted}: missing")
+    if asked.prompt is not None and asked.messages is not None:
+        raise Refused(400, "prompt and messages: only one of them is wanted")
     return asked
 
 

@@ -15,16 +15,19 @@ from pathlib import Path
 from flywheel.errors import UserError
 from flywheel.measure.bins import quantile_bins
 from flywheel.records import Grade, ModelRef, Role, SampleScores, Split
-from flywheel.runs.files import read_json, write_json
+from flywheel.runs.files import read_json, sha256, write_json
+from flywheel.runs.manifest import MANIFEST
 from flywheel.runs.run import Context, Run, records
+from flywheel.runs.shards import shard_dirs
 from flywheel.runs.stage import Input, Stage
 from flywheel.runs.worker import fill
 from flywheel.search.plan import Plan, Trial, serve_plan
+from flywheel.search.strategy import Strategy
 from flywheel.stages.calibrate import probe_edges, try_all
 from flywheel.stages.kit import Kit, kit
 from flywheel.stages.shared import ids, model_names, pass_rates
 
-FIGURES = "figures.json"
+FIGURES, ORIGIN = "figures.json", "made_from.json"
 
 
 @dataclass(frozen=True)
@@ -37,12 +40,17 @@ class System:
     plan: Plan | None = None
     edges: list[float] = field(default_factory=list)
 
+    def check(self, strategy: Strategy | None) -> None:
+        """Raises UserError if `strategy` needs a model that the round does not have."""
+        if strategy and strategy.maker not in self.models:
+            raise UserError(f"{strategy.name}: round {self.round} has no {strategy.maker}; name another --strategy")
+
 
 def system(run: Run, round: int | None = None) -> System:
     """The system after `round`, by default the last whose gate is finished. Raises UserError."""
     done = [r for r, stage in run.manifests if stage == "gate"]
     if not done:
-        raise UserError(f"{run.root}: no round has trained a policy yet; flywheel iterate goes on with it")
+        raise UserError(f"{run.root}: no round has trained a policy yet; flywheel iterate --round 1 does")
     chosen = max(done) if round is None else round
     if chosen not in done:
         finished = ", ".join(map(str, sorted(done)))
@@ -50,10 +58,18 @@ def system(run: Run, round: int | None = None) -> System:
     models = {role: run.model(role, chosen) for role in (Role.POLICY, Role.PRM)}
     if run.figures("choose_reviser", chosen).get("chosen"):
         models[Role.REVISER] = run.model(Role.REVISER, chosen)
-    for figures in (read_json(folder(run, chosen) / FIGURES) or {}, run.figures("calibrate", chosen)):
-        if figures and (plan := Plan.from_dict(figures["serve"])).models == model_names(models):
+    own = read_json(folder(run, chosen) / FIGURES) or {}
+    if own and own["made_from"] != made_from(run, chosen):
+        raise UserError(f"{folder(run, chosen)}: a plan for models that were made anew since; remove this folder")
+    for figures in (own, run.figures("calibrate", chosen)):
+        if "probe_edges" in figures and (plan := Plan.from_dict(figures["serve"])).models == model_names(models):
             return System(run, chosen, models, plan, figures["probe_edges"])
     return System(run, chosen, models)
+
+
+def made_from(run: Run, round: int) -> dict[str, str]:
+    """sha256 of the manifests of the stages that made the round's models."""
+    return {stage: sha256(run.path(stage, round) / MANIFEST) for stage in ("train_prm", "choose_reviser", "gate")}
 
 
 def folder(run: Run, round: int) -> Path:
@@ -67,12 +83,10 @@ def calibrate(run: Run, round: int | None = None) -> System:
         return served
     round = served.round
 
-    def bins(ctx: Context) -> dict[str, int]:
-        return quantile_bins(pass_rates(ctx.read(Grade, "gate")), ctx.recipe.calibrate.bins)
-
     def work(ctx: Context, kit: Kit, questions: Sequence[str]) -> Iterator[object]:
-        searcher, found = kit.searcher(reviser=Role.REVISER in served.models), bins(ctx)
+        found = quantile_bins(pass_rates(ctx.read(Grade, "gate")), ctx.recipe.calibrate.bins)
         known = {q: Counter() for q in questions}  # for the harvest alone
+        searcher = kit.searcher(reviser=Role.REVISER in served.models)
         return try_all(kit, searcher, {q: found[q] for q in questions}, known, f"r{round}/serving")
 
     stage = Stage(
@@ -86,9 +100,14 @@ def calibrate(run: Run, round: int | None = None) -> System:
     ctx = Context(run.recipe, run.root, round, stage)
     ctx.dir = folder(run, round)
     ctx.dir.mkdir(parents=True, exist_ok=True)
+    origin = made_from(run, round)
+    if shard_dirs(ctx.dir) and read_json(ctx.dir / ORIGIN) != origin:
+        raise UserError(f"{ctx.dir}: begun with models that were made anew since; remove this folder")
+    write_json(ctx.dir / ORIGIN, origin)
     fill(ctx)
     trials, names = list(records(ctx.dir, Trial)), model_names(served.models)
     plan, two_fold = serve_plan(trials, names, run.recipe.calibrate.bins, seed=ctx.seed("folds") % 2**31)
     edges = probe_edges(run.recipe, records(ctx.dir, SampleScores))
-    write_json(ctx.dir / FIGURES, {"serve": plan.to_dict(), "two_fold": two_fold, "probe_edges": edges})
+    figures = {"made_from": origin, "serve": plan.to_dict(), "two_fold": two_fold, "probe_edges": edges}
+    write_json(ctx.dir / FIGURES, figures)
     return system(run, round)

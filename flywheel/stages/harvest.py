@@ -7,10 +7,10 @@ gain, so that late rounds would leave hard questions alone: `harvest.extra` give
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from flywheel.problems.grading import load_function
+from flywheel.recipe import HarvestSpec
 from flywheel.records import Grade, Harvested, Role, Solution, Split, Verdict
 from flywheel.runs.files import write_table
 from flywheel.runs.run import Context
@@ -43,15 +43,23 @@ def work(ctx: Context, kit: Kit, questions: Sequence[str]) -> Iterator[object]:
         return plan.strategy(bins[question].quantile_bin, budget)
 
     samples, verdicts = sampled(ctx)
-    right = Counter(s.question_id for q in questions for s in samples[q] if verdicts[s.id] is Verdict.CORRECT)
+    right = {q: [s for s in samples[q] if verdicts[s.id] is Verdict.CORRECT] for q in questions}
+    made: dict[str, Solution] = {}
     for record in kit.search_all(questions, searcher, strategy, f"r{ctx.round}/harvest"):
-        if isinstance(record, Grade) and record.correct:
-            right[record.question_id] += 1
+        if isinstance(record, Solution):
+            made[record.id] = record
+        elif record.correct:
+            right[record.question_id].append(made[record.solution_id])
         yield record
     if extra := ctx.recipe.harvest.extra:
-        few = [q for q in questions if right[q] < ctx.recipe.harvest.min_votes]
+        few = [q for q in questions if most_votes(ctx.recipe.harvest, right[q]) < ctx.recipe.harvest.min_votes]
         more = BestOfN(extra, select="majority")
         yield from kit.search_all(few, searcher, lambda question: more, f"r{ctx.round}/extra")
+
+
+def most_votes(spec: HarvestSpec, right: Sequence[Solution]) -> int:
+    """The votes of the one of a question's right solutions that has most, by `harvest.vote`."""
+    return max(votes(right).values(), default=0) if spec.vote == "trace" else len({s.draw for s in right})
 
 
 def finish(ctx: Context) -> dict:

@@ -72,7 +72,12 @@ def test_a_choice_is_shown_by_calibration_questions_alone():
             ("train_prm", 1): {"auc_within_question": 0.7, "trained": True},
         }
         read = {(Grade, "gate", 1): grades}
-        return SimpleNamespace(root=name, read=lambda *at: read.get(at, []), figures=lambda *at: figures[at])
+        return SimpleNamespace(
+            root=name,
+            read=lambda *at: read.get(at, []),
+            figures=lambda *at: figures[at],
+            manifest=lambda stage, round: {} if round < 3 else None,
+        )
 
     one, two = run("one", {"a": [1, 0], "b": [0, 0]}), run("two", {"a": [1, 1], "b": [1, 0]})
     found = choose.measure(argparse.Namespace(runs=[one, two], round=1))["runs"]
@@ -83,6 +88,8 @@ def test_a_choice_is_shown_by_calibration_questions_alone():
         choose.measure(argparse.Namespace(runs=[one, run("three", {"a": [1]})], round=1))
     with pytest.raises(UserError, match="one: the gate of round 2 judged no new policy"):
         choose.measure(argparse.Namespace(runs=[one], round=2))
+    with pytest.raises(UserError, match="one: the gate of round 3 is not finished"):
+        choose.measure(argparse.Namespace(runs=[one], round=3))
 
 
 def test_samples_are_spent_where_the_vote_or_the_verifier_is_not_sure():

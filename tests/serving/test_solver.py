@@ -6,6 +6,9 @@ import pytest
 from say import QUESTION, SAMPLES, VALUES, Bench
 
 from flywheel.errors import UserError
+from flywheel.problems.grading import DEFAULT_CHECKER, Grader
+from flywheel.recipe import ProblemSpec
+from flywheel.records import Problem, Split
 from flywheel.search.adaptive import Adaptive, certainty
 from flywheel.search.beam import Beam
 from flywheel.search.best_of_n import BestOfN
@@ -13,8 +16,9 @@ from flywheel.search.greedy import Greedy
 from flywheel.search.plan import Entry, Plan
 from flywheel.search.revise import Revise
 from flywheel.search.strategies import named
-from flywheel.serving.batch import finished
+from flywheel.serving.batch import checker_of, finished, right
 from flywheel.serving.solver import Ask, Solved, Solver
+from flywheel.solve import read_questions
 
 EASY, HARD = BestOfN(2), Revise(4)
 PLAN = Plan("serve", {}, tuple(Entry(b, 4, s, 5, 1.0, 10.0) for b, s in ((1, EASY), (2, HARD))))
@@ -85,9 +89,11 @@ def test_a_strategy_by_its_name(text, strategy):
     "text, said",
     [
         ("beem:4", "did you mean beam?"),
-        ("best_of_n", "a number of generations is wanted, as in best_of_n:16"),
-        ("best_of_n:0", "a number of generations is wanted"),
+        ("best_of_n", "wanted, as in best_of_n:16"),
+        ("best_of_n:0", "a number of generations below a million is wanted"),
         ("best_of_n:4:loud", "no key of best_of_n is known by loud"),
+        ("best_of_n:4:max_budget=0", "max_budget is no option"),
+        ("best_of_n:" + "9" * 5000, "below a million"),
         ("beam:4:wide=2", "unknown key of beam"),
         ("adaptive:4:sure=7", "sure: Input should be less than 1"),
         ("beam:2:width=4", "does not fit 2 generations"),
@@ -99,11 +105,56 @@ def test_a_strategy_that_does_not_exist_is_one_line(text, said):
     assert text in str(raised.value) and "\n" not in str(raised.value)
 
 
+def test_votes_without_scores_outweigh_a_probe_with_scores():
+    """The plan's majority of 5 draws; only the probe was judged."""
+    bench = Bench(["Answer 16", "Answer 18"], VALUES, reviser=["Answer 18"])
+    plan = Plan("serve", {}, tuple(Entry(b, 4, Revise(4, select="majority"), 5, 1.0, 10.0) for b in (1, 2)))
+    found = solve(bench, Ask(budget=4), plan)
+    assert found.answer == "18" and found.share == pytest.approx(5 / 6) and found.certainty > 0.9
+
+
 def test_a_line_that_a_kill_cut_short_is_asked_again(tmp_path):
     out = tmp_path / "answers.jsonl"
-    assert finished(out) == set()
-    out.write_text('{"id": "a", "answer": "1"}\n{"id": "b", "ans')
-    assert finished(out) == {"a"} and out.read_text() == '{"id": "a", "answer": "1"}\n'
+    assert finished(out) == set() and out.read_text() == ""
+    whole = '{"id": "a", "question": "x\u2028y", "answer": "1"}\n{"id": "c", "question": "z", "error": "too long"}\n'
+    out.write_text(whole + '{"id": "b", "ans')
+    assert finished(out) == {("a", "x\u2028y")} and out.read_text() == whole
     out.write_text("a,b\n")
     with pytest.raises(UserError, match="answers.jsonl: not what flywheel solve writes"):
         finished(out)
+    with pytest.raises(UserError, match="none/answers.jsonl: cannot be written"):
+        finished(tmp_path / "none" / "answers.jsonl")
+
+
+def test_questions_have_ids_of_their_own_and_faults_name_their_line(tmp_path):
+    asked = tmp_path / "asked.jsonl"
+    asked.write_text(
+        '\ufeff{"id": 0, "question": "a\u2028b"}\n\n{"id": 1, "question": "c", "answer": 7}\n{"question": "d"}\n'
+    )
+    found = read_questions(asked)
+    assert [(p.id, p.question.text, p.answer) for p in found] == [
+        ("0", "a\u2028b", ""),
+        ("1", "c", "7"),
+        ("4", "d", ""),
+    ]
+    for text, said in (
+        ('{"question": "a"}\n{"q": "b"}', "asked.jsonl:2: a field question"),
+        ("{", "asked.jsonl:1: not JSON"),
+        ('{"id": 1, "question": "a"}\n{"id": 1, "question": "b"}', "asked.jsonl:2: the id 1 occurs twice"),
+        ("\n", "asked.jsonl: no questions"),
+    ):
+        asked.write_text(text)
+        with pytest.raises(UserError, match=said):
+            read_questions(asked)
+
+
+def test_what_is_right_is_the_checker_s_verdict_and_undecided_is_neither():
+    found = solve(Bench(SAMPLES, VALUES), Ask(BestOfN(3)))
+    task = {"task": "chain_sum", "train": 1, "calibrate": 1, "validation": 1, "test": 1}
+    spec = ProblemSpec(format="reasoning_gym", tasks=[task], check_seconds=5)
+    assert checker_of(spec).checker == DEFAULT_CHECKER != spec.checker
+    with Grader(checker_of(spec)) as grader:
+        problems = [Problem(QUESTION, gold, Split.TEST) for gold in ("16", "18")]
+        assert [right(grader, problem, found) for problem in problems] == [True, False]
+    with Grader(spec) as grader:
+        assert right(grader, Problem(QUESTION, "no entry", Split.TEST), found) is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -45,9 +46,15 @@ def test_a_text_of_its_own_is_kept_where_draws_vote_by_answer(vote, kept, tmp_pa
     assert figures["too_few_votes"] == 4 - figures["kept"] and figures["questions"] == len(kept)
 
 
-@pytest.mark.parametrize(("extra", "again"), [(0, []), (8, ["half", "hard"])])
+@pytest.mark.parametrize(("extra", "again"), [(0, []), (8, ["chain", "half", "hard"])])
 def test_questions_without_a_verified_solution_get_extra_draws(extra, again, monkeypatch):
-    rights = {"easy": (2, 0), "half": (1, 0), "late": (1, 1), "hard": (0, 0)}  # in the sample stage, in the harvest
+    rights = {
+        "easy": (2, 0),
+        "half": (1, 0),
+        "late": (1, 1),
+        "chain": (0, 1),
+        "hard": (0, 0),
+    }  # in the sample stage, in the harvest
     samples = {q: [drawn(q, i, "7") for i in range(3)] for q in rights}
     verdicts = {
         s.id: Verdict.CORRECT if i < rights[q][0] else Verdict.INCORRECT
@@ -60,12 +67,16 @@ def test_questions_without_a_verified_solution_get_extra_draws(extra, again, mon
     def search_all(questions, searcher, strategy, tag):
         asked.append({q: strategy(q) for q in questions})
         for q in questions:
-            yield Grade(f"{q}/{tag}", q, Verdict.CORRECT if rights[q][1] else Verdict.INCORRECT, "best_of_n")
+            for attempt in (1, 2):  # two right attempts of one chain are one draw
+                made = replace(drawn(q, 9, f"attempt {attempt}"), id=f"{q}/{tag}/{attempt}", draw=f"{q}/{tag}")
+                yield made
+                verdict = Verdict.CORRECT if rights[q][1] else Verdict.INCORRECT
+                yield Grade(made.id, q, verdict, "revise")
 
     monkeypatch.setattr(harvest, "difficulties", lambda ctx: {q: Difficulty(q, 0.5, 3, 3) for q in rights})
     monkeypatch.setattr(harvest, "search_models", lambda ctx: {})
     monkeypatch.setattr(harvest, "sampled", lambda ctx: (samples, verdicts))
-    settings = [f"harvest.extra={extra}", "harvest.budget=4", "harvest.min_votes=2"]
+    settings = [f"harvest.extra={extra}", "harvest.budget=4", "harvest.min_votes=2", "harvest.vote=answer"]
     ctx = SimpleNamespace(
         recipe=load("recipes/chain.yaml", settings), figures=lambda stage: {"harvest": plan.to_dict()}, round=1
     )

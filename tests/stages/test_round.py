@@ -358,9 +358,7 @@ def fits(browser: str, html: str, width: int, folder: Path) -> bool:
     </script>"""
     page = folder / f"page_{width}.html"
     page.write_text(html.replace("</body>", probe + "</body>"))
-    flags = (
-        "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --dump-dom"
-    )
+    flags = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --dump-dom"
     profile, size = f"--user-data-dir={folder / str(width)}", f"--window-size={width},900"
     command = [browser, *flags.split(), profile, size, page.as_uri()]
     return "<title>true,1</title>" in subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
