@@ -2,9 +2,9 @@
 
     python -m eval.bench.training data/smollm2_135m --repeats 3
 
-`ours` computes logits at the trained positions alone and keeps freed memory; `trl` has TRL's loss and the C library's own
-settings. Each training runs in a process of its own, in alternating order, on the same random texts whose second half is
-trained on. Prints JSON: tokens/s and peak memory of each, and the median, least and greatest ratio ours / trl.
+`ours` computes logits at the trained positions alone and keeps freed memory; `trl` has TRL's loss and the C library's
+own settings. Each training runs in a process of its own, in alternating order, on the same random texts, trained on
+their second half. Prints JSON: tokens/s and peak memory of each, and the median, least and greatest ratio ours / trl.
 """
 
 from __future__ import annotations

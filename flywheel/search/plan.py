@@ -149,7 +149,7 @@ def harvest_plan(trials: Sequence[Trial], models: Mapping[str, str], budget: int
     """One strategy per bin, from all budgets tried, that together verify most within the harvest's token budget.
 
     Maximises the sum over bins of mean min(verified, keep), subject to a limit on the sum of mean tokens: the cost of
-    giving every question the cheapest strategy of `budget`. Bins weigh the same because quantile bins hold equal
+    giving every question the cheapest strategy of `budget`, greedy aside, which spends no budget. Bins weigh the same because quantile bins hold equal
     shares of the questions; solutions beyond `keep` do not count because the harvest discards them. Maximising
     verified solutions per token instead would always choose the smallest budget, whose first samples gain most; with
     a fixed total, tokens that easy bins do not need go to harder ones. Ties go to fewer tokens. The optimum is exact
@@ -157,13 +157,15 @@ def harvest_plan(trials: Sequence[Trial], models: Mapping[str, str], budget: int
     """
     costs: dict[Strategy, list[int]] = {}
     for trial in trials:
-        if trial.budget == budget:
+        if trial.budget == budget and not isinstance(trial.strategy, Greedy):
             costs.setdefault(trial.strategy, []).append(trial.tokens)
     if not costs:
         raise ValueError(
             f"harvest.budget: {budget} is not among the calibrated budgets {sorted({t.budget for t in trials})}"
         )
     cheapest = min(costs, key=lambda strategy: sum(costs[strategy]) / len(costs[strategy]))
+    # the greedy answer is one strategy at every budget
+    trials = list({(trial.question_id, trial.strategy): trial for trial in trials}.values())
     options = [
         _options(trials, bin, bins, budget, lambda t: float(min(t.verified, keep))) for bin in range(1, bins + 1)
     ]

@@ -290,3 +290,12 @@ def test_the_plan_s_rival_is_the_best_single_strategy_of_greedy_and_best_of_n():
         *trials(BIG, 16, [1, 1, 0]),
     ]
     assert simplest(asked) == {4: BestOfN(4, "majority"), 16: Greedy()}
+
+
+def test_a_strategy_that_is_the_same_at_two_budgets_is_one_option_of_the_harvest():
+    greedy = [trial for budget in (4, 16) for trial in trials(Greedy(), budget, [1, 1, 0, 0, 0], tokens=5)]
+    asked = [*greedy, *trials(SMALL, 4, [1, 1, 1, 0, 0], tokens=100), *trials(BIG, 16, [1, 1, 1, 0, 0], tokens=400)]
+    [entry] = harvest_plan(asked, MODELS, 4, 2, bins=1).entries
+    assert entry.strategy == SMALL and entry.questions == 5  # greedy's few tokens are no limit for the others
+    [four, sixteen] = serve_plan(asked, MODELS, bins=1)[0].entries
+    assert (four.strategy, sixteen.strategy) == (SMALL, BIG)
