@@ -149,11 +149,12 @@ def harvest_plan(trials: Sequence[Trial], models: Mapping[str, str], budget: int
     """One strategy per bin, from all budgets tried, that together verify most within the harvest's token budget.
 
     Maximises the sum over bins of mean min(verified, keep), subject to a limit on the sum of mean tokens: the cost of
-    giving every question the cheapest strategy of `budget`, greedy aside, which spends no budget. Bins weigh the same because quantile bins hold equal
-    shares of the questions; solutions beyond `keep` do not count because the harvest discards them. Maximising
-    verified solutions per token instead would always choose the smallest budget, whose first samples gain most; with
-    a fixed total, tokens that easy bins do not need go to harder ones. Ties go to fewer tokens. The optimum is exact
-    (a multiple-choice knapsack). All entries are stored under `budget`. Raises ValueError if it was not tried.
+    giving every question the cheapest strategy of `budget`, greedy aside, which spends no budget. Bins weigh the same
+    because quantile bins hold equal shares of the questions; solutions beyond `keep` do not count because the harvest
+    discards them. Maximising verified solutions per token instead would always choose the smallest budget, whose first
+    samples gain most; with a fixed total, tokens that easy bins do not need go to harder ones. Ties go to fewer tokens.
+    The optimum is exact (a multiple-choice knapsack). All entries are stored under `budget`. Raises ValueError if it
+    was not tried.
     """
     costs: dict[Strategy, list[int]] = {}
     for trial in trials:
