@@ -96,10 +96,15 @@ def planned(recipe: Recipe, rates: Rates, counts: dict[str, int], stage: str, ro
     labelled = min(train, recipe.label.questions or train) * recipe.label.solutions
     revisers = train * min(recipe.reviser.trajectories, recipe.reviser.samples / 2) * 0.75  # questions ever right
     probes = recipe.reviser.evals * min(validation, recipe.reviser.probe_questions) * recipe.reviser.probe_attempts
-    kinds = {(s.kind, s.max_budget, json.dumps(s.options, sort_keys=True)) for s in recipe.calibrate.strategies}
+    # all votes of best-of-N at one temperature share their draws
+    shared = ({k: v for k, v in s.options.items() if k != "select"} for s in recipe.calibrate.strategies)
+    kinds = {
+        (s.kind, s.max_budget, json.dumps(options if s.kind == "best_of_n" else s.options, sort_keys=True))
+        for s, options in zip(recipe.calibrate.strategies, shared)
+    }
     tried = [
         strategy(kind, min(limit or budget, budget), rates, recipe)
-        for kind, limit, _ in {(k, m, "" if k == "best_of_n" else options) for k, m, options in kinds}
+        for kind, limit, _ in kinds
         # one beam search for each budget; of the others the largest, which holds the smaller ones' draws
         for budget in (recipe.calibrate.budgets if kind == "beam" else [max(recipe.calibrate.budgets)])
         if kind != "beam" or budget <= (limit or budget)
