@@ -34,7 +34,8 @@ class Solved:
     """The answer to a question, and its bill.
 
     share: the answer's share of the (PRM-weighted) votes. certainty: the probability that it stays ahead if sampling
-    goes on. guide: what chose the strategy: `asked`, `probe`, or `adaptive` without a plan. bin: the guessed difficulty
+    goes on. guide: what chose the strategy: `asked`, `probe`, `plan` if it has one strategy for all bins, or
+    `adaptive` without a plan. bin: the guessed difficulty
     bin. tokens = prompt + generated + scored; `cached` of them came from the prefix cache. best: the highest-scored
     solution with this answer, or of all if there is no answer. cut_off: the limit on tokens ended the search.
     """
@@ -76,12 +77,12 @@ class Solver:
 
         started, bin = time.monotonic(), None
         with metered() as spent:
-            if ask.strategy or not self.plan:
-                guide, strategy = ("asked", ask.strategy) if ask.strategy else ("adaptive", Adaptive(ask.budget))
+            strategy, guide = self.known(ask)
+            if strategy:
                 done = await run(strategy, strategy.name)
             else:
                 done = await by_probe(self.plan, self.budget(ask.budget), self.probe, self.edges, run)
-                guide, strategy, bin = "probe", done.strategy, done.bin
+                strategy, bin = done.strategy, done.bin
         best, share, sure = confidence(done.candidates, done.answer)
         return Solved(
             answer=done.answer,
@@ -100,6 +101,13 @@ class Solver:
             best=best,
             candidates=done.candidates,
         )
+
+    def known(self, ask: Ask) -> tuple[Strategy | None, str]:
+        """(the strategy if no probe is needed to choose it, what chooses it)."""
+        if ask.strategy or not self.plan:
+            return (ask.strategy, "asked") if ask.strategy else (Adaptive(ask.budget), "adaptive")
+        options = {entry.strategy for entry in self.plan.entries if entry.budget == self.budget(ask.budget)}
+        return (options.pop(), "plan") if len(options) == 1 else (None, "probe")
 
     def budget(self, asked: int) -> int:
         """The largest budget of the plan that is not above `asked`, or its smallest."""

@@ -52,6 +52,12 @@ def test_the_plan_is_followed_in_the_bin_that_the_probe_guesses():
     assert len({c.solution.id for c in hard.candidates}) == len(hard.candidates) == 6  # four attempts, two of the probe
 
 
+def test_no_probe_is_paid_for_where_the_plan_has_one_strategy_for_all_bins():
+    plan = Plan("serve", {}, tuple(Entry(b, 4, EASY, 5, 1.0, 10.0) for b in (1, 2)))
+    found = solve(Bench(SAMPLES, VALUES), Ask(budget=4), plan)
+    assert (found.guide, found.strategy, found.bin) == ("plan", EASY.name, None) and len(found.candidates) == 2
+
+
 def test_without_a_plan_it_samples_until_the_vote_is_decided():
     found = solve(Bench(SAMPLES, VALUES), Ask(budget=4))
     assert (found.guide, found.strategy) == ("adaptive", Adaptive(4).name) and found.bin is None
@@ -108,8 +114,8 @@ def test_a_strategy_that_does_not_exist_is_one_line(text, said):
 def test_votes_without_scores_outweigh_a_probe_with_scores():
     """The plan's majority of 5 draws; only the probe was judged."""
     bench = Bench(["Answer 16", "Answer 18"], VALUES, reviser=["Answer 18"])
-    plan = Plan("serve", {}, tuple(Entry(b, 4, Revise(4, select="majority"), 5, 1.0, 10.0) for b in (1, 2)))
-    found = solve(bench, Ask(budget=4), plan)
+    plan = Plan("serve", {}, (Entry(1, 4, Revise(4, select="majority"), 5, 1.0, 10.0), Entry(2, 4, EASY, 5, 1.0, 10.0)))
+    found = solve(bench, Ask(budget=4), plan, edges=(0.0,))
     assert found.answer == "18" and found.share == pytest.approx(5 / 6) and found.certainty > 0.9
 
 
