@@ -49,7 +49,9 @@ def test_the_wheel_holds_flywheel_and_what_a_run_needs_and_nothing_else(wheel):
     patterns += ("data/chain/seed_model/*.json", "data/chain/seed_model/*.safetensors")
     data += [str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(pattern)]
     assert len(data) >= 3 + 3 + 8 + 4 + 5
-    assert names == modules | {"flywheel/py.typed"} | {f"flywheel/share/{name}" for name in data}
+    assert names == modules | {"flywheel/py.typed", "flywheel/report/page.html.jinja"} | {
+        f"flywheel/share/{name}" for name in data
+    }
 
 
 @pytest.mark.parametrize("command", ["", "iterate", "summary", "verify", "export", "push", "gguf", "config"])
