@@ -16,12 +16,14 @@ import os
 import random
 import resource
 import statistics
+import sys
 import tempfile
 from pathlib import Path
 
 
 def train(way: str, model: str, batch: int, steps: int, length: int) -> tuple[float, float]:
     """(tokens/s, bytes of memory at the peak) of one training; call it in a fresh process."""
+    sys.stdout = sys.stderr  # DeepSpeed logs there when imported
     os.environ |= {"ACCELERATE_USE_CPU": "true", "WANDB_MODE": "disabled"}
     from flywheel.ledger import Ledger
     from flywheel.models.weights import load_tokenizer
