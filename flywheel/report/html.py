@@ -20,7 +20,7 @@ from flywheel.report.summary import summary
 from flywheel.report.tables import difference, figures, interval_of, remarks
 from flywheel.runs.files import read_table
 from flywheel.runs.run import Run
-from flywheel.stages.shared import pass_rates
+from flywheel.stages.shared import pass_rates, spaced, trace
 
 SHOWN = 4  # distinct solutions of a question and round
 TEMPLATE = "page.html.jinja"
@@ -91,7 +91,7 @@ def trained(run: Run, count: int) -> list[Asked]:
         values = {row.solution_id: row.values for row in run.read(StepValues, "label", r)}
         labelled |= {row.question_id for row in run.read(StepValues, "label", r)}
         path = run.harvest(r)
-        kept = {(row.question_id, words(row.solution)) for row in read_table(path, Harvested)} if path else set()
+        kept = {(row.question_id, spaced(row.solution)) for row in read_table(path, Harvested)} if path else set()
         looks.append((r, "sample", "sample", values, kept))
     return browse(run, [p for p in run.problems(Split.TRAIN) if p.id in labelled][:count], looks)
 
@@ -110,7 +110,7 @@ def browse(run: Run, problems: Iterable[Problem], looks: list[tuple]) -> list[As
         for s in run.read(Solution, stage, r):
             if s.question_id not in out or s.purpose != purpose:
                 continue
-            text = words(s.text)
+            text = trace(s)
             shown = groups[s.question_id].setdefault(text, Shown([], s.answer, str(verdicts[s.id])))
             if s.id in values or not shown.steps:
                 known = [*values.get(s.id, ()), *[None] * len(s.steps)]
@@ -121,7 +121,3 @@ def browse(run: Run, problems: Iterable[Problem], looks: list[tuple]) -> list[As
             ranked = sorted(found.values(), key=lambda one: (one.steps[0][1] is None, -one.count))
             out[id].rounds[r] = rates[id], fixed_bin(rates[id], run.recipe.calibrate.edges), ranked[:SHOWN]
     return list(out.values())
-
-
-def words(text: str) -> str:
-    return " ".join(text.split())

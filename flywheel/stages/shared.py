@@ -109,7 +109,12 @@ def interval(ctx: Context, values: Sequence[float]) -> tuple[float, list[float]]
 
 def trace(solution: Solution) -> str:
     """The text with normalised whitespace: solutions with equal traces are the same derivation."""
-    return " ".join(solution.text.split())
+    return spaced(solution.text)
+
+
+def spaced(text: str) -> str:
+    """`text` with each run of whitespace as one space."""
+    return " ".join(text.split())
 
 
 def votes(right: Iterable[Solution]) -> Counter[str]:
@@ -122,7 +127,7 @@ def harvested(ctx: Context, rounds: range) -> list[Harvested]:
     seen: dict[tuple[str, str], Harvested] = {}
     for round in rounds:
         for row in read_table(ctx.path("harvest", round) / "harvest.parquet", Harvested):
-            seen.setdefault((row.question_id, " ".join(row.solution.split())), row)
+            seen.setdefault((row.question_id, spaced(row.solution)), row)
     return list(seen.values())
 
 
