@@ -13,7 +13,7 @@ import socket
 import sys
 from pathlib import Path
 
-from flywheel.errors import UserError, explain
+from flywheel.errors import UserError, exit_code
 from flywheel.runs.isolate import THREADS
 
 
@@ -47,6 +47,10 @@ def main(argv: list[str] | None = None) -> int:
     for option in ("budget", "queue"):
         if (value := getattr(args, option)) is not None and value < 1:
             parser().error(f"--{option}: 1 or more")
+    return exit_code(lambda: served_until_stopped(args))
+
+
+def served_until_stopped(args: argparse.Namespace) -> int:
     from flywheel.runs.processes import environment, threads_of
     from flywheel.runs.ranks import Ranks
     from flywheel.runs.run import Run
@@ -76,11 +80,6 @@ def main(argv: list[str] | None = None) -> int:
             kit.backend.serve(uvicorn.Server(config).serve(sockets=[door]))
     except KeyboardInterrupt:
         return 130
-    except Exception as error:
-        if (line := explain(error)) is None:
-            raise
-        print(f"flywheel: {line}", file=sys.stderr, flush=True)
-        return 1
     return 0
 
 

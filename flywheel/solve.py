@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flywheel.errors import UserError, explain
+from flywheel.errors import UserError, exit_code
 from flywheel.runs.isolate import PRELOAD
 
 if TYPE_CHECKING:
@@ -88,6 +88,10 @@ def main(argv: list[str] | None = None, *, preload: tuple[str, ...] = PRELOAD) -
     for option in ("budget", "tokens"):
         if (value := getattr(args, option)) is not None and value < 1:
             parser().error(f"--{option}: 1 or more")
+    return exit_code(lambda: solved(args, preload))
+
+
+def solved(args: argparse.Namespace, preload: tuple[str, ...]) -> int:
     from flywheel.records import Problem, Question, Split
     from flywheel.runs import isolate
     from flywheel.runs.loop import Stopped, signals
@@ -129,11 +133,6 @@ def main(argv: list[str] | None = None, *, preload: tuple[str, ...] = PRELOAD) -
             sums = call_alone(ranks, run.recipe, "flywheel.serving.batch:answer", arguments, "the answers", threads)
     except Stopped as stop:
         return 128 + stop.args[0]
-    except Exception as error:
-        if (line := explain(error)) is None:
-            raise
-        print(f"flywheel: {line}", file=sys.stderr, flush=True)
-        return 1
     line = f"{sums['answered']} answered, {sums['tokens']:,} tokens"
     if sums["graded"]:
         line += f", {sums['right']} of {sums['graded']} right ({sums['right'] / sums['graded']:.1%})"

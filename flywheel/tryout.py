@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from flywheel.errors import explain
+from flywheel.errors import exit_code
 from flywheel.iterate import load_recipe, shipped
 from flywheel.runs.isolate import PRELOAD
 
@@ -34,6 +34,10 @@ def main(argv: list[str] | None = None, *, preload: tuple[str, ...] = PRELOAD) -
     )
     p.set_defaults(dry_run=False)
     args = p.parse_args(argv)
+    return exit_code(lambda: rehearsed(args, preload))
+
+
+def rehearsed(args: argparse.Namespace, preload: tuple[str, ...]) -> int:
     from flywheel.runs import isolate, manifest
     from flywheel.runs.estimate import short
     from flywheel.runs.loop import Stopped, signals
@@ -55,11 +59,6 @@ def main(argv: list[str] | None = None, *, preload: tuple[str, ...] = PRELOAD) -
                 )
     except Stopped as stop:
         return 128 + stop.args[0]
-    except Exception as error:
-        if (line := explain(error)) is None:
-            raise
-        print(f"flywheel: {line}", file=sys.stderr, flush=True)
-        return 1
     return 0
 
 

@@ -85,11 +85,11 @@ def tested(run: Run, count: int) -> list[Asked]:
 
 def trained(run: Run, count: int) -> list[Asked]:
     """The first `count` training questions whose solutions got step values, with what was harvested of them."""
-
     looks, labelled = [], set()
     for r in sorted(r for r, stage in run.manifests if stage == "label"):
-        values = {row.solution_id: row.values for row in run.read(StepValues, "label", r)}
-        labelled |= {row.question_id for row in run.read(StepValues, "label", r)}
+        rows = list(run.read(StepValues, "label", r))
+        values = {row.solution_id: row.values for row in rows}
+        labelled |= {row.question_id for row in rows}
         path = run.harvest(r)
         kept = {(row.question_id, spaced(row.solution)) for row in read_table(path, Harvested)} if path else set()
         looks.append((r, "sample", "sample", values, kept))

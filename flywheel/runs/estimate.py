@@ -96,12 +96,10 @@ def planned(recipe: Recipe, rates: Rates, counts: dict[str, int], stage: str, ro
     labelled = min(train, recipe.label.questions or train) * recipe.label.solutions
     revisers = train * min(recipe.reviser.trajectories, recipe.reviser.samples / 2) * 0.75  # questions ever right
     probes = recipe.reviser.evals * min(validation, recipe.reviser.probe_questions) * recipe.reviser.probe_attempts
-    # all votes of best-of-N at one temperature share their draws
-    shared = ({k: v for k, v in s.options.items() if k != "select"} for s in recipe.calibrate.strategies)
-    kinds = {
-        (s.kind, s.max_budget, json.dumps(options if s.kind == "best_of_n" else s.options, sort_keys=True))
-        for s, options in zip(recipe.calibrate.strategies, shared)
-    }
+    kinds = set()
+    for s in recipe.calibrate.strategies:  # all votes of best-of-N at one temperature share their draws
+        options = {key: value for key, value in s.options.items() if (s.kind, key) != ("best_of_n", "select")}
+        kinds.add((s.kind, s.max_budget, json.dumps(options, sort_keys=True)))
     tried = [
         strategy(kind, min(limit or budget, budget), rates, recipe)
         for kind, limit, _ in kinds

@@ -40,11 +40,10 @@ async def by_probe(plan: Plan, budget: int, size: int, edges: Sequence[float], a
     probe = await ask(BestOfN(size), "probe")
     bin = fixed_bin(sum(c.score for c in probe.candidates) / size, edges)  # a probe that was cut off looks hard
     chosen, drawn = plan.strategy(bin, budget), tuple(probe.candidates)
-    outcomes, candidates = [probe], drawn
-    if isinstance(chosen, BestOfN) and chosen.temperature is None and chosen.n <= size:
+    outcomes, shares = [probe], isinstance(chosen, BestOfN) and chosen.temperature is None  # draws as the probe did
+    if shares and chosen.n <= size:
         candidates = drawn[: chosen.n]
     else:
-        shares = isinstance(chosen, BestOfN) and chosen.temperature is None
         rest = await ask(*(replace(chosen, n=chosen.n - size), "after_probe") if shares else (chosen, chosen.name))
         known = {c.solution.id for c in drawn}  # a search that was cut off returns the probe too
         more = tuple(c for c in rest.candidates if c.solution.id not in known)
