@@ -14,7 +14,6 @@ from flywheel.runs.shards import shard_dirs
 from flywheel.search.strategies import AnyStrategy
 
 BUDGETS = (4, 16, 64)  # generations; the default
-HEAD = "prompt_head"  # folder of the adapter that predicts a question's bin from its prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +29,7 @@ class Difficult:
     level: (
         float  # difficulty label of the problem set: number of steps in the chain set, MATH's level; 0 if it has none
     )
-    prompt_bin: int  # predicted from the prompt (eval.studies.prompt_head); 1 is the easiest
+    prompt_bin: int  # named by the round's difficulty head; 1 is the easiest
     prompt_tokens: int
 
 
@@ -98,16 +97,16 @@ def titles(args: argparse.Namespace) -> dict[str, str]:
 def check_origin(directory: Path, run: Run, round: int) -> None:
     """Raises UserError if a part was sampled with other models than the round's present ones.
 
-    Compares sha256 of the manifests of the round's models and of the prompt head's adapter; an empty part records them.
+    Compares sha256 of the manifests of the round's models; an empty part records them.
     """
     models = [
         (round, "train_prm"),
         (round, "choose_reviser"),
+        (round, "train_head"),
         (round, "sample"),
         *((r, "gate") for r in range(1, round)),
     ]
     files = [run.path(stage, r) / "manifest.json" for r, stage in models]
-    files.append(folder(run, round) / HEAD / "adapter" / "adapter_model.safetensors")
     note, now = directory / "made_from.json", {str(path.relative_to(run.root)): sha256(path) for path in files}
     if not shard_dirs(directory) and not note.is_file():
         write_json(note, now)

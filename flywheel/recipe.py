@@ -226,6 +226,10 @@ class ReviserSpec(TrainSpec):
     choose: Literal["level", "change"] = "level"  # checkpoint by its attempts' pass@1, or by how much revising adds
 
 
+class HeadSpec(TrainSpec):
+    epochs: Annotated[float, Field(gt=0)] = 6
+
+
 class StrategySpec(BaseModel):
     """A strategy to try in calibration; other keys are its options, which `search/strategies.py` checks."""
 
@@ -279,6 +283,7 @@ class Recipe(Spec):
     label: LabelSpec = LabelSpec()
     prm: PrmSpec = PrmSpec()
     reviser: ReviserSpec = ReviserSpec()
+    head: HeadSpec | None = None  # guesses a question's difficulty from the question alone; None: none is trained
     calibrate: CalibrateSpec
     harvest: HarvestSpec = HarvestSpec()
     distill: TrainSpec = TrainSpec(epochs=3)

@@ -20,11 +20,12 @@ class Split(StrEnum):
 
 
 class Role(StrEnum):
-    """The three models of a round."""
+    """The models of a round."""
 
     POLICY = "policy"
     PRM = "prm"
     REVISER = "reviser"
+    HEAD = "head"  # names a question's difficulty bin
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from flywheel.models.prompts import Prompts
 from flywheel.models.steps import Reader
 from flywheel.recipe import PromptSpec, SampleSpec
 from flywheel.records import Finish, Question, Role
+from flywheel.search.head import Head
 from flywheel.search.run import search
 from flywheel.search.strategy import Searcher
 
@@ -98,9 +99,13 @@ class Say:
 class Bench:
     """A searcher over scripted devices, and a ledger."""
 
-    def __init__(self, policy=None, values=None, reviser=None, *, how="last", max_model_len=256, device=Say, **sample):
+    def __init__(
+        self, policy=None, values=None, reviser=None, *, head=None, how="last", max_model_len=256, device=Say, **sample
+    ):
         self.ledger = Ledger("test", 1)
         self.devices = {Role.POLICY: device(policy), Role.PRM: device(values=values), Role.REVISER: device(reviser)}
+        if head:
+            self.devices[Role.HEAD] = device(head)
         engines = {
             role: ServedModel(role, f"{role}_1", 10, max_model_len, device, self.ledger)
             for role, device in self.devices.items()
@@ -114,6 +119,7 @@ class Bench:
             prompts,
             READER,
             SampleSpec(**{"max_tokens": 32, **sample}),
+            head=Head(engines[Role.HEAD], prompts, 2) if head else None,
         )
 
     def search(self, strategy, question=QUESTION, tag="t", limit=None):

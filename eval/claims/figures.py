@@ -10,13 +10,10 @@ from scipy.stats import spearmanr
 from eval.claims.rows import attempts, goal_makers, goal_share, study_cases
 from eval.claims.study import BINS, GRADES, Study
 from eval.curves import SELECT
-from eval.draws import HEAD
-from eval.shared import answers, folder
-from flywheel.errors import UserError
+from eval.shared import answers
 from flywheel.measure.bins import fixed_bins
 from flywheel.models.weights import parameters
 from flywheel.records import ModelRef
-from flywheel.runs.files import read_json
 from flywheel.runs.run import Run
 from flywheel.search.plan import Plan
 from flywheel.search.revise import Revise
@@ -107,12 +104,9 @@ def fixed_tokens(run: Run, round: int) -> dict[str, float]:
     """A round's one-time costs in inference tokens (FLOPs / 2N), by PRM, reviser, calibration and prompt head."""
     each = 2 * parameters(ModelRef("base", run.recipe.model.base))
     parts = {"prm": ("label", "train_prm"), "reviser": ("train_reviser", "choose_reviser"), "calibrate": ("calibrate",)}
+    parts["prompt_head"] = ("train_head",)
     rows = [row for row in run.ledger_rows if row["round"] == round]
-    found = {part: sum(row["flops"] for row in rows if row["stage"] in stages) / each for part, stages in parts.items()}
-    if (head := read_json(folder(run, round) / HEAD / "report.json")) is None:
-        raise UserError(f"{folder(run, round) / HEAD}: not trained; python -m eval prompt_head {run.root} trains it")
-    training = 4 * head["parameters"] + 2 * head["parameters_trained"]  # FLOPs a token, see ledger.py
-    return {**found, "prompt_head": training * head["tokens"] / each}
+    return {part: sum(row["flops"] for row in rows if row["stage"] in stages) / each for part, stages in parts.items()}
 
 
 def amortise(rows: list[dict], fixed: dict[str, float]) -> None:

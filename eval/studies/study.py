@@ -17,7 +17,6 @@ import argparse
 import multiprocessing
 import os
 import re
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -28,9 +27,8 @@ from pathlib import Path
 from eval import draws
 from eval.draws import Difficult, Drawn, Tried, add_sizes, check_origin, titles
 from eval.shared import draw, folder, whole_test
-from eval.studies.prompt_head import bin_words
 from flywheel.errors import UserError
-from flywheel.models.engine import Sampling
+from flywheel.ledger import metered
 from flywheel.records import Candidate, ModelRef, Outcome, Problem, Role, Solution
 from flywheel.runs.processes import default_workers
 from flywheel.runs.run import Context, Run
@@ -104,16 +102,14 @@ def level(ctx: Context, problem: Problem) -> float:
 
 
 def difficulty(ctx: Context, kit: Kit, questions: Sequence[str], *, oracle: int, judged: int) -> Iterator[Difficult]:
-    words, searcher = bin_words(kit.prompts.tokenizer), kit.searcher(reviser=False)
+    searcher = kit.searcher(reviser=False, head=True)
 
     async def one(id: str) -> tuple[Sequence[Candidate], Sequence[Candidate], int, int]:
         question = kit.problems[id].question
         drawn = await search(BestOfN(oracle, "majority"), question, searcher, tag=f"r{ctx.round}/oracle")
-        prompt = kit.prompts.solve(question)
-        [word] = await kit.engine("head").generate(prompt, Sampling(1, 0.0), purpose="head")
-        known = word.tokens and word.tokens[0] in words
-        bin = words.index(word.tokens[0]) + 1 if known else (len(words) + 1) // 2
-        return drawn.candidates, await judge(question, drawn.candidates[:judged], searcher.prm), bin, len(prompt) + 1
+        with metered() as spent:
+            bin = await searcher.head.bin(question)
+        return drawn.candidates, await judge(question, drawn.candidates[:judged], searcher.prm), bin, spent.tokens
 
     for question, (drawn, scored, bin, prompt_tokens) in kit.each(questions, one):
         yield Difficult(
@@ -176,13 +172,14 @@ def trials(
 # ---- processes ---------------------------------------------------------------------------
 
 
-def head_adapter(run: Run, round: int) -> Path:
-    return folder(run, round) / draws.HEAD / "adapter"
-
-
 def models(ctx: Context) -> dict[str, ModelRef]:
-    head = ModelRef("prompt_head", ctx.recipe.model.base, str(head_adapter(ctx, ctx.round)))
-    return {**search_models(ctx), "head": head}
+    """The models of the round's search, and its difficulty head, also one that the round itself refused."""
+    head = ModelRef(f"head_{ctx.round}", ctx.recipe.model.base, str(adapter(ctx, ctx.round)))
+    return {**search_models(ctx), Role.HEAD: head}
+
+
+def adapter(run: Run, round: int) -> Path:
+    return run.path("train_head", round) / "adapter"
 
 
 def draw_all(args: argparse.Namespace, cores: Sequence[int] | None) -> None:
@@ -211,10 +208,8 @@ def draw_all(args: argparse.Namespace, cores: Sequence[int] | None) -> None:
 def measure(args: argparse.Namespace) -> dict:
     draws.check_sizes(args)
     for run in args.runs:
-        if not (head_adapter(run, args.round) / "adapter_model.safetensors").is_file():
-            # in a separate process, because training uses threads and memory that engines need
-            command = [sys.executable, "-m", "eval", "prompt_head", str(run.root), "--round", str(args.round)]
-            subprocess.run(command, check=True, stdout=sys.stderr)
+        if not adapter(run, args.round).is_dir():
+            raise UserError(f"{run.root}: round {args.round} has no difficulty head: --set head={{}} trains one")
     cores, recipe = sorted(os.sched_getaffinity(0)), args.runs[0].recipe
     count = min(len(cores), recipe.engine.workers or default_workers(recipe.model.base, len(cores)))
     shares = [cores[i::count] if count > 1 else None for i in range(count)]

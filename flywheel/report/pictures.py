@@ -50,7 +50,7 @@ def figures(run: Run) -> Iterator[tuple[str, object]]:
         calibrated = run.figures("calibrate", r)
         if plans := [Plan.from_dict(calibrated[kind]) for kind in ("serve", "harvest") if kind in calibrated]:
             yield f"plan_{r}", _plans(r, plans)
-        curves = {s: run.figures(s, r).get("curve") for s in ("train_prm", "train_reviser", "distill")}
+        curves = {s: run.figures(s, r).get("curve") for s in ("train_prm", "train_reviser", "train_head", "distill")}
         if curves := {stage: curve for stage, curve in curves.items() if curve}:
             yield f"training_{r}", _training(r, curves)
 

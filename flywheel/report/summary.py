@@ -14,6 +14,7 @@ PARTS = {
     "label": ("label",),
     "prm": ("train_prm",),
     "reviser": ("train_reviser", "choose_reviser"),
+    "head": ("train_head",),
     "harvest": ("harvest",),
     "distill": ("distill",),
 }

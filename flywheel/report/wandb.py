@@ -24,7 +24,7 @@ from flywheel.runs.manifest import PATHS
 from flywheel.runs.run import Run
 
 PATIENCE = 30.0  # seconds
-CURVES = ("train_prm", "train_reviser", "distill")
+CURVES = ("train_prm", "train_reviser", "train_head", "distill")
 SECTIONS = ("policy", "search", "prm", "reviser", "harvest")  # keys of a round's summary
 SAMPLES = 10  # harvested solutions to log per round
 

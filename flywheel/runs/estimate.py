@@ -119,6 +119,9 @@ def planned(recipe: Recipe, rates: Rates, counts: dict[str, int], stage: str, ro
             trained=revisers * (example + rates.solution * recipe.reviser.context / 2) * recipe.reviser.epochs
         ),
         "choose_reviser": lambda: chain(recipe.reviser.probe_attempts, rates, recipe) * probes,
+        "train_head": lambda: Work(
+            trained=(train + calibrate) * rates.prompt * (recipe.head.epochs if recipe.head else 0)
+        ),
         "calibrate": lambda: sum(tried, Work()) * calibrate,
         "harvest": lambda: sum(at_harvest, Work()) * (train / len(at_harvest)),
         "distill": lambda: Work(trained=train * recipe.harvest.keep / 4 * example * recipe.distill.epochs * round),

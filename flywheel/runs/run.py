@@ -147,6 +147,11 @@ class Run:
                 return ModelRef(f"prm_{round}", base, str(self.path("train_prm", round) / "adapter"))
             case Role.REVISER:
                 return ModelRef(f"reviser_{round}", base, str(self.path("choose_reviser", round) / "adapter"))
+            case Role.HEAD:
+                trained = (self.manifest("train_head", round) or {"figures": {}})["figures"].get("trained")
+                return ModelRef(
+                    f"head_{round}", base, str(self.path("train_head", round) / "adapter") if trained else None
+                )
 
     def adapters(self, round: int) -> dict[Role, Path]:
         """The LoRA adapters in use after `round`, by role; roles whose adapter does not exist are left out."""

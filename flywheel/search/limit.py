@@ -87,7 +87,8 @@ def limited(searcher: Searcher, limit: int) -> Searcher:
     def paying(engine: Engine | None) -> Engine | None:
         return engine and Limited(engine, allowance)
 
-    prm = copy(searcher.prm)
-    if prm:
-        prm.engine = paying(prm.engine)
-    return replace(searcher, policy=paying(searcher.policy), reviser=paying(searcher.reviser), prm=prm, kept=Kept())
+    prm, head = copy(searcher.prm), copy(searcher.head)
+    for model in filter(None, (prm, head)):
+        model.engine = paying(model.engine)
+    policy, reviser = paying(searcher.policy), paying(searcher.reviser)
+    return replace(searcher, policy=policy, reviser=reviser, prm=prm, head=head, kept=Kept())

@@ -16,6 +16,7 @@ from flywheel.models.prompts import Prompts
 from flywheel.models.steps import Reader
 from flywheel.recipe import SampleSpec
 from flywheel.records import Candidate, Question, Role, Solution
+from flywheel.search.head import Head
 from flywheel.search.select import weighted
 
 Temperature = Annotated[float, Field(gt=0, le=2)] | None  # None: `sample.temperature`
@@ -111,6 +112,7 @@ class Searcher:
     """The models and prompts of a search; a model is None if the round has none.
 
     `sample`: limits for a whole solution. `kept`: collects partial results if a token limit may cut the search off.
+    `head`: guesses a question's difficulty, where a plan is followed.
     """
 
     policy: Engine | None
@@ -120,6 +122,7 @@ class Searcher:
     reader: Reader
     sample: SampleSpec
     kept: Kept | None = None
+    head: Head | None = None
 
     def maker(self, strategy: Strategy) -> Engine | None:
         return self.policy if strategy.maker == Role.POLICY else self.reviser

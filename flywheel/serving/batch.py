@@ -27,8 +27,9 @@ from flywheel.stages.kit import Kit, open_kit
 def opened(served: System, seed: int = 0) -> Iterator[tuple[Kit, Solver]]:
     """The models of a system, open, and the solver that answers with them."""
     ledger = Ledger("solve", served.round)
-    with open_kit(served.run, served.models, Split.CALIBRATE, ledger=ledger, seed=seed) as kit:
-        searcher = kit.searcher(reviser=Role.REVISER in served.models)
+    models = {**served.models, **served.head}
+    with open_kit(served.run, models, Split.CALIBRATE, ledger=ledger, seed=seed) as kit:
+        searcher = kit.searcher(reviser=Role.REVISER in models, head=Role.HEAD in models)
         yield kit, Solver(searcher, served.plan, served.edges, served.run.recipe.evaluate.probe)
 
 

@@ -10,7 +10,7 @@ from flywheel.ledger import metered
 from flywheel.problems.grading import answer_key
 from flywheel.records import Candidate, Outcome, Question
 from flywheel.search.adaptive import Adaptive, certainty, votes
-from flywheel.search.limit import limited
+from flywheel.search.limit import OutOfTokens, limited
 from flywheel.search.plan import Plan
 from flywheel.search.probe import by_probe
 from flywheel.search.run import search
@@ -34,10 +34,10 @@ class Solved:
     """The answer to a question, and its bill.
 
     share: the answer's share of the (PRM-weighted) votes. certainty: the probability that it stays ahead if sampling
-    goes on. guide: what chose the strategy: `asked`, `probe`, `plan` if it has one strategy for all bins, or
-    `adaptive` without a plan. bin: the guessed difficulty
-    bin. tokens = prompt + generated + scored; `cached` of them came from the prefix cache. best: the highest-scored
-    solution with this answer, or of all if there is no answer. cut_off: the limit on tokens ended the search.
+    goes on. guide: what chose the strategy: `asked`, `plan` if it has one strategy for all bins, else `head` or, in a
+    round without one, `probe`, or `adaptive` without a plan. bin: the guessed difficulty bin. tokens = prompt +
+    generated + scored; `cached` of them came from the prefix cache. best: the highest-scored solution with this answer,
+    or of all if there is no answer. cut_off: the limit on tokens ended the search.
     """
 
     answer: str | None
@@ -78,6 +78,13 @@ class Solver:
         started, bin = time.monotonic(), None
         with metered() as spent:
             strategy, guide = self.known(ask)
+            if not strategy and searcher.head:
+                guide = "head"
+                try:
+                    bin = await searcher.head.bin(question)
+                except OutOfTokens:  # the limit does not cover the question, so no search will find anything
+                    bin = max(entry.bin for entry in self.plan.entries)
+                strategy = self.plan.strategy(bin, self.budget(ask.budget))
             if strategy:
                 done = await run(strategy, strategy.name)
             else:

@@ -25,20 +25,25 @@ from flywheel.search.plan import Plan, Trial, serve_plan
 from flywheel.search.strategy import Strategy
 from flywheel.stages.calibrate import probe_edges, try_all
 from flywheel.stages.kit import Kit, kit
-from flywheel.stages.shared import ids, model_names, pass_rates
+from flywheel.stages.shared import head_model, ids, model_names, pass_rates
 
 FIGURES, ORIGIN = "figures.json", "made_from.json"
 
 
 @dataclass(frozen=True)
 class System:
-    """`models` by role; `plan`: None if there is none for them; `edges`: of the mean score of a probe."""
+    """`models` by role; `plan`: None if there is none for them; `edges`: of the mean score of a probe.
+
+    `head`: the difficulty head by its role, or empty. It tells the bins of the round's samples, drawn before the policy
+    was trained; as quantiles, they order questions for the new policy too.
+    """
 
     run: Run
     round: int
     models: dict[Role, ModelRef]
     plan: Plan | None = None
     edges: list[float] = field(default_factory=list)
+    head: dict[Role, ModelRef] = field(default_factory=dict)
 
     def check(self, strategy: Strategy | None) -> None:
         """Raises UserError if `strategy` needs a model that the round does not have."""
@@ -63,7 +68,7 @@ def system(run: Run, round: int | None = None) -> System:
         raise UserError(f"{folder(run, chosen)}: a plan for models that were made anew since; remove this folder")
     for figures in (own, run.figures("calibrate", chosen)):
         if "probe_edges" in figures and (plan := Plan.from_dict(figures["serve"])).models == model_names(models):
-            return System(run, chosen, models, plan, figures["probe_edges"])
+            return System(run, chosen, models, plan, figures["probe_edges"], head_model(run, chosen))
     return System(run, chosen, models)
 
 

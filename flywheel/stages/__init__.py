@@ -10,6 +10,7 @@ ORDER = (
     "train_prm",
     "train_reviser",
     "choose_reviser",
+    "train_head",
     "calibrate",
     "harvest",
     "distill",

@@ -24,6 +24,7 @@ from flywheel.problems.grading import Grader, load_function
 from flywheel.recipe import Recipe
 from flywheel.records import Grade, ModelRef, Problem, Question, Role, Solution, Split
 from flywheel.runs.run import Context, Run
+from flywheel.search.head import Head, bin_words
 from flywheel.search.run import search
 from flywheel.search.strategy import Searcher, Strategy
 
@@ -51,6 +52,7 @@ def preflight(recipe: Recipe, ranks: int = 1) -> list[str]:
         Reader(tokenizer, recipe.prompts)
         prompts.solve(Question("preflight", "1"))
         label_ids(tokenizer, recipe.prm.labels)
+        bin_words(tokenizer, recipe.calibrate.bins if recipe.head else 0)
         check_length(recipe.model.base, recipe.engine.max_model_len)
         check_targets(recipe.model)
         fault = judge_fault(recipe.model.base)
@@ -144,7 +146,7 @@ class Kit:
     def prm(self, key: str = Role.PRM) -> Prm:
         return Prm(self.engine(key), self.prompts, self.recipe.prm.labels, self.recipe.prm.aggregate)
 
-    def searcher(self, policy: bool = True, prm: bool = True, reviser: bool = True) -> Searcher:
+    def searcher(self, policy: bool = True, prm: bool = True, reviser: bool = True, head: bool = False) -> Searcher:
         """A searcher with the engines whose flag is set."""
         return Searcher(
             self.engine() if policy else None,
@@ -153,6 +155,7 @@ class Kit:
             self.prompts,
             self.reader,
             self.recipe.sample,
+            head=Head(self.engine(Role.HEAD), self.prompts, self.recipe.calibrate.bins) if head else None,
         )
 
     def each(self, items: Iterable[T], work: Callable[[T], Awaitable[R]]) -> Iterator[tuple[T, R]]:

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
+from flywheel.ledger import metered
 from flywheel.measure.bins import quantile_bins
 from flywheel.models.prm import Prm, together
 from flywheel.records import Answered, Candidate, Grade, ModelRef, Outcome, Problem, Role, SampleScores, Solution, Split
@@ -33,6 +34,7 @@ from flywheel.stages.shared import (
     LAST_POLICY,
     answer_is_right,
     by_question,
+    head_model,
     ids,
     interval,
     model_names,
@@ -82,6 +84,13 @@ class OneQuestion:
         done = await by_probe(self.plan, self.spec.budget, self.spec.probe, edges, ask)
         return Found(done.answer, [c.solution for c in done.candidates], done.tokens)
 
+    async def after_head(self) -> Found:
+        """Search by the plan, with the bin that the difficulty head names."""
+        with metered() as spent:
+            bin = await self.searcher.head.bin(self.question)
+        done = await self.by(self.plan.strategy(bin, self.spec.budget))
+        return replace(done, tokens=done.tokens + spent.tokens)
+
     async def all(
         self, pool: Sequence[Solution], greedy: Solution, oracle_bin: int, edges: Sequence[float]
     ) -> tuple[dict[str, Found], list[float]]:
@@ -102,6 +111,8 @@ class OneQuestion:
             methods["revise_greedy@1"] = self.by(Greedy("reviser"))
         methods[f"compute_optimal@{n}_oracle"] = self.by(self.plan.strategy(oracle_bin, n))
         methods[f"compute_optimal@{n}_probe"] = self.after_probe(edges)
+        if self.searcher.head:
+            methods[f"compute_optimal@{n}_head"] = self.after_head()
         by_prm, by_base, *searched = await together(
             [self.judged(pool, self.kit.prm()), self.judged(pool[:n], self.kit.prm("prm:base")), *methods.values()]
         )
@@ -159,7 +170,7 @@ class OneQuestion:
 
 
 def work(ctx: Context, kit: Kit, questions: Sequence[str]) -> Iterator[object]:
-    searcher = kit.searcher(reviser=Role.REVISER in search_models(ctx))
+    searcher = kit.searcher(reviser=Role.REVISER in search_models(ctx), head=bool(head_model(ctx)))
     samples, greedy = (test_solutions(ctx, ctx.round - 1, purpose) for purpose in ("evaluate", "greedy"))
     sampled, once = (test_grades(ctx, ctx.round - 1, purpose) for purpose in ("evaluate", "greedy"))
     calibrated = ctx.figures("calibrate")
@@ -260,6 +271,7 @@ STAGE = Stage(
     inputs=(
         Input("train_prm"),
         Input("choose_reviser"),
+        Input("train_head"),
         Input("calibrate"),
         Input("evaluate", back=1),
         Input("sample"),
@@ -267,7 +279,9 @@ STAGE = Stage(
     ),
     items=lambda ctx: ids(ctx, Split.TEST),
     open=lambda ctx: kit(
-        ctx, {**search_models(ctx), "prm:base": ModelRef("policy_0", ctx.recipe.model.base)}, Split.TEST
+        ctx,
+        {**search_models(ctx), **head_model(ctx), "prm:base": ModelRef("policy_0", ctx.recipe.model.base)},
+        Split.TEST,
     ),
     work=work,
     finish=finish,

@@ -173,6 +173,12 @@ def search_models(ctx: Context) -> dict[Role, ModelRef]:
     return models
 
 
+def head_model(run: Run, round: int | None = None) -> dict[Role, ModelRef]:
+    """The difficulty head of a round (by default the stage's own) by its role; empty if the round has none."""
+    head = run.model(Role.HEAD, run.round if round is None else round)
+    return {Role.HEAD: head} if head.adapter else {}
+
+
 def model_names(models: Mapping[Role, ModelRef]) -> dict[str, str]:
     """Model names by role, as stored in plans and figures."""
     return {str(role): ref.name for role, ref in models.items()}

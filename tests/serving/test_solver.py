@@ -8,7 +8,7 @@ from say import QUESTION, SAMPLES, VALUES, Bench
 from flywheel.errors import UserError
 from flywheel.problems.grading import DEFAULT_CHECKER, Grader
 from flywheel.recipe import ProblemSpec
-from flywheel.records import Problem, Split
+from flywheel.records import Problem, Role, Split
 from flywheel.search.adaptive import Adaptive, certainty
 from flywheel.search.beam import Beam
 from flywheel.search.best_of_n import BestOfN
@@ -52,6 +52,26 @@ def test_the_plan_is_followed_in_the_bin_that_the_probe_guesses():
     assert len({c.solution.id for c in hard.candidates}) == len(hard.candidates) == 6  # four attempts, two of the probe
 
 
+@pytest.mark.parametrize("said, bin", [("1", 1), ("2", 2), ("ok", 1)])
+def test_a_head_names_the_bin_for_the_prompt_and_one_token(said, bin):
+    """A word that is no bin counts as the middle one, which of two bins is the first."""
+    bench = Bench(SAMPLES, VALUES, reviser=SAMPLES, head=[said])
+    found = solve(bench, Ask(budget=4), PLAN)
+    strategy = EASY if bin == 1 else HARD
+    assert (found.guide, found.bin, found.strategy) == ("head", bin, strategy.name)
+    alone = solve(Bench(SAMPLES, VALUES, reviser=SAMPLES), Ask(strategy))
+    asked = len(bench.searcher.prompts.solve(QUESTION)) + 1
+    assert found.tokens == alone.tokens + asked and len(found.candidates) == len(alone.candidates)
+    assert found.answer == alone.answer
+
+
+def test_no_head_is_asked_where_a_strategy_is_named_or_the_plan_has_only_one():
+    plan = Plan("serve", {}, tuple(Entry(b, 4, EASY, 5, 1.0, 10.0) for b in (1, 2)))
+    for ask, guide in ((Ask(EASY), "asked"), (Ask(budget=4), "plan")):
+        bench = Bench(SAMPLES, VALUES, head=["1"])
+        assert solve(bench, ask, plan).guide == guide and not bench.devices[Role.HEAD].asked
+
+
 def test_no_probe_is_paid_for_where_the_plan_has_one_strategy_for_all_bins():
     plan = Plan("serve", {}, tuple(Entry(b, 4, EASY, 5, 1.0, 10.0) for b in (1, 2)))
     found = solve(Bench(SAMPLES, VALUES), Ask(budget=4), plan)
@@ -64,9 +84,9 @@ def test_without_a_plan_it_samples_until_the_vote_is_decided():
 
 
 @pytest.mark.parametrize("limit", [1, 40, 60, 90, 120, 150, 200, 400])
-@pytest.mark.parametrize("plan", [None, PLAN])
-def test_a_limit_on_tokens_is_never_exceeded_and_whatever_was_finished_answers(limit, plan):
-    bench = Bench(SAMPLES, VALUES, reviser=SAMPLES)
+@pytest.mark.parametrize("plan, head", [(None, None), (PLAN, None), (PLAN, ["1"]), (PLAN, ["2"])])
+def test_a_limit_on_tokens_is_never_exceeded_and_whatever_was_finished_answers(limit, plan, head):
+    bench = Bench(SAMPLES, VALUES, reviser=SAMPLES, head=head)
     found = solve(bench, Ask(budget=4, tokens=limit), plan, edges=(0.9,))
     assert found.tokens <= limit
     assert found.cut_off if limit <= 60 else limit < 400 or not found.cut_off

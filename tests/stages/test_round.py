@@ -58,7 +58,7 @@ def test_every_stage_of_a_real_round_leaves_its_manifest_and_figures(finished):
         assert manifest(run, 1, stage)["figures"], stage
     assert "round 1: the policy, on test questions" in printed
     lines = {tuple(line.split()[:3]): line for line in printed.splitlines() if " s  " in line}
-    for stage in set(ORDER) - {"train_prm", "train_reviser", "distill"}:
+    for stage in set(ORDER) - {"train_prm", "train_reviser", "train_head", "distill"}:
         assert " graded: " in lines["round", "1", stage] and " correct" in lines["round", "1", stage], stage
     assert {p.name for p in (run / "pictures").glob("*.png")} >= {"pass_by_bin.png", "policy.png", "tokens.png"}
 

@@ -1,0 +1,65 @@
+"""Train the difficulty head: a question's bin as the one token after its prompt.
+
+The bins are those that the last policy's samples of this round gave the training and calibration questions, by
+quantiles, so that a new policy of which all questions are easier changes them little.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import Counter
+
+from flywheel.records import Role, Split
+from flywheel.runs.run import Context
+from flywheel.runs.stage import Input, Stage
+from flywheel.search.head import bin_words
+from flywheel.stages.kit import prompts_and_reader
+from flywheel.stages.shared import difficulties, examples, start
+
+
+def train(ctx: Context) -> dict:
+    from flywheel.training import Job, train_sft
+
+    spec = ctx.recipe.head
+    if spec is None:
+        return {"trained": False, "why": "the recipe has no head"}
+    prompts, _ = prompts_and_reader(ctx)
+    words = bin_words(prompts.tokenizer, ctx.recipe.calibrate.bins)
+    problems = ctx.problems(Split.TRAIN, Split.CALIBRATE)
+    bins = {q: found.quantile_bin for q, found in difficulties(ctx).items()}
+    held = set(random.Random(ctx.seed("held out")).sample(sorted(bins), max(1, len(bins) // 10)))
+    rows = ((p.id, prompts.solve(p.question), (words[bins[p.id] - 1],)) for p in problems)
+    fit, check, too_long = examples(rows, held, spec.max_length)
+    figures = {"examples": len(fit), "validation_examples": len(check), "too_long": too_long}
+    if not fit or not check:
+        return {"trained": False, **figures, "why": "too few questions to train and validate a head"}
+    adapter, seed = start(ctx, spec), ctx.seed("train")
+    job = Job(ctx.recipe.model, spec, ctx.dir, seed, "best", Role.HEAD, ctx.ledger, adapter, ctx.progress)
+    report = train_sft(fit, check, job)
+    loss, blind = report.best.eval_loss, unseen_loss([e.tokens[-1] for e in fit], [e.tokens[-1] for e in check])
+    refused = {} if loss < blind else {"why": f"held-out loss {loss:.3f}, {blind:.3f} without seeing the question"}
+    return {
+        "trained": not refused,
+        **refused,
+        "model": f"head_{ctx.round}",
+        **figures,
+        "eval_loss": loss,
+        "eval_loss_blind": blind,
+        "curve": report.curve,
+        "train_seconds": report.seconds,
+    }
+
+
+def unseen_loss(fit: list[int], check: list[int]) -> float:
+    """Mean negative log-likelihood of `check` by the frequencies in `fit`: a head has to do better."""
+    counts = Counter(fit)
+    return -sum(math.log((counts[word] or 1) / len(fit)) for word in check) / len(check)
+
+
+STAGE = Stage(
+    name="train_head",
+    sections=("problems", "head", "prompts", "model", "calibrate.bins", "calibrate.edges"),
+    inputs=(Input("sample"),),
+    train=train,
+)
