@@ -28,6 +28,7 @@ from flywheel.search.greedy import Greedy
 from flywheel.search.strategies import named
 from flywheel.search.strategy import Strategy
 from flywheel.serving.solver import Ask, Solved, Solver
+from flywheel.serving.stream import Tell, telling
 
 MAX_BODY = 1 << 20  # bytes
 T = TypeVar("T")
@@ -123,12 +124,15 @@ class Service:
             raise Refused(400, f"strategy: {strategy.name} needs a {strategy.maker}, and this round has none")
         return Ask(strategy, asked.budget or self.budget, asked.max_total_tokens)
 
-    async def solve(self, asked: Asked) -> Solved:
+    async def solve(self, asked: Asked, tell: Tell | None = None) -> Solved:
+        """`tell`: gets each step of the answer as soon as it is made, if that is the greedy one."""
         question, ask, solver = self.question(asked), self.ask(asked), self.solver
         if most := asked.max_tokens or asked.max_completion_tokens:
             sample = solver.searcher.sample
             sample = sample.model_copy(update={"max_tokens": min(most, sample.max_tokens)})
             solver = replace(solver, searcher=replace(solver.searcher, sample=sample))
+        if tell and isinstance(solver.known(ask)[0], Greedy):
+            solver = replace(solver, searcher=telling(solver.searcher, tell))
         if self.under_way >= self.queue:
             raise Refused(429, f"{self.queue} requests are under way; try again later")
         self.under_way += 1
@@ -191,11 +195,28 @@ def app(service: Service) -> FastAPI:
     async def answer(request: Request, chat: bool) -> Response:
         check_key(service, request)
         asked = await read(request, "messages" if chat else "prompt")
+        if asked.stream:
+            made: asyncio.Queue[str | Solved | Exception] = asyncio.Queue()
+            work = asyncio.ensure_future(solve_into(made, asked))
+            try:
+                first = await unless_gone(request, made.get())
+            except Gone:
+                work.cancel()
+                raise
+            if isinstance(first, Exception):
+                raise first
+            service.requests.labels("200").inc()
+            return StreamingResponse(events(service.name, work, first, made, chat), media_type="text/event-stream")
         found = await unless_gone(request, service.solve(asked))
         service.requests.labels("200").inc()
-        if not asked.stream:
-            return JSONResponse(completion(service.name, found, chat))
-        return StreamingResponse(events(service.name, found, chat), media_type="text/event-stream")
+        return JSONResponse(completion(service.name, found, chat))
+
+    async def solve_into(made: asyncio.Queue[str | Solved | Exception], asked: Asked) -> None:
+        """Put the steps of a greedy answer as they are made, then what was found or the error."""
+        try:
+            made.put_nowait(await service.solve(asked, made.put_nowait))
+        except Exception as error:
+            made.put_nowait(error)
 
     @api.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
@@ -259,11 +280,22 @@ def completion(name: str, found: Solved, chat: bool) -> dict:
     text = found.best.solution.text if found.best else ""
     said = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
     return {
-        "id": uuid.uuid4().hex,
-        "object": "chat.completion" if chat else "text_completion",
-        "created": int(time.time()),
-        "model": name,
-        "choices": [{"index": 0, **said, "finish_reason": "length" if found.cut_off else "stop", "logprobs": None}],
+        **head_of(name, "chat.completion" if chat else "text_completion"),
+        "choices": [{"index": 0, **said, "finish_reason": reason(found), "logprobs": None}],
+        **bill(found),
+    }
+
+
+def head_of(name: str, kind: str) -> dict:
+    return {"id": uuid.uuid4().hex, "object": kind, "created": int(time.time()), "model": name}
+
+
+def reason(found: Solved) -> str:
+    return "length" if found.cut_off else "stop"
+
+
+def bill(found: Solved) -> dict:
+    return {
         "usage": {
             "prompt_tokens": found.prompt,
             "completion_tokens": found.generated,
@@ -278,18 +310,28 @@ def completion(name: str, found: Solved, chat: bool) -> dict:
     }
 
 
-async def events(name: str, found: Solved, chat: bool) -> AsyncIterator[str]:
-    """The selected answer as server-sent events: a search has no text to stream before it has selected one."""
-    whole = completion(name, found, chat)
-    [choice] = whole["choices"]
-    kind = f"{whole['object']}.chunk" if chat else whole["object"]
-    said = {"delta": choice.pop("message")} if chat else {"text": choice["text"]}
-    last = {"delta": {}} if chat else {"text": ""}
-    reason = choice["finish_reason"]
-    common = {key: whole[key] for key in ("id", "created", "model")} | {"object": kind}
-    for choices in ({"index": 0, **said, "finish_reason": None}, {"index": 0, **last, "finish_reason": reason}):
-        row = {**common, "choices": [choices]}
-        if choices["finish_reason"]:
-            row |= {key: whole[key] for key in ("usage", "flywheel")}
-        yield f"data: {json.dumps(row)}\n\n"
-    yield "data: [DONE]\n\n"
+async def events(
+    name: str, work: asyncio.Task, first: str | Solved, made: asyncio.Queue[str | Solved | Exception], chat: bool
+) -> AsyncIterator[str]:
+    """Server-sent events of a completion: the steps of a greedy answer as `made` gets them, else the whole answer."""
+    head = head_of(name, "chat.completion.chunk" if chat else "text_completion")
+
+    def event(text: str, finish: str | None = None, **more: object) -> str:
+        said = {"delta": {"role": "assistant", "content": text} if text else {}} if chat else {"text": text}
+        return f"data: {json.dumps({**head, 'choices': [{'index': 0, **said, 'finish_reason': finish}], **more})}\n\n"
+
+    sent, item = "", first
+    try:
+        while isinstance(item, str):
+            sent += item
+            yield event(item)
+            item = await made.get()
+        if isinstance(item, Exception):
+            raise item
+        text = item.best.solution.text if item.best else ""
+        if rest := text[len(sent) :]:  # what was sent may end in a line break more
+            yield event(rest)
+        yield event("", reason(item), **bill(item))
+        yield "data: [DONE]\n\n"
+    finally:  # of a client that went away, too
+        work.cancel()

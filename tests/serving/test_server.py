@@ -78,6 +78,45 @@ def test_a_streamed_answer_is_the_same_text_and_ends_with_the_bill():
         assert parts[-1].choices[0].finish_reason == "stop" and parts[-1].usage.total_tokens == charged(bench)
 
 
+class OneByOne(Say):
+    """Makes a completion one token a step, and waits before the token that `client` has yet to ask for."""
+
+    heard = threading.Event()
+
+    def submit(self, prompt, ask, adapter):
+        future = super().submit(prompt, ask, adapter)
+        whole = self.waiting.pop()[1]
+        self.made = [(future, ask, whole, 0)]
+        return future
+
+    @property
+    def busy(self) -> bool:
+        return any(not future.done() for future, *_ in getattr(self, "made", []))
+
+    def step(self) -> None:
+        [(future, ask, whole, count)] = self.made
+        if count == 10:
+            assert self.heard.wait(10), "the first step was not sent while the answer was made"
+        self.made = [(future, ask, whole, count + 1)]
+        if count + 1 == len(whole.tokens):
+            future.set_result(whole)
+        else:
+            ask.done(whole.tokens[: count + 1])
+
+
+def test_a_greedy_answer_is_streamed_step_by_step_while_it_is_made():
+    bench = Bench([SAMPLES[3]], device=OneByOne)
+    OneByOne.heard.clear()
+    with serving(bench) as (url, _):
+        parts = ask(url, stream=True, temperature=0)
+        first = next(iter(parts)).choices[0].delta.content
+        assert first == SAMPLES[3].splitlines(keepends=True)[0]
+        OneByOne.heard.set()
+        rest = list(parts)
+    assert first + "".join(part.choices[0].delta.content or "" for part in rest) == SAMPLES[3].strip()
+    assert rest[-1].usage.total_tokens == charged(bench) and rest[-1].choices[0].finish_reason == "stop"
+
+
 class Echo(Say):
     """Answers with the first number of the question, after a step."""
 
