@@ -4,6 +4,7 @@ DIR/README.md            model card with the figures
 DIR/policy/              merged policy and tokenizer (transformers, vLLM)
 DIR/adapters/ROLE/       LoRA adapters policy, prm, reviser (PeftModel, vllm serve --lora-modules)
 DIR/harvest/             the verified solutions of all rounds (datasets.load_dataset)
+DIR/recipe.yaml, system.json  what flywheel solve DIR and flywheel serve DIR need beside the adapters
 """
 
 from __future__ import annotations
@@ -54,7 +55,10 @@ def _fill(run: Run, round: int, out: Path) -> None:
     _merge(base, adapters.get(Role.POLICY), run.recipe.sample, out / "policy")
     rows = _harvest(run, round, out / "harvest")
     from flywheel.report.card import card  # imported late to keep --help fast
+    from flywheel.serving import system
 
+    shutil.copyfile(run.root / "recipe.yaml", out / "recipe.yaml")
+    (out / system.EXPORTED).write_text(json.dumps(system.to_dict(system.system(run, round)), indent=1) + "\n")
     (out / "README.md").write_text(card(run, round, adapters, rows), encoding="utf-8")
 
 

@@ -19,7 +19,7 @@ from flywheel.runs.isolate import THREADS
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="flywheel serve", description=__doc__.partition("\n\n")[2])
-    p.add_argument("run", type=Path, help="a run directory, e.g. runs/chain")
+    p.add_argument("run", type=Path, help="a run directory, e.g. runs/chain, or an export of one")
     p.add_argument("--host", default="127.0.0.1", help="address to listen at (default: this machine alone)")
     p.add_argument("--port", type=int, default=8000, help="(default: %(default)s)")
     p.add_argument("--round", type=int, metavar="R", help="the models after this round (default: the last)")

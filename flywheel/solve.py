@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="flywheel solve", description=__doc__.partition("\n\n")[2])
-    p.add_argument("run", type=Path, help="a run directory, e.g. runs/chain")
+    p.add_argument("run", type=Path, help="a run directory, e.g. runs/chain, or an export of one")
     what = p.add_mutually_exclusive_group(required=True)
     what.add_argument("--question", metavar="TEXT")
     what.add_argument(

@@ -19,6 +19,8 @@ from eval.claims.study import BINS, GRADES, Study
 from flywheel.records import Role
 from flywheel.search.adaptive import Adaptive
 from flywheel.search.beam import Beam
+from flywheel.search.best_of_n import BestOfN
+from flywheel.search.greedy import Greedy
 from flywheel.search.revise import Revise
 from flywheel.search.strategy import Strategy
 
@@ -66,6 +68,7 @@ PLANS = (  # claim, its title, the strategies of the plan besides best-of-N, the
     ("1+2", "of all strategies", (Beam, Revise, Adaptive), (Role.POLICY, Role.REVISER)),
     ("distilled", "revisions", (Revise,), (Role.POLICY,)),
 )
+EVERY = (Beam, Revise, Adaptive, Greedy, BestOfN)
 
 
 def baseline(makers: Sequence[Role], n: int | str) -> str:
@@ -109,6 +112,7 @@ def study_cases(s: Study) -> dict[str, list[Case]]:
         ],
         "predicted": [case for case in plans if case["number"] != "distilled"],
         "grades": [{**case, "grade": grade} for case in plans for grade in GRADES],
+        "simple": [{"budget": b, "grade": g} for b in s.budgets for g in GRADES if s.strategies(b, Greedy)],
         "rises": [{"fewer": fewer, "more": more} for fewer, more in pairwise(s.counts(Role.REVISER))],
         "adaptives": [
             {"budget": b, "strategy": a, "any": baseline((a.maker,), "N")}
@@ -153,6 +157,22 @@ def net(
 ) -> np.ndarray:
     plan = s.plan(budget, kinds, grade)
     return plan.right - s.at_tokens(plan.net.mean(), makers)
+
+
+def over_simple(s: Study, budget: int, grade: str) -> np.ndarray:
+    """The plan with all strategies and temperatures, less the simple strategy that is best for at most its tokens.
+
+    Simple is what knows no difficulty and no search: greedy answers, and parallel samples of one maker at one
+    temperature with one vote. Which of them is chosen on the other half of the questions.
+    """
+    plan = s.plan(budget, EVERY, grade)
+    simple = [
+        right
+        for strategy, (right, tokens) in s.options().items()
+        if isinstance(strategy, Greedy | BestOfN) or (isinstance(strategy, Revise) and strategy.length == 1)
+        if tokens.mean() <= 1.01 * plan.net.mean()
+    ]
+    return plan.right - s.best_of(simple)
 
 
 def goes_on(s: Study, fewer: int, more: int) -> np.ndarray:
@@ -212,6 +232,7 @@ STUDY: Ours = {
     "{number}.gross@{budget}": ("plans", lambda s, budget, **case: over_parallel(s, budget, n=budget, **case)),
     "{number}.quarter@{budget}": ("quarters", lambda s, more, **case: over_parallel(s, n=more, **case)),
     "{number}.net-{grade}@{budget}": ("grades", net),
+    "simple.net-{grade}@{budget}": ("simple", over_simple),
     "2.goes_on@{more}": ("rises", goes_on),
     "3.{title}@{budget}": ("predicted", predicted_less_oracle),
     "4.low:{beam.name}": ("low beams", lambda s, budget, beam: s.row(budget, beam) - s.best_of_n(budget, "weighted")),

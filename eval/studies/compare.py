@@ -5,9 +5,10 @@ sampling, no PRM, no reviser), a single round with more samples, or a loop with 
 --fork` and `python -m eval ablate` make them out of the first run, which keeps what they share. `--without STAGE ...`
 leaves out what the other runs computed and their policies never used, as ReST^EM's PRM.
 
-By run and round: FLOPs so far and pass@1 on the test questions; then the paired difference with its 95% interval over
-questions, at the last round of each, and for each round of the other run the first run's last round that had cost no
-more.
+By run and round: FLOPs so far, pass@1 on the test questions, greedy answers, majority vote and pass@k; then the paired
+difference of pass@1 and of greedy answers with its 95% interval over questions, at the last round of each, and for each
+round of the other run the first run's last round that had cost no more. With `--seeds K` each K runs in a row are seeds
+of one recipe: FLOPs are their mean, and rates are averaged question by question.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from eval.shared import add_runs
+import numpy as np
+
+from eval.shared import add_runs, over_runs
 from flywheel.errors import UserError
 from flywheel.measure.stats import bootstrap_mean, paired_gain
 from flywheel.runs.run import Run
@@ -28,45 +31,63 @@ MEASURING = ("evaluate", "search")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_runs(parser, round=False)
     help = "stages that the other runs' policies do not use"
+    parser.add_argument("--seeds", type=int, default=1, metavar="K", help="runs that are seeds of one recipe (1)")
     parser.add_argument("--without", nargs="*", default=[], metavar="STAGE", help=help)
 
 
 @dataclass(frozen=True)
 class Reached:
-    """The end of a round: FLOPs spent on making the policy so far, and its pass@1 on each of `questions`."""
+    """The end of a round: FLOPs spent on making the policy so far, pass@1 and greedy answers by question.
+
+    `rates`: pass@1, greedy answers, majority vote and pass@k over all questions, by name; `each_run`: pass@1.
+    """
 
     round: int
     flops: float
     questions: list[str]
-    rates: list[float]
+    singles: list[float]
+    greedy: list[float]
+    rates: dict[str, float]
+    each_run: list[float]
 
 
-def course(run: Run, unused: Sequence[str] = ()) -> list[Reached]:
+def course(runs: Sequence[Run], unused: Sequence[str] = ()) -> list[Reached]:
+    """The rounds that all `runs`, seeds of one recipe, have reached."""
     out, flops = [], 0.0
-    for r in run.rounds:
-        spent = [row for row in run.ledger_rows if row["round"] == r and row["stage"] not in (*MEASURING, *unused)]
-        flops += sum(row["flops"] for row in spent)
-        rates = dict(sorted(test_rates(run, r).items()))
-        out.append(Reached(r, flops, list(rates), list(rates.values())))
+    for r in range(min(len(run.rounds) for run in runs)):
+        for run in runs:
+            spent = [row for row in run.ledger_rows if row["round"] == r and row["stage"] not in (*MEASURING, *unused)]
+            flops += sum(row["flops"] for row in spent) / len(runs)
+        figures = [run.figures("evaluate", r)["policy"] for run in runs]
+        names = [name for name in figures[0] if "@" in name and not name.endswith("_ci")]
+        rates = {name: float(np.mean([found[name] for found in figures])) for name in names}
+        singles, greedy = ([test_rates(run, r, purpose) for run in runs] for purpose in ("evaluate", "greedy"))
+        each = [float(np.mean(list(run.values()))) for run in singles]
+        out.append(Reached(r, flops, sorted(singles[0]), over_runs(singles), over_runs(greedy), rates, each))
     return out
 
 
 def against(ours: Reached, theirs: Reached) -> dict:
-    gain = paired_gain(theirs.rates, ours.rates)
-    return {"rounds": [ours.round, theirs.round], "pass@1": gain, "flops": [ours.flops, theirs.flops]}
+    gains = {"pass@1": paired_gain(theirs.singles, ours.singles), "greedy@1": paired_gain(theirs.greedy, ours.greedy)}
+    each = [mine - other for mine, other in zip(ours.each_run, theirs.each_run)]
+    flops = [ours.flops, theirs.flops]
+    return {"rounds": [ours.round, theirs.round], **gains, "pass@1_each_run": each, "flops": flops}
 
 
 def measure(args: argparse.Namespace) -> dict:
-    if len(args.runs) < 2:
-        raise UserError("two runs at least: the first is compared with each other one")
-    names = [str(run.root) for run in args.runs]
-    courses = [course(args.runs[0]), *(course(run, args.without) for run in args.runs[1:])]
+    k = args.seeds
+    if k < 1 or len(args.runs) < 2 * k or len(args.runs) % k:
+        raise UserError(f"two groups of --seeds {k} at least: the first is compared with each other one")
+    groups = [args.runs[i : i + k] for i in range(0, len(args.runs), k)]
+    names = [" ".join(str(run.root) for run in group) for group in groups]
+    courses = [course(groups[0]), *(course(group, args.without) for group in groups[1:])]
     first, out = courses[0], {"runs": {}, "first_less_others": {}}
     for name, reached in zip(names, courses):
         if reached[-1].questions != first[0].questions:
             raise UserError(f"{name}: other test questions than {names[0]}")
-        rows = [{"round": at.round, "flops": at.flops, "pass@1": bootstrap_mean(at.rates)} for at in reached]
-        out["runs"][name] = rows
+        out["runs"][name] = [
+            {"round": at.round, "flops": at.flops, **at.rates, "pass@1": bootstrap_mean(at.singles)} for at in reached
+        ]
     for name, others in zip(names[1:], courses[1:]):
         within = [against([mine for mine in first if mine.flops <= other.flops][-1], other) for other in others[1:]]
         out["first_less_others"][name] = {

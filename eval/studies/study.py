@@ -4,7 +4,8 @@ With the policy, PRM and reviser that search in that round, on all test question
 
 - difficulty: `--oracle` samples a question that only bin it; the PRM judges the first `--judged`;
 - pool: `--pool` judged samples a question, for every curve of best-of-N;
-- trials: beam, lookahead and the grid of revisions at each of `--budgets`;
+- trials: at each of `--budgets` beam, lookahead and the grid of revisions, greedy answers, best-of-N at two lower
+  temperatures;
 - adaptive: sampling that stops by itself.
 
 Chunks are kept in RUN/studies/round_R/, so a killed study goes on where it stopped, and a second one over the same
@@ -35,12 +36,14 @@ from flywheel.runs.run import Context, Run
 from flywheel.search.adaptive import Adaptive
 from flywheel.search.beam import Beam
 from flywheel.search.best_of_n import BestOfN
+from flywheel.search.greedy import Greedy
 from flywheel.search.revise import LONGEST, Revise
 from flywheel.search.run import search, search_all
 from flywheel.search.strategy import Strategy, judge
 from flywheel.stages.kit import Kit
 from flywheel.stages.shared import answer_is_right, search_models
 
+LOWER = (0.7, 0.4)  # temperatures, beside the recipe's
 SURE = (0.99, 0.95, 0.9, 0.8, 0.7)  # of adaptive sampling; the first covers the others
 Asked = list[tuple[int, Strategy]]  # (budget, strategy)
 
@@ -54,13 +57,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def wanted(budgets: Sequence[int], reviser: bool) -> Asked:
-    """Beams of width 4 and sqrt N, lookahead 1 and 3 at equal budget, revisions with chain lengths of powers of 4."""
+    """Beams of width 4 and sqrt N, lookahead 1 and 3 at equal budget, revisions with chain lengths of powers of 4.
+
+    And the simple strategies that these have to beat: greedy answers, and best-of-N at lower temperatures.
+    """
     out: Asked = []
     for budget in sorted(budgets, reverse=True):
         out += [(budget, Beam(budget, width)) for width in {min(4, budget), int(budget**0.5)}]
         looks = [k for k in (1, 3) if budget >= 4 * (k + 1)]
         out += [(budget, Beam(budget // (k + 1), min(4, budget // (k + 1)), lookahead=k)) for k in looks]
         lengths = [4**i for i in range(10) if budget % 4**i == 0 and 4**i <= min(budget, LONGEST)] if reviser else []
+        makers = ("policy", "reviser") if reviser else ("policy",)
+        out += [(budget, Greedy(maker)) for maker in makers]
+        out += [(budget, BestOfN(budget, how, t)) for t in LOWER for how in ("weighted", "majority")]
         selects = ("weighted", "majority", "last")
         out += [(budget, Revise(length, budget // length, select)) for length in lengths for select in selects]
     return list(dict.fromkeys(out))

@@ -15,7 +15,7 @@ from flywheel.errors import TooLong, UserError
 from flywheel.ledger import Ledger
 from flywheel.problems.grading import DEFAULT_CHECKER, Grader
 from flywheel.recipe import ProblemSpec
-from flywheel.records import Problem, Question, Role, Split, Verdict
+from flywheel.records import Problem, Question, Role, Verdict
 from flywheel.runs.run import Run
 from flywheel.runs.worker import cut
 from flywheel.serving.solver import Ask, Solved, Solver
@@ -28,7 +28,7 @@ def opened(served: System, seed: int = 0) -> Iterator[tuple[Kit, Solver]]:
     """The models of a system, open, and the solver that answers with them."""
     ledger = Ledger("solve", served.round)
     models = {**served.models, **served.head}
-    with open_kit(served.run, models, Split.CALIBRATE, ledger=ledger, seed=seed) as kit:
+    with open_kit(served.run, models, ledger=ledger, seed=seed) as kit:
         searcher = kit.searcher(reviser=Role.REVISER in models, head=Role.HEAD in models)
         yield kit, Solver(searcher, served.plan, served.edges, served.run.recipe.evaluate.probe)
 

@@ -28,6 +28,7 @@ from flywheel.stages.kit import Kit, kit
 from flywheel.stages.shared import head_model, ids, model_names, pass_rates
 
 FIGURES, ORIGIN = "figures.json", "made_from.json"
+EXPORTED = "system.json"  # in an export
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,12 @@ class System:
 
 
 def system(run: Run, round: int | None = None) -> System:
-    """The system after `round`, by default the last whose gate is finished. Raises UserError."""
+    """The system of a run after `round` (by default the last whose gate is finished) or of an export.
+
+    Raises UserError.
+    """
+    if (run.root / EXPORTED).is_file():
+        return exported(run, round)
     done = [r for r, stage in run.manifests if stage == "gate"]
     if not done:
         raise UserError(f"{run.root}: no round has trained a policy yet; flywheel iterate --round 1 does")
@@ -72,6 +78,30 @@ def system(run: Run, round: int | None = None) -> System:
     return System(run, chosen, models)
 
 
+def to_dict(served: System) -> dict:
+    """What an export keeps of a system beside its adapters and its recipe."""
+    return {
+        "round": served.round,
+        "models": model_names({**served.models, **served.head}),
+        "plan": served.plan.to_dict() if served.plan else None,
+        "probe_edges": served.edges,
+    }
+
+
+def exported(run: Run, round: int | None) -> System:
+    """The system of an export; `run` is its directory. Raises UserError."""
+    kept = read_json(run.root / EXPORTED)
+    if round not in (None, kept["round"]):
+        raise UserError(f"{run.root}: an export of round {kept['round']} alone; --round {round} needs the run")
+    models = {}
+    for role, name in kept["models"].items():
+        adapter = run.root / "adapters" / role
+        models[Role(role)] = ModelRef(name, run.recipe.model.base, str(adapter) if adapter.is_dir() else None)
+    head = {Role.HEAD: models.pop(Role.HEAD)} if Role.HEAD in models else {}
+    plan = Plan.from_dict(kept["plan"]) if kept["plan"] else None
+    return System(run, kept["round"], models, plan, kept["probe_edges"], head)
+
+
 def made_from(run: Run, round: int) -> dict[str, str]:
     """sha256 of the manifests of the stages that made the round's models."""
     return {stage: sha256(run.path(stage, round) / MANIFEST) for stage in ("train_prm", "choose_reviser", "gate")}
@@ -86,6 +116,8 @@ def calibrate(run: Run, round: int | None = None) -> System:
     served = system(run, round)
     if served.plan:
         return served
+    if (run.root / EXPORTED).is_file():
+        raise UserError(f"{run.root}: an export without a plan; flywheel solve RUN --calibrate, then export again")
     round = served.round
 
     def work(ctx: Context, kit: Kit, questions: Sequence[str]) -> Iterator[object]:

@@ -231,12 +231,12 @@ def open_kit(
     seed: int,
     verdicts: Counter[str] | None = None,
 ) -> Iterator[Kit]:
-    """Open the engines of `models` and the problems of `splits`; closes all engines on exit.
+    """Open the engines of `models` and the problems of `splits`, if any; closes all engines on exit.
 
     `verdicts` counts those on the solutions that the kit grades.
     """
     prompts, reader = prompts_and_reader(run)
-    problems = {p.id: p for p in run.problems(*splits)}
+    problems = {p.id: p for p in run.problems(*splits)} if splits else {}
     judges = {key for key in models if key.partition(":")[0] == Role.PRM}
     labels = label_ids(prompts.tokenizer, run.recipe.prm.labels) if judges else None
     models = {key: replace(ref, labels=labels) if key in judges else ref for key, ref in models.items()}

@@ -28,6 +28,7 @@ from flywheel.runs.run import Run
 from flywheel.search.adaptive import Adaptive
 from flywheel.search.beam import Beam
 from flywheel.search.best_of_n import BestOfN
+from flywheel.search.greedy import Greedy
 from flywheel.search.revise import Revise
 from flywheel.training import PrmExample
 
@@ -307,6 +308,19 @@ def test_the_committed_page_is_what_its_two_files_say():
     assert markdown(claims, made) == (RESULTS / "CLAIMS.md").read_text()
 
 
+def test_a_plan_is_held_against_greedy_answers_and_lower_temperatures_that_cost_no_more():
+    def lead(tokens: int) -> float:
+        """Of the plan by the free label, where greedy answers the easy questions and cool samples answer all."""
+        tried = [Tried(q, BEAM, 4, q in HARD, 70, 20, 0.5, "") for q in EASY + HARD]
+        tried += [Tried(q, Greedy(), 4, q in EASY, 5, 0, 0.0, "") for q in EASY + HARD]
+        tried += [Tried(q, BestOfN(4, "weighted", 0.4), 4, True, tokens, 0, 0.0, "") for q in EASY + HARD]
+        return study_rows(study(tried))["simple.net-label@4"].values.mean()
+
+    assert lead(5) == pytest.approx(0.0)  # cool samples are as cheap, and right everywhere
+    assert lead(70) == pytest.approx(0.6)  # greedy on easy questions and 70 tokens on hard ones: 44, too few for all
+    assert not any(id.startswith("simple") for id in study_rows(study()))
+
+
 def test_parts_of_different_questions_are_refused():
     with pytest.raises(UserError, match="different questions"):
         study([Tried("q00", BEAM, 4, True, 70, 20, 0.0, "")])
@@ -317,13 +331,13 @@ def test_every_budget_is_spent_in_full_by_every_strategy():
         match strategy:
             case Beam():
                 return strategy.n * (strategy.lookahead + 1)
-            case Adaptive():
+            case Adaptive() | BestOfN():
                 return strategy.n
             case Revise():
                 return strategy.length * strategy.chains
 
     asked = wanted([4, 64], True)
-    assert all(cost(strategy) == budget for budget, strategy in asked)
+    assert all(cost(strategy) == budget for budget, strategy in asked if not isinstance(strategy, Greedy))
     names = {strategy.name for _, strategy in asked}
     assert {"beam:64:4", "beam:64:8", "beam:32:4:lookahead1", "beam:16:4:lookahead3"} <= names
     assert {"revise:16x4:weighted", "revise:1x64:last"} <= names

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from eval.__main__ import main, questions
+from eval.studies import compare
 from flywheel.errors import UserError
 
 EVAL = Path(__file__).parents[2] / "eval"
@@ -30,7 +31,7 @@ def test_help_lists_the_studies(capsys):
     assert main(["--help"]) == 0
     printed = capsys.readouterr().out
     assert all(f"  {study} " in printed and question in printed for study, question in questions().items())
-    assert len(questions()) == 17
+    assert len(questions()) == 16
 
 
 def test_what_a_person_can_mend_is_one_line(tmp_path, capsys):
@@ -139,3 +140,29 @@ def test_gains_by_level_are_of_the_level_s_own_questions(tmp_path):
     found = {row["level"]: row for row in levels.measure(argparse.Namespace(runs=runs))["levels"]}
     assert [row[0] for row in found["easy"]["pass@1"]] == [0.5, 1.0] and found["easy"]["questions"] == 2
     assert found["hard"]["pass@1_gain"][0][0] == pytest.approx(0.25) and "greedy@1" not in found["hard"]
+
+
+def test_seeds_of_one_recipe_are_compared_as_one(monkeypatch):
+    """Two seeds of the loop and two of another: the loop's second round costs more than the other's only one."""
+    rates = {("a", 1): 0.5, ("b", 1): 0.7, ("a", 2): 0.9, ("b", 2): 0.9, ("c", 1): 0.4, ("d", 1): 0.4}
+
+    def run(name: str, rounds: int):
+        rows = [{"round": r, "stage": stage, "flops": 10.0} for r in range(1, rounds) for stage in ("sample", "search")]
+        figures = {"policy": {"pass@4": 0.9, "pass@4_ci": [0, 1], "name": "policy_1"}}
+        return SimpleNamespace(
+            root=name, rounds=range(rounds), ledger_rows=rows, figures=lambda stage, r: figures, name=name
+        )
+
+    monkeypatch.setattr(
+        compare, "test_rates", lambda run, r, purpose: {q: rates.get((run.name, r), 0.1) for q in ("q1", "q2")}
+    )
+    runs = [run("a", 3), run("b", 3), run("c", 2), run("d", 2)]
+    found = compare.measure(argparse.Namespace(runs=runs, seeds=2, without=[]))
+    assert [row["pass@1"][0] for row in found["runs"]["a b"]] == pytest.approx([0.1, 0.6, 0.9])
+    assert found["runs"]["c d"][1]["flops"] == 10.0 and found["runs"]["c d"][1]["pass@4"] == 0.9
+    [ahead] = found["first_less_others"].values()
+    assert ahead["last_rounds"]["rounds"] == [2, 1] and ahead["last_rounds"]["pass@1"][0] == pytest.approx(0.5)
+    [within] = ahead["within_the_other_s_flops"]
+    assert within["rounds"] == [1, 1] and within["pass@1_each_run"] == pytest.approx([0.1, 0.3])
+    with pytest.raises(UserError, match="two groups of --seeds 3"):
+        compare.measure(argparse.Namespace(runs=runs, seeds=3, without=[]))

@@ -281,11 +281,11 @@ def test_a_file_of_questions_is_answered_graded_billed_and_not_asked_again(finis
     assert done.returncode == 0, done.stderr[-3000:]
     found = [json.loads(line) for line in out.read_text().splitlines()]
     assert {row["id"] for row in found} == {row["id"] for row in rows}
-    assert {row["guide"] for row in found} <= {"probe", "plan"}
+    assert {row["guide"] for row in found} <= {"head", "probe", "plan"}
     for row in found:
         assert 0 < row["tokens"] == row["prompt"] + row["generated"] + row["scored"] <= 900
         assert 0 <= row["share"] <= 1 and isinstance(row["right"], bool)
-        assert (row["bin"] in range(1, 6)) == (row["guide"] == "probe")
+        assert (row["bin"] in range(1, 6)) == (row["guide"] in ("head", "probe"))
     total, right = sum(row["tokens"] for row in found), sum(row["right"] for row in found)
     assert f"6 answered, {total:,} tokens, {right} of 6 right" in done.stderr
     out.write_text("".join(line + "\n" for line in out.read_text().splitlines()[:4]) + '{"id"')
@@ -293,6 +293,13 @@ def test_a_file_of_questions_is_answered_graded_billed_and_not_asked_again(finis
     assert again.returncode == 0 and again.stderr.splitlines()[-1].startswith("2 answered")
     assert len(out.read_text().splitlines()) == 6
     assert "nothing to do" in flywheel(*command).stderr
+    exported, theirs = tmp_path / "exported", tmp_path / "theirs.jsonl"
+    assert flywheel("export", str(run), "--out", str(exported)).returncode == 0
+    done = flywheel("solve", str(exported), "--problems", str(asked), "--out", str(theirs), "--tokens", "900")
+    assert done.returncode == 0, done.stderr[-3000:]
+    alike = [json.loads(line) for line in theirs.read_text().splitlines()]
+    kept = ("id", "answer", "strategy", "guide", "bin", "tokens", "share")
+    assert sorted([row[k] for k in kept] for row in alike) == sorted([row[k] for k in kept] for row in found)
     unread = flywheel("solve", str(run), "--question", "two and two")
     assert unread.returncode == 1 and "tokenizer cannot write" in json.loads(unread.stdout.splitlines()[-1])["error"]
 
@@ -320,6 +327,10 @@ def test_a_server_answers_openai_s_client_and_ends_when_its_request_has(finished
         greedy = [client.chat.completions.create(**question, temperature=0) for _ in range(2)]
         assert greedy[0].choices[0].message.content == greedy[1].choices[0].message.content != ""
         assert greedy[0].usage.scored_tokens == 0 < greedy[0].usage.completion_tokens
+        parts = list(client.chat.completions.create(**question, temperature=0, stream=True))
+        told = [part.choices[0].delta.content for part in parts if part.choices[0].delta.content]
+        assert "".join(told) == greedy[0].choices[0].message.content and len(told) > 2
+        assert parts[-1].usage.total_tokens == greedy[0].usage.total_tokens
         answers = []
         slow = {"strategy": "best_of_n:64"}
         asking = threading.Thread(
