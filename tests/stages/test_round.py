@@ -94,7 +94,7 @@ def test_the_summary_has_every_figure_that_it_promises(finished):
         "compute_optimal@4_probe",
     } <= first["search"].keys()
     assert sum(map(sum, first["migration"])) == sum(map(sum, first["migration_null"])) == 8
-    assert set(data["ledger"]["tokens"]) == {"policy", "prm", "reviser"} and data["ledger"]["flops"] > 0
+    assert set(data["ledger"]["tokens"]) == {"policy", "prm", "reviser", "head"} and data["ledger"]["flops"] > 0
 
 
 def test_the_ledger_of_the_run_is_the_sum_of_its_stages(finished):
