@@ -193,7 +193,8 @@ class Candidate:
     `values`: the PRM step values that aggregation needs, and `score` in [0, 1] their aggregate;
     empty and 0 if it was not scored (no answer, or a majority vote). `cost` and `score_cost`:
     tokens charged to sample and to score this candidate alone; 0 in beam search, where candidates
-    share work. `score_cost` is also 0 if an equal solution was scored before.
+    share work, and of a tree of DVTS all is the first candidate's. `score_cost` is also 0 if an
+    equal solution was scored before.
     """
 
     solution: Solution

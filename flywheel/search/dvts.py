@@ -7,9 +7,10 @@ prefixes that the PRM likes best; here each tree keeps its own best step, so lar
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
+from flywheel.ledger import metered
 from flywheel.models.prm import together
 from flywheel.recipe import Positive
 from flywheel.records import Candidate, Question
@@ -42,9 +43,14 @@ class Dvts(Strategy):
         return f"DVTS of {self.n}\nwidth {self.width}"
 
     async def run(self, question: Question, searcher: Searcher, tag: str) -> Sequence[Candidate]:
-        tree = Beam(self.width, self.width)
-        trees = await together(tree.run(question, searcher, f"{tag}/{i}") for i in range(self.n // self.width))
+        trees = await together(self.tree(question, searcher, f"{tag}/{i}") for i in range(self.n // self.width))
         return [candidate for found in trees for candidate in found]
+
+    async def tree(self, question: Question, searcher: Searcher, tag: str) -> Sequence[Candidate]:
+        """One tree. Its first candidate carries the cost of all, so that fewer trees cost what they drew (`part`)."""
+        with metered() as spent:
+            found = await Beam(self.width, self.width).run(question, searcher, tag)
+        return [replace(c, cost=spent.tokens, cached=spent.cached) if c is found[0] else c for c in found]
 
     def covers(self, other: Strategy) -> bool:
         """True if `other` has no more trees, of the same width."""

@@ -77,5 +77,7 @@ def read_off(done: Strategy, outcome: Outcome, wanted: Strategy) -> Outcome:
     part: Sequence[Candidate] = wanted.part(outcome.candidates)
     if not wanted.judged:
         part = [replace(c, values=(), score=0.0, score_cost=0, score_cached=0) for c in part]
+    if not sum(c.cost for c in part):
+        raise ValueError(f"{done.name}: what its candidates cost is not known, so {wanted.name} cannot be read off it")
     tokens, cached = sum(c.cost + c.score_cost for c in part), sum(c.cached + c.score_cached for c in part)
     return Outcome(outcome.question_id, wanted.name, tuple(part), wanted.answer(part), tokens, cached)

@@ -533,6 +533,8 @@ def test_dvts_keeps_the_best_step_of_each_tree():
     assert outcome.tokens == bench.ledger.tokens()
     half = read_off(Dvts(4, 2), outcome, Dvts(2, 2))
     assert Dvts(4, 2).covers(Dvts(2, 2)) and half.candidates == outcome.candidates[:2]
+    alone = Bench({"": lines[""][:2], "5 +3 =8\n": ["Answer 16"]}, VALUES).search(Dvts(2, 2))
+    assert half.tokens == alone.tokens > 0 and sum(c.cost for c in outcome.candidates) == outcome.tokens
 
 
 @pytest.mark.parametrize(("power", "seen"), [(1.0, {"16", "18"}), (9.0, {"16"})])
