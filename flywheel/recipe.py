@@ -85,8 +85,9 @@ class ProblemSpec(Spec):
     revision: str | None = None  # of a data set on the Hub
     tasks: list[TaskSpec] = []  # of reasoning-gym
     seed: int = 0  # of reasoning-gym's questions
-    # field name here -> there, e.g. {question: problem}; columns are joined by "{Body} {Question}"
-    fields: dict[str, str] = {}
+    # field name here -> there, e.g. {question: problem}; columns are joined by "{Body} {Question}", `{tests[0]}` is the
+    # first of a column of lists; the answer may be a list of columns, which makes a JSON object of them
+    fields: dict[str, str | Annotated[list[str], Field(min_length=1)]] = {}
     splits: dict[SplitName, str | Share] = {}  # split here -> name there, or the share to draw
     # cuts the gold answer out of the answer field: its last match, or the last \boxed{}; None: the whole field
     answer: Gold | None = None
@@ -164,8 +165,8 @@ class PromptSpec(Spec):
     chat_template_kwargs: dict[str, Any] = {}  # variables of the chat template, e.g. {enable_thinking: false}
     step: str = "\n"
     stop: list[Annotated[str, Field(min_length=1)]] = []  # texts that end a solution, besides EOS
-    # how an answer is found: `boxed`, `hashes`, `answer_is`, a regular expression with one group, or a list of such
-    # rules in order (see `find` in problems/extract.py)
+    # how an answer is found: `boxed`, `hashes`, `answer_is`, `code`, a regular expression with one group, or a list
+    # of such rules in order (see `find` in problems/extract.py)
     answer: str | Annotated[list[str], Field(min_length=1)] = "boxed"
     end_at_answer: bool = True  # a solution ends with the step that holds its answer
     examples: list[ExampleSpec] = []  # worked examples, shown to the base alone: what it learns replaces them

@@ -1,12 +1,13 @@
 """Find the final answer in a solution's text, by named rules or by a regular expression.
 
 `boxed` is what MATH and most chat models write, `hashes` (`#### 18`) is GSM8K's form, `answer_is` reads
-"The answer is 18." and "**Answer:** 18".
+"The answer is 18." and "**Answer:** 18", `code` is a program in a fenced block.
 """
 
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Iterator, Sequence
 
 THOUGHT, ANSWERED = "<think>", "</think>"
@@ -20,6 +21,7 @@ _FIRST_NUMBER = re.compile(
     r"\**\s*(\\?\$?\s*-?\s*\\?\$?\d(?:[\d,]*\d)?(?:\.\d+)?)(?=\s*(?:$|\.(?!\d)|[#<|]|\*\*)|\s+[A-Z])"
 )
 _ANSWER_IS = re.compile(r"\banswer\b[^\S\n]*(?:\*\*)?[^\S\n]*(?:is|:|=)[^\S\n]*:?[^\S\n]*(?:\*\*)?[^\S\n]*(.+)", re.I)
+_FENCED = re.compile(r"```[^\S\n]*(\w*)[^\n`]*\n(.*?)```", re.S)
 _SENTENCE_END = re.compile(r"\.(?:\s.*|\**\s*)$", re.S)
 
 
@@ -118,8 +120,15 @@ def _answer_is(text: str) -> str | None:
     return (_SENTENCE_END.sub("", line).strip() or None) if line else None
 
 
+def last_code(text: str) -> str | None:
+    """The last fenced block that says it is Python, else the last that says nothing; None if there is none."""
+    blocks = [(language.lower(), textwrap.dedent(code)) for language, code in _FENCED.findall(text)]
+    named = [code for language, code in blocks if language in ("python", "python3", "py")]
+    return _last(named or [code for language, code in blocks if not language])
+
+
 def _last(found: list[str]) -> str | None:
     return found[-1].strip() or None if found else None
 
 
-NAMED = {"boxed": _boxed, "hashes": _hashes, "answer_is": _answer_is}
+NAMED = {"boxed": _boxed, "hashes": _hashes, "answer_is": _answer_is, "code": last_code}

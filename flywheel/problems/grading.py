@@ -7,7 +7,8 @@ How to write a checker: a module-level function `check(gold: str, answer: str) -
 `problems.checker: module:check`. It gets the extracted final answers and returns True or False; anything else that it
 returns or raises makes the answer UNDECIDED. It is called in a fork of a process that has imported its module: load
 what it needs at import, or in a function `warm_up()` of the same module, and keep no state between answers, because a
-fork is replaced when an answer exceeds `problems.check_seconds` or 2 GiB. Its output goes to stderr.
+fork is replaced when an answer exceeds `problems.check_seconds` or 2 GiB. Its output goes to stderr. A function
+`preflight(problems)` of its module is called before a run and raises UserError for what would fail later.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import importlib
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from flywheel.errors import UserError
 from flywheel.problems.equal import decide, equal, key, rule_of
@@ -62,6 +63,11 @@ def load_function(name: str, key: str = "problems.checker") -> Callable:
     if not callable(found):
         raise UserError(f"{key}: {name} is not a function")
     return found
+
+
+def preflight_of(checker: str) -> Callable[[Iterable[Problem]], None] | None:
+    """What the checker's module wants called with all problems before a run; None if nothing."""
+    return getattr(importlib.import_module(checker.partition(":")[0]), "preflight", None)
 
 
 class Grader:

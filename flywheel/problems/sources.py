@@ -85,6 +85,8 @@ def _rows(spec: ProblemSpec, found: Iterable[tables.Read], notes: list[str]) -> 
         if name not in FIELDS:
             known = f"{_did_you_mean(name, FIELDS)}; known: {', '.join(FIELDS)}"
             raise UserError(f"problems.fields.{name}: unknown field{known}")
+        if name != "answer" and isinstance(spec.fields[name], list):
+            raise UserError(f"problems.fields.{name}: one column wanted; only `answer` takes a list of them")
     ours = {theirs: Split(split) for split, theirs in spec.splits.items() if isinstance(theirs, str)}
     count, uncut, unmapped = 0, [], set()
     for where, theirs, id, row in found:
@@ -204,7 +206,7 @@ def _value(row: dict, name: str, spec: ProblemSpec, where: str) -> str:
     """The stripped text of one field; empty if an optional field is absent."""
     column = spec.fields.get(name, name)
     if "{" in column and column not in row:
-        text = re.sub(r"\{([^{}]+)\}", lambda found: _scalar(_column(row, found[1], name, spec, where), where), column)
+        text = re.sub(r"\{([^{}]+)\}", lambda found: _scalar(_cell(row, found[1], name, spec, where), where), column)
     else:
         text = _scalar(_column(row, column, name, spec, where), f"{where}: {column}")
     if not text and name in REQUIRED:
@@ -212,9 +214,25 @@ def _value(row: dict, name: str, spec: ProblemSpec, where: str) -> str:
     return text.strip()
 
 
+def _cell(row: dict, name: str, field: str, spec: ProblemSpec, where: str) -> object:
+    """The value of a column, or for `name[2]` of one item of it."""
+    column, number = name, None
+    if name not in row and (found := re.fullmatch(r"(.+)\[(\d+)\]", name)):
+        column, number = found[1], int(found[2])
+    value = _column(row, column, field, spec, where)
+    if number is None:
+        return value
+    if not isinstance(value, list) or number >= len(value):
+        raise UserError(f"{where}: {column}: a list of more than {number} items wanted, got {_shown(value)}")
+    return value[number]
+
+
 def _answers(row: dict, spec: ProblemSpec, where: str) -> list[str]:
     """The texts of the answer field: one, or all that are accepted."""
     column = spec.fields.get("answer", "answer")
+    if isinstance(column, list):
+        values = {key: _column(row, key, "answer", spec, where) for key in column}
+        return [_scalar(json.dumps(values, ensure_ascii=False, default=str), where)]
     value = _column(row, column, "answer", spec, where)
     values = value if isinstance(value, list) else [value]
     texts = list(dict.fromkeys(_scalar(value, f"{where}: {column}") for value in values))
@@ -237,7 +255,7 @@ def _column(row: dict, column: str, name: str, spec: ProblemSpec, where: str) ->
 
 def _scalar(value: object, where: str) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int | float | None):
-        raise UserError(f"{where}: text or a number wanted, got {json.dumps(value, default=str)[:40]}")
+        raise UserError(f"{where}: text or a number wanted, got {_shown(value)}")
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     text = "" if value is None else str(value).strip()
@@ -247,6 +265,10 @@ def _scalar(value: object, where: str) -> str:
         fault = "half a character (a lone surrogate, \\ud800 to \\udfff); write the whole one"
         raise UserError(f"{where}: {fault}") from None
     return text
+
+
+def _shown(value: object) -> str:
+    return json.dumps(value, default=str)[:40]
 
 
 def _split(name: str, where: str) -> Split:

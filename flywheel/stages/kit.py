@@ -20,7 +20,7 @@ from flywheel.models.prm import Prm, label_ids
 from flywheel.models.prompts import Prompts
 from flywheel.models.steps import Reader
 from flywheel.models.weights import MAX_LORA_RANK, check_length, check_targets, judge_fault, load_tokenizer
-from flywheel.problems.grading import Grader, load_function
+from flywheel.problems.grading import Grader, load_function, preflight_of
 from flywheel.recipe import Recipe
 from flywheel.records import Grade, ModelRef, Problem, Question, Role, Solution, Split
 from flywheel.runs.run import Context, Run
@@ -64,6 +64,8 @@ def preflight(recipe: Recipe, ranks: int = 1) -> list[str]:
     ):
         if name:
             load_function(name, key)
+    if ready := preflight_of(recipe.problems.checker):
+        ready(Run(Path(), recipe, skipped=()).problems(*Split))
     for word in prompts.foreign():
         print(f"prompts: {word} is no token of {recipe.model.base}, but plain text; of another model?", flush=True)
     if fault and recipe.engine.kind == "vllm" and recipe.engine.adapters != "runtime":

@@ -2,19 +2,26 @@
 
 Answers as a model under attack, or a broken one, writes them, all distinct: deep nesting, towers of exponents,
 factorials, unbalanced and unicode LaTeX, texts of a million characters, Python that would leave a file behind,
-null bytes, control characters. Prints a row for each kind: verdicts and the longest wait. Exits with 1 if an
-answer took longer than its limit, left a file or was graded right.
+null bytes, control characters; and programs that attack their tests or the machine (tests/hostile_programs.py), graded
+by running them. Prints a row for each kind: verdicts and the longest wait. Exits with 1 if an
+answer took longer than its limit, left a file, reached a listening port or was graded right.
 """
 
 from __future__ import annotations
 
 import argparse
 import random
+import socket
 import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
+from contextlib import suppress
 from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[1]))
+
+import hostile_programs
 
 from flywheel.problems.grading import Grader
 from flywheel.recipe import ProblemSpec
@@ -23,7 +30,9 @@ from flywheel.records import Finish, Problem, Question, Solution, Split
 GOLD = ["42", "\\frac{1}{2}", "x^2+1", "(1, 2)"]
 SLACK = 1.0  # seconds beyond the limit, for a busy machine
 KINDS = ["nesting", "exponents", "plain towers", "factorials", "big integers", "unbalanced", "a million characters"]
-KINDS += ["code", "null bytes", "sets", "sums"]
+KINDS += ["code", "null bytes", "sets", "sums", "programs"]
+PROGRAMS = hostile_programs.FORGERIES | hostile_programs.HARMS | hostile_programs.HANGS
+TESTS = '{"test": "def check(candidate):\\n    assert candidate(2) == 3", "entry_point": "f"}'
 BRACKETS = ["( )", "\\frac{1}{ }", "\\sqrt{ }", "{ }", "\\left( \\right)", "- ", "[ ]"]  # opening, closing
 LATEX = ["\\frac", "{", "}", "^", "_", "\\left(", "\\right]", "\\begin{pmatrix}", "&", "\\\\", "$", "1", "x"]
 LATEX += ["\\int_0^", "\\sum", "|", "√", "²", "∞", "\u202e", "𝟙"]
@@ -39,8 +48,8 @@ CODE = [
 ]
 
 
-def hostile(kind: str, r: random.Random, canary: Path) -> str:
-    """A random answer of this kind; code in it would create the file `canary`."""
+def hostile(kind: str, r: random.Random, canary: Path, port: int) -> str:
+    """A random answer of this kind; code in it would create the file `canary`, or connect to `port`."""
     match kind:
         case "nesting":
             opening, closing = r.choice(BRACKETS).split(" ")
@@ -69,6 +78,9 @@ def hostile(kind: str, r: random.Random, canary: Path) -> str:
             return "\\{" + ",".join(powers) + "\\}"
         case "sums":
             return f"\\sum_{{k=1}}^{{{10 ** r.randrange(4, 14)}}} \\binom{{k}}{{{r.randrange(2, 99)}}}"
+        case "programs":
+            programs = hostile_programs.programs(PROGRAMS, str(canary), port, "\0flywheel")
+            return f"{programs[r.choice(list(programs))]}\n# {r.random()}"
     raise ValueError(kind)
 
 
@@ -89,19 +101,23 @@ def main() -> int:
     longest: Counter[str] = Counter()
     started = time.monotonic()
     spec = ProblemSpec(path="none", check_seconds=args.seconds, check_workers=args.workers)
-    with tempfile.TemporaryDirectory() as scratch, Grader(spec) as grader:
+    runs = spec.model_copy(update={"checker": "flywheel.problems.code:passes_tests"})
+    listener = socket.create_server(("127.0.0.1", 0))
+    port = listener.getsockname()[1]
+    with tempfile.TemporaryDirectory() as scratch, Grader(spec) as grader, Grader(runs) as runner:
         canary = Path(scratch, "canary")
         grader.verdicts([pair(f"w{i}", "x^2+1", f"1+x^2+y^{i}") for i in range(4 * args.workers)])  # starts the workers
+        runner.verdicts([pair(f"v{i}", TESTS, f"# {i}") for i in range(4 * args.workers)])
         # One answer for each worker at a time: a batch takes as long as its slowest answer.
         for batch, start in enumerate(range(0, args.answers, args.workers)):
             kind, pairs = KINDS[batch % len(KINDS)], []
             for i in range(start, min(start + args.workers, args.answers)):
-                while (answer := hostile(kind, rng, canary)) in seen:
+                while (answer := hostile(kind, rng, canary, port)) in seen:
                     continue
                 seen.add(answer if len(answer) < 10**5 else str(hash(answer)))
-                pairs.append(pair(f"q{i}", GOLD[i % len(GOLD)], answer))
+                pairs.append(pair(f"q{i}", TESTS if kind == "programs" else GOLD[i % len(GOLD)], answer))
             begun = time.monotonic()
-            grades = grader.verdicts(pairs)
+            grades = (runner if kind == "programs" else grader).verdicts(pairs)
             longest[kind] = max(longest[kind], time.monotonic() - begun)
             verdicts[kind].update(str(grade.verdict) for grade in grades)
             for (problem, solution), grade in zip(pairs, grades):
@@ -110,6 +126,9 @@ def main() -> int:
             if canary.exists():
                 faults.append(f"ran: {[solution.answer[:120] for _, solution in pairs]}")
                 canary.unlink()
+    listener.settimeout(0)
+    with suppress(BlockingIOError):
+        faults.append(f"connected: {listener.accept()[1]}")
     print(f"{'kind':22s} {'answers':>8s} {'wrong':>8s} {'undecided':>10s} {'longest, s':>11s}")
     for kind, counts in verdicts.items():
         row = f"{kind:22s} {sum(counts.values()):8d} {counts['incorrect']:8d} {counts['undecided']:10d}"

@@ -79,6 +79,7 @@ def test_questions_that_are_sometimes_right_are_labelled_first(monkeypatch):
         ("engine.max_model_len=110", r"questions do not fit engine.max_model_len 110 .* the most: \d+ tokens too many"),
         ("model.lora_rank=600 engine.adapters=runtime", "model.lora_rank: 600 is more than vLLM serves"),
         ("problems.checker=tests.micro:nothing", "problems.checker: tests.micro:nothing cannot be imported"),
+        ("problems.checker=flywheel.problems.code:passes_tests", "^(question|problems).*(gold answer|isolated)"),
     ],
 )
 def test_what_the_model_cannot_do_is_known_before_a_run_is_written(change, named):
