@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -49,17 +50,17 @@ def opened(policy: list[str]):
 def test_calibration_shows_both_prms_on_the_same_draws():
     """Of five draws 16 (0.4 each) loses to 18 (0.7 each) by the round's PRM, and wins by the published one."""
     bench, kit, _, devices = opened(SAMPLES)
-    rows = list(try_all(kit, bench.searcher, {QUESTION.id: 1}, {QUESTION.id: {}}, "t", kit.prm(PUBLISHED)))
+    rows = list(try_all(kit, bench.searcher, {QUESTION.id: 1}, {QUESTION.id: Counter()}, "t", kit.prm(PUBLISHED)))
     trials, answered = ([row for row in rows if isinstance(row, kind)] for kind in (Trial, Answered))
     assert bench.devices["policy"].dealt.total() == 5 and len(devices[PUBLISHED].asked) == 3  # distinct, with an answer
-    assert [(row.method, row.correct) for row in answered] == [
-        (f"best_of_n_weighted@{n}_published_verifier", True) for n in (1, 2, 5)
-    ]
+    assert {row.method: row.correct for row in answered} == {
+        f"best_of_n_weighted@{n}_published_verifier": True for n in (1, 2, 5)
+    }
     assert [row.tokens for row in answered] == [trial.tokens for trial in trials]  # the same texts and draws
     figures = rival_figures(trials, answered)
     assert [(row["budget"], row["own"][0], row["published"][0]) for row in figures] == [(1, 1, 1), (2, 0, 1), (5, 0, 1)]
     assert [row["published_less_own"] for row in figures] == [(0, 0, 0), (1, 1, 1), (1, 1, 1)]
-    alone = try_all(kit, bench.searcher, {QUESTION.id: 1}, {QUESTION.id: {}}, "t")
+    alone = try_all(kit, bench.searcher, {QUESTION.id: 1}, {QUESTION.id: Counter()}, "t")
     assert not [row for row in alone if isinstance(row, Answered)]
 
 
