@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 
 import pytest
 
-from eval.shared import with_published
+from eval.shared import published_values, with_published
 from eval.studies.process_bench import figures, measure, samples
 from flywheel.errors import UserError
 from flywheel.recipe import load
+from flywheel.records import Question, Step
 from flywheel.runs.run import Run
 from tests import micro
 
@@ -64,25 +64,22 @@ def test_f1_by_hand_lies_in_its_interval():
 
 
 def test_the_round_s_prm_the_base_and_a_published_one_are_scored(tmp_path):
-    """On a real micro model; the published PRM is one with a value head."""
-    import torch
-    from safetensors.torch import load_file, save_file
-
-    base, rival = micro.model(tmp_path / "base"), Path(micro.model(tmp_path / "rival", seed=2))
+    """On the laboratory's seed model; the published PRM is one with a value head."""
+    recipe = load("recipes/chain.yaml", ["engine.max_model_len=40", "sample.max_tokens=8", "engine.kv_cache_mb=16"])
+    run, base = Run(tmp_path / "run", recipe), recipe.model.base
     micro.adapter(base, tmp_path / "run" / "round_1" / "train_prm" / "adapter")
-    weights = load_file(rival / "model.safetensors")
-    weights |= {"v_head.summary.weight": torch.randn(1, 64), "v_head.summary.bias": torch.zeros(1)}
-    save_file(weights, rival / "model.safetensors", {"format": "pt"})
-    changes = [f"model.base={base}", "engine.max_model_len=32", "sample.max_tokens=8", "engine.kv_cache_mb=16"]
-    run = Run(tmp_path / "run", load("recipes/chain.yaml", changes))
     rows = [
-        {"problem": f"{i} + 1", "steps": [f"{i} + 1 = {i + 2 - i % 2}", "Answer 3"], "label": (0, -1)[i % 2]}
+        {"problem": "5 +3 *2", "steps": [f"5 +3 ={8 + i % 2}", "8 *2 =16", "Answer 16"], "label": (-1, 0)[i % 2]}
         for i in range(6)
     ]
-    rows.append({"problem": "1 + " * 20, "steps": ["Answer 1"], "label": 0})  # longer than the model
+    rows.append({"problem": "5" + " +3" * 60, "steps": ["Answer 1"], "label": 0})  # longer than the model
     (tmp_path / "math.json").write_text(json.dumps(rows))
-    args = argparse.Namespace(runs=[run], round=1, data=tmp_path, threshold=0.5, published=f"skywork={rival}")
+    rival = f"skywork={micro.with_value_head(base, tmp_path / 'rival')}"
+    args = argparse.Namespace(runs=[run], round=1, data=tmp_path, threshold=0.5, published=rival)
     found = measure(args)
+    steps = [Step("5 +3 =8\n", ()), Step("Answer 8", ())]
+    [values] = published_values(with_published(run, args.published), [(Question("q", "5 +3"), steps)])
+    assert len(values) == 2 and all(0 < value < 1 for value in values)
     subset = found["subsets"]["math"]
     assert (subset["solutions"], subset["too_long"]) == (6, 1) and found["mean_f1"].keys() == {
         "prm_1",

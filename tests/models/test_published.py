@@ -47,6 +47,7 @@ def model(format: str, folder: Path) -> PublishedSpec:
     if format == "qwen":
         words.add_special_tokens({"additional_special_tokens": ["<extra_0>"]})
     families.model(family, folder, seed=5, vocab_size=len(words), tie_word_embeddings=format == "skywork")
+    (folder / "chat_template.jinja").unlink()  # the family's; it is written again with a tokenizer that has one
     words.save_pretrained(folder)
     weights, config = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
     torch.manual_seed(6)
