@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 
@@ -14,18 +15,20 @@ from flywheel.ledger import Ledger
 from flywheel.measure.stats import bootstrap_mean
 from flywheel.measure.step_errors import best_threshold, step_errors
 from flywheel.models.prm import aggregate, label_ids
-from flywheel.recipe import PrmSpec, TrainSpec
-from flywheel.records import Answered, Grade, ModelRef, Role, Solution, Split
+from flywheel.models.published import preflight as check_published
+from flywheel.recipe import PrmSpec, PublishedSpec, TrainSpec, parse
+from flywheel.records import Answered, Grade, ModelRef, Question, Role, Solution, Split, Step
 from flywheel.runs.run import Context, Run, records
 from flywheel.runs.stage import Input, Stage
 from flywheel.runs.worker import fill
 from flywheel.search.revise import Revise
 from flywheel.search.select import weighted
-from flywheel.stages.kit import Kit, kit, prompts_and_reader
+from flywheel.stages.kit import PUBLISHED, Kit, kit, open_kit, prompts_and_reader, published_model
 from flywheel.stages.shared import LAST_POLICY, answer_is_right, ids, search_models
 from flywheel.training import Job, PrmExample, train_prm
 
 MODELS = (Input("train_prm"), Input("choose_reviser"), *LAST_POLICY)  # the stages that make a round's search models
+FORMATS = get_args(PublishedSpec.model_fields["format"].annotation)
 AGGREGATES = ("last", "min", "product", "odds")
 
 
@@ -33,6 +36,24 @@ def add_runs(parser: argparse.ArgumentParser, round: bool = True, count: str = "
     parser.add_argument("runs", nargs=count, type=Run, metavar="RUN", help="directory of a finished run")
     if round:
         parser.add_argument("--round", type=int, default=1, metavar="R")
+
+
+def add_published(parser: argparse.ArgumentParser) -> None:
+    """An option for a published PRM in place of the recipe's, so that a finished run needs no other recipe."""
+    said = f"a published PRM to compare, e.g. qwen=models/Qwen2.5-Math-PRM-7B; formats: {', '.join(FORMATS)}"
+    parser.add_argument("--published", metavar="FORMAT=DIR", help=f"{said} (default: the recipe's prm.published)")
+
+
+def with_published(run: Run, named: str | None) -> Run:
+    """The run with the published PRM `named` as FORMAT=DIR in its recipe. Raises UserError, RecipeError."""
+    if not named:
+        return run
+    format, _, model = named.partition("=")
+    data = run.recipe.model_dump(mode="json")
+    data["prm"]["published"] = {"model": model, "format": format}
+    recipe = parse(data, "--published")
+    check_published(recipe.prm.published, recipe.engine)
+    return Run(run.root, recipe)
 
 
 # ---- draws -------------------------------------------------------------------------------
@@ -99,7 +120,7 @@ def chains(
         return {Role.REVISER: ref}
 
     def work(ctx: Context, opened: Kit, questions: Sequence[str]) -> Iterator[object]:
-        searcher = opened.searcher(policy=False, prm=False)
+        searcher = opened.searcher(policy=False, prm=None)
         yield from opened.search_all(questions, searcher, lambda question: strategy, f"r{round}/history")
 
     title = f"chains_{split}_{strategy.length}x{strategy.chains}"
@@ -204,3 +225,10 @@ def step_values(run: Run, adapter: str | None, examples: Sequence[PrmExample]) -
 
     labels = label_ids(prompts_and_reader(run)[0].tokenizer, run.recipe.prm.labels)
     return score_all(run.recipe.model.base, adapter, examples, labels, ledger=Ledger("scores", 0))
+
+
+def published_values(run: Run, texts: Sequence[tuple[Question, Sequence[Step]]]) -> list[tuple[float, ...]]:
+    """The values in [0, 1] of the recipe's published PRM after each step of (question, steps), in order."""
+    with open_kit(run, published_model(run), Split.TEST, ledger=Ledger("scores", 0), seed=0) as opened:
+        prm = opened.prm(PUBLISHED)
+        return opened.backend.run(texts, lambda text: prm.values(*text))

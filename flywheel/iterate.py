@@ -146,7 +146,7 @@ def find_recipe(name: str) -> Path:
 
 
 def load_recipe(args: argparse.Namespace) -> Recipe:
-    """The recipe with its overrides applied, paths made absolute and a base on the Hub downloaded, but for a dry run.
+    """The recipe with its overrides applied, paths made absolute and models on the Hub downloaded, but for a dry run.
 
     Raises UserError, RecipeError.
     """
@@ -173,8 +173,15 @@ def load_recipe(args: argparse.Namespace) -> Recipe:
     base = located(loaded.model.base, root)
     if hub.is_name(base):
         base = hub.snapshot(base, loaded.model.revision, download=not args.dry_run)
+    prm = loaded.prm
+    if published := prm.published:
+        model = located(published.model, root)
+        if hub.is_name(model):
+            model = hub.snapshot(model, None, download=not args.dry_run, key="prm.published.model")
+        prm = prm.model_copy(update={"published": published.model_copy(update={"model": model})})
     return loaded.model_copy(
         update={
+            "prm": prm,
             "model": loaded.model.model_copy(update={"base": base}),
             "problems": loaded.problems.model_copy(update={"path": located(loaded.problems.path, root)}),
         }

@@ -208,13 +208,25 @@ class TrainSpec(Spec):
     max_length: Positive = 1024
 
 
+Aggregate = Literal["last", "min", "product", "mean", "odds"]
+
+
+class PublishedSpec(Spec):
+    """A published PRM, a rival of the round's own: it judges the same solutions, and nothing is trained by it."""
+
+    model: str  # directory, or name on the Hub
+    format: Literal["math_shepherd", "rlhflow", "qwen", "skywork"]  # how it reads a solution: models/published.py
+    aggregate: Aggregate = "min"
+
+
 class PrmSpec(TrainSpec):
     labels: Pair[str] = ("+", "-")  # good, bad: single tokens
     min_examples: Positive = 16  # labelled solutions to train on; with fewer the round has no PRM, and the base judges
     target: Literal["value", "progress", "ratio"] = (
         "value"  # the label of a step: see `targets` in training/examples.py
     )
-    aggregate: Literal["last", "min", "product", "mean", "odds"] = "last"
+    aggregate: Aggregate = "last"
+    published: PublishedSpec | None = None
 
 
 class ReviserSpec(TrainSpec):

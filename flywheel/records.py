@@ -28,18 +28,27 @@ class Role(StrEnum):
     HEAD = "head"  # names a question's difficulty bin
 
 
+class PrmHead(StrEnum):
+    """The head of a published PRM that is no language model any more."""
+
+    CLASSES = "classes"  # two classes by a small network, the second good: Qwen2.5-Math-PRM
+    VALUE = "value"  # one number by a linear layer, `v_head`, whose sigmoid is the value: Skywork-o1-Open-PRM
+
+
 @dataclass(frozen=True, slots=True)
 class ModelRef:
     """A frozen base plus at most one LoRA adapter, with the name used in all figures.
 
     `labels`: token ids of a good and a bad label. If set, the model only serves `Engine.score` with
-    these labels, so an engine can score all prefixes of a text in one pass.
+    these labels, so an engine can score all prefixes of a text in one pass. `prm_head`: what judges in place of the LM
+    head in a published PRM; the labels are then its classes.
     """
 
     name: str
     base: str
     adapter: str | None = None
     labels: tuple[int, int] | None = None
+    prm_head: PrmHead | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,7 +234,7 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """Whether one method's answer to one test question was right, and its cost in tokens."""
+    """Whether one method's answer to one question was right, and its cost in tokens."""
 
     question_id: str
     method: str

@@ -46,6 +46,12 @@ def parser() -> argparse.ArgumentParser:
         default="auto",
         help="auto, greedy, or KIND:N[:OPTION...] as best_of_n:16:majority (default: %(default)s)",
     )
+    p.add_argument(
+        "--verifier",
+        choices=("own", "published"),
+        default="own",
+        help="the round's PRM, or the recipe's prm.published, for which there is no plan (default: %(default)s)",
+    )
     p.add_argument("--calibrate", action="store_true", help="make the plan for these models first, if there is none")
     p.add_argument(
         "--show", action="store_true", help="the solution and all candidates too, with the PRM's step values"
@@ -126,6 +132,7 @@ def solved(args: argparse.Namespace, preload: tuple[str, ...]) -> int:
             "out": args.out and str(args.out),
             "show": args.show,
             "make_plan": args.calibrate,
+            "published": args.verifier == "published",
         }
         with signals():
             threads = threads_of(ranks, run.recipe)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 WORDS = [
@@ -59,6 +61,20 @@ def model(folder: Path, seed: int = 0) -> str:
     )
     Qwen2ForCausalLM(config).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def with_value_head(base: str, folder: Path) -> str:
+    """A copy of `base` with a random value head: a published PRM of the format `skywork`."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(base, folder)
+    weights = load_file(folder / "model.safetensors")
+    width = json.loads((folder / "config.json").read_text())["hidden_size"]
+    head = torch.randn(1, width, generator=torch.manual_seed(0))
+    weights |= {"v_head.summary.weight": head, "v_head.summary.bias": torch.zeros(1)}
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
     return str(folder)
 
 

@@ -1,7 +1,8 @@
-"""Is the Monte Carlo PRM worth having? Best-of-n weighted by four verifiers over the very same test samples.
+"""Is the Monte Carlo PRM worth having? Best-of-n weighted by several verifiers over the very same test samples.
 
 None (majority), the un-finetuned base, the round's Monte Carlo PRM, and a PRM trained in the same way on true step
-labels (the ceiling that label noise leaves; in the laboratory every step can be told right or wrong). Several runs
+labels (the ceiling that label noise leaves; in the laboratory every step can be told right or wrong); and a published
+PRM, that of the recipe or of --published. Several runs
 (seeds) are averaged question by question; intervals are a bootstrap over questions. Beside them the F1 of the first
 wrong step, as ProcessBench counts it, and the scores of right solutions by their number of steps.
 """
@@ -10,7 +11,19 @@ from __future__ import annotations
 
 import argparse
 
-from eval.shared import AGGREGATES, Verified, add_runs, fit_prm, folder, over_runs, step_values, verifier_figures
+from eval.shared import (
+    AGGREGATES,
+    Verified,
+    add_published,
+    add_runs,
+    fit_prm,
+    folder,
+    over_runs,
+    published_values,
+    step_values,
+    verifier_figures,
+    with_published,
+)
 from flywheel.measure.stats import paired_gain
 from flywheel.models.prm import encode
 from flywheel.records import Solution, Split, StepValues
@@ -25,6 +38,7 @@ from flywheel.training.examples import targets
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_runs(parser)
+    add_published(parser)
 
 
 def true_prm(run: Run, r: int) -> str:
@@ -64,20 +78,19 @@ def judge(run: Run, r: int) -> Verified:
         if key not in distinct:
             tokens, reads = encode(prompts, problems[solution.question_id].question, solution.steps)
             distinct[key] = PrmExample(tuple(tokens), tuple(reads), (0.0,) * len(reads), question_id=key[0])
-    texts = {
-        (s.question_id, s.tokens): [step.text.strip() for step in s.steps] for group in pool.values() for s in group
-    }
-    wrong = [first_wrong(problems[question].question.text, texts[question, tokens]) for question, tokens in distinct]
+    steps = {(s.question_id, s.tokens): s.steps for group in pool.values() for s in group}
+    asked = [(problems[key[0]].question, steps[key]) for key in distinct]
+    wrong = [first_wrong(question.text, [step.text.strip() for step in made]) for question, made in asked]
     k, found = len(next(iter(pool.values()))), Verified()
     found.accuracy[f"majority@{k}"] = {
         question: answer_is_right(majority([s.answer for s in group]), group, right) for question, group in pool.items()
     }
-    for name, adapter in {
-        "base": None,
-        "monte_carlo": str(run.path("train_prm", r) / "adapter"),
-        "true_steps": true_prm(run, r),
-    }.items():
-        scored = dict(zip(distinct, step_values(run, adapter, list(distinct.values()))))
+    adapters = {"base": None, "monte_carlo": str(run.path("train_prm", r) / "adapter"), "true_steps": true_prm(run, r)}
+    values = {name: step_values(run, adapter, list(distinct.values())) for name, adapter in adapters.items()}
+    if run.recipe.prm.published:
+        values["published"] = published_values(run, asked)
+    for name, judged in values.items():
+        scored = dict(zip(distinct, judged))
         keys = {s.id: (s.question_id, s.tokens) for group in pool.values() for s in group}
         # include duplicates, because selection sees every sample
         found.add(name, pool, {id: scored[key] for id, key in keys.items() if key in scored}, right)
@@ -86,7 +99,7 @@ def judge(run: Run, r: int) -> Verified:
 
 
 def measure(args: argparse.Namespace) -> dict:
-    runs = [judge(run, args.round) for run in args.runs]
+    runs = [judge(with_published(run, args.published), args.round) for run in args.runs]
     chosen = args.runs[0].recipe.prm.aggregate
     by_name = {name: over_runs([run.accuracy[name] for run in runs]) for name in runs[0].accuracy}
     vote, ours = by_name[next(iter(by_name))], by_name[f"monte_carlo:{chosen}"]

@@ -39,7 +39,7 @@ from flywheel.models.weights import (
     save_judge,
 )
 from flywheel.recipe import EngineSpec
-from flywheel.records import Finish, ModelRef
+from flywheel.records import Finish, ModelRef, PrmHead
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # read at import and at every engine's start
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # each engine on a CPU prints a page of warnings
@@ -53,6 +53,7 @@ logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])  # vLLM log
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", FutureWarning)
     from vllm import EngineArgs, LLMEngine, PoolingParams, SamplingParams
+    from vllm.config import PoolerConfig
     from vllm.inputs.engine import tokens_input
     from vllm.lora.request import LoRARequest
     from vllm.platforms import current_platform
@@ -75,7 +76,7 @@ def open_backend(spec: EngineSpec, models: Mapping[str, ModelRef], ledger: Ledge
         models = {k: replace(ref, labels=None) if judge_fault(ref.base) else ref for k, ref in models.items()}
 
     def engine_of(ref: ModelRef) -> Hashable:
-        return (ref.base, ref.adapter, ref.labels) if merged else ref.base
+        return (ref.base, ref.adapter, ref.labels) if merged or ref.prm_head else ref.base
 
     groups: dict[Hashable, list[ModelRef]] = {}
     for ref in models.values():
@@ -86,7 +87,7 @@ def open_backend(spec: EngineSpec, models: Mapping[str, ModelRef], ledger: Ledge
     with ExitStack() as opened:
         for key, refs in groups.items():
             arguments = engine_arguments(spec, refs[0].base, seed, len(groups))
-            if merged:
+            if merged or refs[0].prm_head:
                 devices[key] = _open_merged(arguments, refs[0], run_seed, scratch)
             else:
                 devices[key] = _open_runtime(arguments, refs, run_seed)
@@ -132,6 +133,9 @@ def engine_arguments(spec: EngineSpec, model: str, seed: int = 0, engines: int =
 def _open_merged(arguments: dict[str, Any], ref: ModelRef, run_seed: vllm_cpu.RunSeed, scratch: Path) -> VllmDevice:
     if ref.adapter is None and ref.labels is None:
         return VllmDevice(_start(arguments, ref.name), ref.name, run_seed)
+    if ref.prm_head is PrmHead.CLASSES:  # vLLM has this class
+        arguments = arguments | {"runner": "pooling", "pooler_config": PoolerConfig(tok_pooling_type="ALL")}
+        return VllmJudge(_start(arguments, ref.name), ref.name, run_seed, ref.labels, own_classes=True)
     dtype = "bfloat16" if arguments["dtype"] == "auto" else arguments["dtype"]  # "auto" occurs only on a GPU
     Path(scratch).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="merged-", dir=scratch) as folder:  # read only when the engine starts
@@ -276,25 +280,29 @@ class VllmJudge(VllmDevice):
 
     A single read can use the prefix cache, as in beam search; vLLM does not allow that for a
     request for the values of all tokens.
+
+    own_classes: the model is a published classifier of all tokens instead, whose second class is the good one.
     """
 
     one_pass = True
 
-    def __init__(self, engine: LLMEngine, name: str, run_seed: vllm_cpu.RunSeed, labels: Labels):
+    def __init__(
+        self, engine: LLMEngine, name: str, run_seed: vllm_cpu.RunSeed, labels: Labels, own_classes: bool = False
+    ):
         super().__init__(engine, name, run_seed)
-        self._labels = labels
+        self._labels, self._good, self._last = labels, int(own_classes), not own_classes
 
     def _vllm_params(self, request: Sampling | Scoring) -> PoolingParams:
         if isinstance(request, Sampling) or request.labels != self._labels:
             raise ValueError(
                 f"{self.name} was opened to judge by the labels {self._labels}, and is asked for {request}"
             )
-        return PoolingParams(task="classify" if len(request.reads) == 1 else "token_classify")
+        return PoolingParams(task="classify" if self._last and len(request.reads) == 1 else "token_classify")
 
     def _output(self, result, request: Scoring, made: None = None) -> Output:
-        good = result.outputs.data.view(-1, 2)[:, 0].tolist()  # one row per token, or only the last token's
-        values = good if len(request.reads) == 1 else [good[read - 1] for read in request.reads]
-        return Output((), Finish.LENGTH, False, result.num_cached_tokens or 0, tuple(values))
+        good = result.outputs.data.view(-1, 2)[:, self._good].tolist()  # one row per token, or only the last token's
+        values = tuple(good[read - request.reads[-1] - 1] for read in request.reads)
+        return Output((), Finish.LENGTH, False, result.num_cached_tokens or 0, values)
 
 
 @functools.lru_cache(maxsize=1024)

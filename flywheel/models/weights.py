@@ -11,7 +11,7 @@ from pathlib import Path
 
 from flywheel.errors import UserError, first_line
 from flywheel.recipe import ModelSpec
-from flywheel.records import ModelRef
+from flywheel.records import ModelRef, PrmHead
 
 AFTER_HEAD = ("final_logit_softcapping", "logits_scaling", "logit_scale")  # what models do with the LM head's logits
 MAX_LORA_RANK = 512  # the largest max_lora_rank that vLLM accepts
@@ -151,7 +151,8 @@ def save_judge(ref: ModelRef, dtype: str, folder: str) -> None:
     """Write the merged model to `folder` as a classifier whose two classes are the labels of `ref`, for vLLM.
 
     Its output matrix is the two rows of the LM head for the labels, so the softmax over the classes is the value
-    that `Engine.score` returns, if `judge_fault` finds nothing. transformers need not have such a class: vLLM makes
+    that `Engine.score` returns, if `judge_fault` finds nothing. With a value head it is that head's row and a row of
+    zeros: the softmax of (x, 0) is the sigmoid of x. transformers need not have such a class: vLLM makes
     one from its own class of the causal model, and the weights keep that model's names.
     """
     import torch
@@ -160,12 +161,32 @@ def save_judge(ref: ModelRef, dtype: str, folder: str) -> None:
     head = model.get_output_embeddings()
     named = next(name for name, module in model.named_modules() if module is head)
     weights = {name: weight for name, weight in model.state_dict().items() if not name.startswith(f"{named}.")}
-    weights["score.weight"] = head.weight.detach()[list(ref.labels)]
+    if ref.prm_head is PrmHead.VALUE:
+        for name, row in value_head(ref.base).items():
+            weights[f"score.{name}"] = torch.cat([row, torch.zeros_like(row)])
+    else:
+        weights["score.weight"] = head.weight.detach()[list(ref.labels)]
     config = deepcopy(model.config)
     config.num_labels, config.tie_word_embeddings, config.dtype = 2, False, getattr(torch, dtype)
     config.architectures = [type(model).__name__.replace("ForCausalLM", "ForSequenceClassification")]
     model.save_pretrained(folder, state_dict={name: weight.to(config.dtype) for name, weight in weights.items()})
     config.save_pretrained(folder)
+
+
+def value_head(base: str) -> dict:
+    """`weight` (1 x hidden) and `bias` (1) of the value head of a model directory, in float32. Raises NotAModel."""
+    from safetensors import safe_open
+
+    found = {}
+    for file in sorted(Path(base).glob("*.safetensors")):
+        with safe_open(file, "pt") as weights:
+            names = weights.keys()
+            for name in names:
+                if name.startswith("v_head.summary."):
+                    found[name.rpartition(".")[2]] = weights.get_tensor(name).float()
+    if found.keys() != {"weight", "bias"}:
+        raise NotAModel(f"{base}: no value head (v_head.summary.weight and .bias) in its *.safetensors")
+    return found
 
 
 def judge_fault(base: str) -> str | None:

@@ -131,16 +131,19 @@ def _is_rate(key: str) -> bool:
     return "@" in key and not key.endswith(("_ci", "_tokens"))
 
 
+RIVALS = {"base": "base", "published": "published PRM"}  # of the PRM, by their names in the search stage
+
+
 def made_by(key: str, models: dict) -> str:
     """The names of the models that a figure of the search stage depends on."""
-    base_judges = key.endswith("base_verifier")
+    rival = [f"{said} as verifier" for name, said in RIVALS.items() if key.endswith(f"_{name}_verifier")]
     if key.startswith("compute_optimal"):
         roles = ["policy", "prm", "reviser", "plan"]
     else:
         roles = ["reviser" if key.startswith("revise") else "policy"]
-        if "majority" not in key and "greedy" not in key and not base_judges:
+        if "majority" not in key and "greedy" not in key and not rival:
             roles.append("prm")
-    return ", ".join([models[role] for role in roles if role in models] + ["base as verifier"] * base_judges)
+    return ", ".join([models[role] for role in roles if role in models] + rival)
 
 
 def remarks(now: dict) -> Iterator[str]:

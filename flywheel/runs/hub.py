@@ -15,10 +15,11 @@ FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # nothing pi
 SNAPSHOT = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/[0-9a-f]{40}/?$")
 
 
-def snapshot(name: str, revision: str | None, download: bool = True) -> str:
+def snapshot(name: str, revision: str | None, download: bool = True, key: str = "model.base") -> str:
     """The directory of the model `name` (owner/name) in the Hub's cache, at `revision` (default: its main branch).
 
-    Without `download` it is `name` itself if the cache does not hold it. Raises UserError if the Hub does not give it.
+    Without `download` it is `name` itself if the cache does not hold it. Raises UserError, naming the recipe's `key`,
+    if the Hub does not give it.
     """
     from httpx2 import HTTPError
     from huggingface_hub import snapshot_download
@@ -30,10 +31,10 @@ def snapshot(name: str, revision: str | None, download: bool = True) -> str:
         if not download:
             return name
         raise UserError(
-            f"model.base: {name} is not in the cache, and the Hub cannot be reached: {first_line(error)}"
+            f"{key}: {name} is not in the cache, and the Hub cannot be reached: {first_line(error)}"
         ) from None
     except (HfHubHTTPError, HFValidationError, HTTPError) as error:
-        raise UserError(f"model.base: {name}: the Hub does not give it: {first_line(error)}") from None
+        raise UserError(f"{key}: {name}: the Hub does not give it: {first_line(error)}") from None
 
 
 def name_of(base: str) -> str:

@@ -160,7 +160,8 @@ class Loop:
 
     @property
     def needs_download(self) -> bool:
-        return self.args.dry_run and not Path(self.recipe.model.base).is_dir()
+        models = [self.recipe.model.base, *([rival.model] if (rival := self.recipe.prm.published) else [])]
+        return self.args.dry_run and not all(Path(model).is_dir() for model in models)
 
     def rates(self, sources: dict[str, str], new: bool) -> Rates:
         """This machine's speeds with the base: from the rehearsal of a new run, else measured before, else guessed.

@@ -27,6 +27,7 @@ SCRATCH = ("trainer",)  # a training's checkpoints to resume from: not part of t
 # weights, config, tokenizer, chat template
 MODEL_FILES = (".json", ".safetensors", ".model", ".txt", ".jinja", ".bpe", ".spm", ".tiktoken", ".vocab")
 UNLISTED = (MANIFEST, FINGERPRINT, "claims.lock")
+APART = "prm.published"  # of the stages that read `prm`, only those that name it depend on it: no training does
 PATHS = ("model.base", "problems.path")  # fingerprints hold the contents of these files, not their paths
 
 
@@ -66,6 +67,8 @@ def recipe_leaves(recipe: Recipe, sections: Sequence[str] | None) -> dict[str, A
         if not any(key == section or key.startswith(f"{section}.") for key in leaves):
             raise ValueError(f"{section}: no section of a recipe")
     wanted = ("",) if sections is None else tuple(f"{section}." for section in sections)
+    if sections is not None and APART not in sections:
+        leaves = {key: leaf for key, leaf in leaves.items() if not f"{key}.".startswith(f"{APART}.")}
     return {key: leaf for key, leaf in leaves.items() if f"{key}.".startswith(wanted) and key not in PATHS}
 
 

@@ -19,8 +19,8 @@ from flywheel.records import Problem, Question, Role, Verdict
 from flywheel.runs.run import Run
 from flywheel.runs.worker import cut
 from flywheel.serving.solver import Ask, Solved, Solver
-from flywheel.serving.system import System, calibrate, system
-from flywheel.stages.kit import Kit, open_kit
+from flywheel.serving.system import System, by_published, calibrate, system
+from flywheel.stages.kit import PUBLISHED, Kit, open_kit
 
 
 @contextmanager
@@ -29,7 +29,8 @@ def opened(served: System, seed: int = 0) -> Iterator[tuple[Kit, Solver]]:
     ledger = Ledger("solve", served.round)
     models = {**served.models, **served.head}
     with open_kit(served.run, models, ledger=ledger, seed=seed) as kit:
-        searcher = kit.searcher(reviser=Role.REVISER in models, head=Role.HEAD in models)
+        prm = PUBLISHED if PUBLISHED in models else Role.PRM
+        searcher = kit.searcher(prm=prm, reviser=Role.REVISER in models, head=Role.HEAD in models)
         yield kit, Solver(searcher, served.plan, served.edges, served.run.recipe.evaluate.probe)
 
 
@@ -47,14 +48,24 @@ def row_of(question: Question, found: Solved, show: bool) -> dict:
 
 
 def answer(
-    root: str, round: int | None, ask: Ask, problems: Sequence[Problem], out: str | None, show: bool, make_plan: bool
+    root: str,
+    round: int | None,
+    ask: Ask,
+    problems: Sequence[Problem],
+    out: str | None,
+    show: bool,
+    make_plan: bool,
+    published: bool = False,
 ) -> dict[str, float]:
     """Answer `problems`, writing to the file `out` or to stdout; returns sums over what was answered now.
 
     A problem with an empty gold answer is not graded. A question that the model cannot read gets a line with `error`.
+    published: the recipe's published PRM judges.
     """
     run = Run(root)
     served = calibrate(run, round) if make_plan else system(run, round)
+    if published:
+        served = by_published(served)
     if ask.strategy is None and not served.plan:
         names = ", ".join(ref.name for ref in served.models.values())
         print(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from flywheel.errors import UserError
@@ -24,7 +24,7 @@ from flywheel.runs.worker import fill
 from flywheel.search.plan import Plan, Trial, serve_plan
 from flywheel.search.strategy import Strategy
 from flywheel.stages.calibrate import probe_edges, try_all
-from flywheel.stages.kit import Kit, kit
+from flywheel.stages.kit import Kit, kit, published_model
 from flywheel.stages.shared import head_model, ids, model_names, pass_rates
 
 FIGURES, ORIGIN = "figures.json", "made_from.json"
@@ -100,6 +100,14 @@ def exported(run: Run, round: int | None) -> System:
     head = {Role.HEAD: models.pop(Role.HEAD)} if Role.HEAD in models else {}
     plan = Plan.from_dict(kept["plan"]) if kept["plan"] else None
     return System(run, kept["round"], models, plan, kept["probe_edges"], head)
+
+
+def by_published(served: System) -> System:
+    """The system with the recipe's published PRM in place of the round's, which no plan fits. Raises UserError."""
+    if not (rival := published_model(served.run)):
+        raise UserError(f"{served.run.root}: its recipe names no prm.published")
+    own = {role: ref for role, ref in served.models.items() if role != Role.PRM}
+    return replace(served, models={**own, **rival}, plan=None, head={})
 
 
 def made_from(run: Run, round: int) -> dict[str, str]:

@@ -11,16 +11,19 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from flywheel.measure.bins import quantile_edges
+from flywheel.measure.stats import bootstrap_mean, paired_gain
+from flywheel.models.prm import Prm
 from flywheel.recipe import Recipe
-from flywheel.records import Outcome, Role, SampleScores, Split, Verdict
+from flywheel.records import Answered, Candidate, Outcome, Role, SampleScores, Split, Verdict
 from flywheel.runs.run import Context
 from flywheel.runs.stage import Input, Stage
 from flywheel.search.best_of_n import BestOfN
 from flywheel.search.plan import Trial, harvest_plan, serve_plan, simplest, table
 from flywheel.search.run import search_all
+from flywheel.search.select import weighted
 from flywheel.search.strategies import left_out, strategies
-from flywheel.search.strategy import Searcher, Strategy
-from flywheel.stages.kit import Kit, kit
+from flywheel.search.strategy import Searcher, Strategy, judge
+from flywheel.stages.kit import PUBLISHED, Kit, kit, published_model
 from flywheel.stages.shared import (
     LAST_POLICY,
     answer_is_right,
@@ -37,26 +40,37 @@ from flywheel.stages.shared import (
 def work(ctx: Context, kit: Kit, questions: Sequence[str]) -> Iterator[object]:
     searcher, bins = kit.searcher(reviser=Role.REVISER in search_models(ctx)), difficulties(ctx)
     known = {q: known_traces(ctx, q) for q in questions}
-    return try_all(kit, searcher, {q: bins[q].quantile_bin for q in questions}, known, f"r{ctx.round}/calibrate")
+    rival = kit.prm(PUBLISHED) if ctx.recipe.prm.published else None
+    tag = f"r{ctx.round}/calibrate"
+    return try_all(kit, searcher, {q: bins[q].quantile_bin for q in questions}, known, tag, rival)
 
 
 def try_all(
-    kit: Kit, searcher: Searcher, bins: Mapping[str, int], known: Mapping[str, Counter[str]], tag: str
-) -> Iterator[SampleScores | Trial]:
+    kit: Kit,
+    searcher: Searcher,
+    bins: Mapping[str, int],
+    known: Mapping[str, Counter[str]],
+    tag: str,
+    rival: Prm | None = None,
+) -> Iterator[SampleScores | Trial | Answered]:
     """A Trial of each strategy of the recipe on each question of `bins` (id -> bin), and scores for the probe's edges.
 
-    known: votes by verified trace that a question has before; see `Trial.verified`.
+    known: votes by verified trace that a question has before; see `Trial.verified`. rival: judges the draws of
+    best-of-N weighted too; an Answered for each N.
     """
     wanted = [item for item in strategies(kit.recipe.calibrate) if searcher.can(item[1])]
     enough = kit.recipe.harvest.min_votes
 
-    async def one(question: str) -> list[tuple[int, Strategy, Outcome]]:
-        return await search_all(wanted, kit.problems[question].question, searcher, tag=tag)
+    async def one(question: str) -> tuple[list[tuple[int, Strategy, Outcome]], list, dict[str, Candidate]]:
+        asked = kit.problems[question].question
+        outcomes = await search_all(wanted, asked, searcher, tag=tag)
+        drawn = [o.candidates for _, s, o in outcomes if isinstance(s, BestOfN) and s == BestOfN(s.n)]
+        again = await judge(asked, max(drawn, key=len), rival) if rival and drawn else ()
+        return outcomes, drawn, {c.solution.id: c for c in again}
 
-    for question, outcomes in kit.each(bins, one):
-        judged = [o.candidates for _, s, o in outcomes if isinstance(s, BestOfN) and s == BestOfN(s.n)]
-        if judged:  # as the probe draws
-            yield SampleScores(question, tuple(c.score for c in max(judged, key=len)))
+    for question, (outcomes, drawn, again) in kit.each(bins, one):
+        if drawn:  # as the probe draws
+            yield SampleScores(question, tuple(c.score for c in max(drawn, key=len)))
         distinct = {c.solution.id: c.solution for _, _, o in outcomes for c in o.candidates}
         correct = kit.correct(distinct.values())
         for budget, strategy, outcome in outcomes:
@@ -71,6 +85,32 @@ def try_all(
                 verified=sum(before[text] < enough <= before[text] + count for text, count in won.items()),
                 tokens=outcome.tokens,
             )
+        for candidates in drawn if rival else ():
+            judged = [again[c.solution.id] for c in candidates]
+            answer = weighted([c.solution.answer for c in judged], [c.score for c in judged])
+            right = bool(answer_is_right(answer, [c.solution for c in judged], correct))
+            yield Answered(question, by_rival(len(judged)), right, sum(c.cost + c.score_cost for c in judged))
+
+
+def by_rival(n: int) -> str:
+    """The name of best-of-N weighted by the published PRM, as in the search stage."""
+    return f"best_of_n_weighted@{n}_published_verifier"
+
+
+def rival_figures(trials: Iterable[Trial], answered: Iterable[Answered]) -> list[dict]:
+    """Best-of-N weighted by the round's PRM and by the published one, on the same draws; a row for each budget."""
+    theirs = {(row.method, row.question_id): float(row.correct) for row in answered}
+    pairs: dict[int, list[tuple[float, float]]] = {}
+    for trial in trials:
+        if trial.strategy == BestOfN(trial.budget):
+            both = float(trial.correct), theirs[by_rival(trial.budget), trial.question_id]
+            pairs.setdefault(trial.budget, []).append(both)
+    rows = []
+    for budget, found in sorted(pairs.items()):
+        own, published = zip(*found)
+        accuracy = {"own": bootstrap_mean(own), "published": bootstrap_mean(published)}
+        rows.append({"budget": budget, **accuracy, "published_less_own": paired_gain(own, published)})
+    return rows
 
 
 def probe_edges(recipe: Recipe, drawn: Iterable[SampleScores]) -> list[float]:
@@ -104,6 +144,7 @@ def finish(ctx: Context) -> dict:
         "simplest": {budget: strategy.to_dict() for budget, strategy in sorted(simplest(trials).items())},
         "table": table(trials),
         "left_out": left_out(spec),
+        **({"verifiers": rival_figures(trials, ctx.read(Answered, "calibrate"))} if ctx.recipe.prm.published else {}),
     }
 
 
@@ -119,12 +160,13 @@ STAGE = Stage(
         "harvest.min_votes",
         "prm.aggregate",
         "prm.labels",
+        "prm.published",
         "prompts",
         "engine",
     ),
     inputs=(Input("sample"), Input("train_prm"), Input("choose_reviser"), *LAST_POLICY),
     items=lambda ctx: ids(ctx, Split.CALIBRATE),
-    open=lambda ctx: kit(ctx, search_models(ctx), Split.CALIBRATE),
+    open=lambda ctx: kit(ctx, {**search_models(ctx), **published_model(ctx)}, Split.CALIBRATE),
     work=work,
     finish=finish,
 )

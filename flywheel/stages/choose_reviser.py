@@ -69,7 +69,7 @@ def work(ctx: Context, kits: OneAtATime, items: Sequence[str]) -> Iterator[objec
     for checkpoint in checkpoints(ctx):
         if questions := wanted.get(checkpoint["step"]):
             kit = kits.at(checkpoint)
-            searcher = kit.searcher(policy=False, prm=False)
+            searcher = kit.searcher(policy=False, prm=None)
             tag = f"r{ctx.round}/step{checkpoint['step']}"
             yield from kit.search_all(questions, searcher, lambda question: strategy, tag)
 

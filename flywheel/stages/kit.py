@@ -13,6 +13,7 @@ from typing import TypeVar
 
 from flywheel.errors import UserError
 from flywheel.ledger import Ledger
+from flywheel.models import published
 from flywheel.models.backend import open_backend
 from flywheel.models.driver import Backend
 from flywheel.models.engine import Engine, Sampling
@@ -28,6 +29,7 @@ from flywheel.search.head import Head, bin_words
 from flywheel.search.run import search
 from flywheel.search.strategy import Searcher, Strategy
 
+PUBLISHED = "prm:published"
 ON_GPU = Path("/dev/nvidiactl").exists()  # found without opening it
 T = TypeVar("T")
 R = TypeVar("R")
@@ -58,6 +60,8 @@ def preflight(recipe: Recipe, ranks: int = 1) -> list[str]:
         fault = judge_fault(recipe.model.base)
     except (ValueError, re.error) as error:
         raise UserError(str(error)) from None
+    if recipe.prm.published:
+        published.preflight(recipe.prm.published, recipe.engine)
     for name, key in (
         (recipe.problems.checker, "problems.checker"),
         (recipe.problems.step_checker, "problems.step_checker"),
@@ -146,13 +150,17 @@ class Kit:
         return self.backend.engine(key)
 
     def prm(self, key: str = Role.PRM) -> Prm:
+        if key == PUBLISHED:
+            return published.PublishedPrm(self.engine(key), published.form(self.recipe.prm.published))
         return Prm(self.engine(key), self.prompts, self.recipe.prm.labels, self.recipe.prm.aggregate)
 
-    def searcher(self, policy: bool = True, prm: bool = True, reviser: bool = True, head: bool = False) -> Searcher:
-        """A searcher with the engines whose flag is set."""
+    def searcher(
+        self, policy: bool = True, prm: str | None = Role.PRM, reviser: bool = True, head: bool = False
+    ) -> Searcher:
+        """A searcher with the engines whose flag is set, and the PRM of that key."""
         return Searcher(
             self.engine() if policy else None,
-            self.prm() if prm else None,
+            self.prm(prm) if prm else None,
             self.engine(Role.REVISER) if reviser else None,
             self.prompts,
             self.reader,
@@ -224,6 +232,12 @@ class Kit:
         return {grade.solution_id: grade.correct for grade in self.grade(list(solutions))}
 
 
+def published_model(run: Run) -> dict[str, ModelRef]:
+    """The published PRM of the recipe by its key; empty if the recipe names none."""
+    spec = run.recipe.prm.published
+    return {PUBLISHED: published.form(spec).ref} if spec else {}
+
+
 @contextmanager
 def open_kit(
     run: Run,
@@ -239,7 +253,7 @@ def open_kit(
     """
     prompts, reader = prompts_and_reader(run)
     problems = {p.id: p for p in run.problems(*splits)} if splits else {}
-    judges = {key for key in models if key.partition(":")[0] == Role.PRM}
+    judges = {key for key, ref in models.items() if key.partition(":")[0] == Role.PRM and not ref.labels}
     labels = label_ids(prompts.tokenizer, run.recipe.prm.labels) if judges else None
     models = {key: replace(ref, labels=labels) if key in judges else ref for key, ref in models.items()}
     with TemporaryDirectory(prefix="flywheel-") as scratch, Grader(run.recipe.problems) as grader:

@@ -1,9 +1,9 @@
 """Search on the test questions: policy r-1 with this round's PRM, reviser and serve plan.
 
 Baselines: the greedy answer; `simplest`, the best strategy without bins, greedy or best-of-N, its vote and temperature
-chosen on the calibration questions as the plan is; the same selection with the un-finetuned base as verifier; for
-revisions, parallel samples of the reviser itself (Snell et al., figures 6 and 8), and, as a control for its pass@1 by
-attempt, revisions with another question's attempts in the prompt.
+chosen on the calibration questions as the plan is; the same selection with the un-finetuned base as verifier, and with
+the recipe's published PRM; for revisions, parallel samples of the reviser itself (Snell et al., figures 6 and 8), and,
+as a control for its pass@1 by attempt, revisions with another question's attempts in the prompt.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from flywheel.search.run import search
 from flywheel.search.select import majority, weighted
 from flywheel.search.strategies import from_dict
 from flywheel.search.strategy import Searcher, Strategy, judge
-from flywheel.stages.kit import Kit, kit
+from flywheel.stages.kit import Kit, kit, published_model
 from flywheel.stages.shared import (
     LAST_POLICY,
     answer_is_right,
@@ -113,14 +113,18 @@ class OneQuestion:
         methods[f"compute_optimal@{n}_probe"] = self.after_probe(edges)
         if self.searcher.head:
             methods[f"compute_optimal@{n}_head"] = self.after_head()
-        by_prm, by_base, *searched = await together(
-            [self.judged(pool, self.kit.prm()), self.judged(pool[:n], self.kit.prm("prm:base")), *methods.values()]
+        rivals = ["base", *(["published"] if self.kit.recipe.prm.published else [])]
+        by_prm, *others = await together(
+            [
+                self.judged(pool, self.kit.prm()),
+                *(self.judged(pool[:n], self.kit.prm(f"prm:{name}")) for name in rivals),
+                *methods.values(),
+            ]
         )
+        by_rival, searched = dict(zip(rivals, others)), others[len(rivals) :]
         head = len(self.kit.prompts.solve(self.question, self.kit.engine().bare))
         drawn = [head + len(s.tokens) + 1 for s in pool]  # prompt, solution and EOS
         answers, scores, costs = [s.answer for s in pool], [c.score for c in by_prm], [c.score_cost for c in by_prm]
-        base_scores, base_cost = [c.score for c in by_base], sum(c.score_cost for c in by_base)
-        base = weighted(answers[:n], base_scores)
         found = {
             "greedy@1": Found(greedy.answer, [greedy], head + len(greedy.tokens) + 1),
             f"majority@{k}": Found(majority(answers), pool, sum(drawn)),
@@ -131,7 +135,14 @@ class OneQuestion:
                 )
                 for size in (k, n)
             },
-            f"best_of_n_weighted@{n}_base_verifier": Found(base, pool[:n], sum(drawn[:n]) + base_cost),
+            **{
+                f"best_of_n_weighted@{n}_{name}_verifier": Found(
+                    weighted(answers[:n], [c.score for c in judged]),
+                    pool[:n],
+                    sum(drawn[:n]) + sum(c.score_cost for c in judged),
+                )
+                for name, judged in by_rival.items()
+            },
             **dict(zip(methods, searched)),
         }
         return found, scores
@@ -265,6 +276,7 @@ STAGE = Stage(
         "evaluate",
         "prm.aggregate",
         "prm.labels",
+        "prm.published",
         "reviser.context",
         "calibrate",
     ),
@@ -280,7 +292,12 @@ STAGE = Stage(
     items=lambda ctx: ids(ctx, Split.TEST),
     open=lambda ctx: kit(
         ctx,
-        {**search_models(ctx), **head_model(ctx), "prm:base": ModelRef("policy_0", ctx.recipe.model.base)},
+        {
+            **search_models(ctx),
+            **head_model(ctx),
+            "prm:base": ModelRef("policy_0", ctx.recipe.model.base),
+            **published_model(ctx),
+        },
         Split.TEST,
     ),
     work=work,

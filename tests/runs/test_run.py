@@ -14,7 +14,7 @@ from toy import Project
 from toy_stages import Trial
 
 from flywheel.iterate import load_recipe, parser
-from flywheel.recipe import ProblemSpec
+from flywheel.recipe import ProblemSpec, PublishedSpec
 from flywheel.records import Candidate, Finish, Grade, Outcome, Problem, Role, Solution, Split, Step
 from flywheel.runs import manifest
 from flywheel.runs.files import Damaged, encode, plain, read_table, write_table
@@ -326,6 +326,15 @@ def test_sections_of_every_stage_exist(recipe):
         assert manifest.recipe_leaves(recipe, stage.sections)
     with pytest.raises(ValueError, match="sampel"):
         manifest.recipe_leaves(recipe, ("sampel",))
+
+
+def test_a_published_prm_changes_no_training(recipe):
+    from flywheel.stages import stages
+
+    published = PublishedSpec(model="some/model", format="qwen")
+    rival = recipe.model_copy(update={"prm": recipe.prm.model_copy(update={"published": published})})
+    read = {stage.name: [manifest.recipe_leaves(r, stage.sections) for r in (recipe, rival)] for stage in stages(1)}
+    assert {name for name, (before, after) in read.items() if before != after} == {"calibrate", "search"}
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
-from say import QUESTION, SAMPLES, VALUES, Bench
+from say import QUESTION, SAMPLES, VALUES, Bench, ids
 
 from flywheel.errors import UserError
+from flywheel.models.published import PublishedPrm
 from flywheel.problems.grading import DEFAULT_CHECKER, Grader
-from flywheel.recipe import ProblemSpec
-from flywheel.records import Problem, Role, Split
+from flywheel.recipe import ProblemSpec, PublishedSpec, load
+from flywheel.records import Candidate, Finish, ModelRef, Problem, Role, Split
+from flywheel.runs.run import Run
 from flywheel.search.adaptive import Adaptive, certainty
 from flywheel.search.beam import Beam
 from flywheel.search.best_of_n import BestOfN
@@ -16,9 +20,12 @@ from flywheel.search.greedy import Greedy
 from flywheel.search.plan import Entry, Plan
 from flywheel.search.revise import Revise
 from flywheel.search.strategies import named
-from flywheel.serving.batch import checker_of, finished, right
+from flywheel.search.strategy import judge
+from flywheel.serving.batch import checker_of, finished, opened, right
 from flywheel.serving.solver import Ask, Solved, Solver
+from flywheel.serving.system import System, by_published
 from flywheel.solve import read_questions
+from tests import micro
 
 EASY, HARD = BestOfN(2), Revise(4)
 PLAN = Plan("serve", {}, tuple(Entry(b, 4, s, 5, 1.0, 10.0) for b, s in ((1, EASY), (2, HARD))))
@@ -184,3 +191,19 @@ def test_what_is_right_is_the_checker_s_verdict_and_undecided_is_neither():
         assert [right(grader, problem, found) for problem in problems] == [True, False]
     with Grader(spec) as grader:
         assert right(grader, Problem(QUESTION, "no entry", Split.TEST), found) is None
+
+
+def test_a_published_prm_judges_in_place_of_the_round_s_and_follows_no_plan(tmp_path):
+    recipe = load("recipes/chain.yaml", ["engine.kv_cache_mb=16"])
+    base = ModelRef("policy_0", recipe.model.base)
+    served = System(Run(tmp_path, recipe), 1, {Role.POLICY: base, Role.PRM: base}, PLAN)
+    with pytest.raises(UserError, match="its recipe names no prm.published"):
+        by_published(served)
+    published = PublishedSpec(model=micro.with_value_head(base.base, tmp_path / "rival"), format="skywork")
+    rival = recipe.model_copy(update={"prm": recipe.prm.model_copy(update={"published": published})})
+    with opened(by_published(replace(served, run=Run(tmp_path, rival)))) as (kit, solver):
+        made = kit.reader.solution(ids(SAMPLES[0]), Finish.STOP, id="q1/0", question_id="q1", purpose="x", model="x")
+        [[judged]] = kit.backend.run([0], lambda _: judge(QUESTION, [Candidate(made)], solver.searcher.prm))
+        [found] = kit.backend.run([QUESTION], lambda q: solver.solve(q, Ask(budget=2)))
+    assert isinstance(solver.searcher.prm, PublishedPrm) and 0 < judged.score < 1 and judged.score_cost > 0
+    assert (found.guide, found.tokens > 0) == ("adaptive", True)
