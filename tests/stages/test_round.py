@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import micro
+
 ROOT = Path(__file__).parents[2]
 SMALL = [
     "problems.limits={train: 16, calibrate: 10, validation: 4, test: 8}",
@@ -38,10 +40,18 @@ def iterate(runs: Path, *more: str, launcher: tuple[str, ...] = ("-m",)) -> subp
     return subprocess.run([*command, *more], cwd=ROOT, capture_output=True, text=True, timeout=500)
 
 
+def rival(runs: Path) -> tuple[str, str]:
+    """The option that names a published PRM: the seed model with a random value head."""
+    folder = runs.parent / "published"
+    if not folder.is_dir():
+        micro.with_value_head(ROOT / "data/chain/seed_model", folder)
+    return "--set", f"prm.published={{model: {folder}, format: skywork}}"
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     runs = tmp_path_factory.mktemp("runs")
-    done = iterate(runs)
+    done = iterate(runs, *rival(runs))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return runs / "micro", done.stdout
 
@@ -97,6 +107,16 @@ def test_the_summary_has_every_figure_that_it_promises(finished):
     assert set(data["ledger"]["tokens"]) == {"policy", "prm", "reviser", "head"} and data["ledger"]["flops"] > 0
 
 
+def test_a_published_prm_is_a_rival_on_calibration_and_on_test_questions(finished):
+    run, _ = finished
+    found = manifest(run, 1, "search")["figures"]["search"]
+    ours, theirs = (found[f"best_of_n_weighted@4{end}"] for end in ("", "_published_verifier"))
+    assert 0 <= theirs <= 1 and found["best_of_n_weighted@4_published_verifier_tokens"] > 0
+    [row] = manifest(run, 1, "calibrate")["figures"]["verifiers"]
+    assert row["budget"] == 4 and row["published_less_own"][0] == pytest.approx(row["published"][0] - row["own"][0])
+    assert ours != theirs or row["own"] != row["published"]  # a random head judges otherwise
+
+
 def test_the_ledger_of_the_run_is_the_sum_of_its_stages(finished):
     """The summary's tokens are those of the manifests, and a stage's are those of its shards' rows."""
     from flywheel.ledger import total
@@ -129,7 +149,7 @@ def test_test_questions_enter_no_stage_but_those_that_measure(finished):
 def test_a_finished_run_says_that_there_is_nothing_to_do(finished):
     run, _ = finished
     before = {p: p.stat().st_mtime_ns for p in run.rglob("*.parquet")}
-    done = iterate(run.parent)
+    done = iterate(run.parent, *rival(run.parent))
     assert done.returncode == 0 and "nothing to do" in done.stdout
     assert before == {p: p.stat().st_mtime_ns for p in run.rglob("*.parquet")}
 
@@ -147,7 +167,7 @@ def test_a_deleted_shard_alone_is_made_again_and_draws_the_same(finished):
     try:
         (stage / "manifest.json").unlink()
         shutil.rmtree(stage / "shards" / "00000")
-        assert iterate(run.parent).returncode == 0
+        assert iterate(run.parent, *rival(run.parent)).returncode == 0
         assert table.read_bytes() == before
     finally:
         shutil.rmtree(kept)
@@ -169,9 +189,10 @@ def test_the_studies_read_a_finished_run(finished):
     )  # the PRM's and its labels' are left out of the other's
     assert within["rounds"] == [0, 1]  # so the first run's round 1 had cost more than the other's
     verifiers = studied("verifiers", run)
-    assert {"majority@8", "base:product", "monte_carlo:product", "true_steps:product"} <= verifiers["accuracy"].keys()
+    judges = {"base", "monte_carlo", "true_steps", "published"}
+    assert {"majority@8", *(f"{judge}:product" for judge in judges)} <= verifiers["accuracy"].keys()
     [f1] = verifiers["step_f1"]
-    assert f1.keys() == {"base", "monte_carlo", "true_steps"} and all(0 <= value <= 1 for value in f1.values())
+    assert f1.keys() == judges and all(0 <= value <= 1 for value in f1.values())
     search = manifest(run, 1, "search")["figures"]["search"]  # the same samples and the same PRM, by another path
     assert verifiers["accuracy"]["majority@8"][0] == pytest.approx(search["majority@8"])
     assert verifiers["accuracy"]["monte_carlo:product"][0] == pytest.approx(
@@ -302,6 +323,17 @@ def test_a_file_of_questions_is_answered_graded_billed_and_not_asked_again(finis
     assert sorted([row[k] for k in kept] for row in alike) == sorted([row[k] for k in kept] for row in found)
     unread = flywheel("solve", str(run), "--question", "two and two")
     assert unread.returncode == 1 and "tokenizer cannot write" in json.loads(unread.stdout.splitlines()[-1])["error"]
+
+
+def test_a_published_prm_can_judge_new_questions(finished):
+    run, _ = finished
+    row = json.loads((ROOT / "data/chain/problems/test.jsonl").read_text().splitlines()[0])
+    command = ("solve", str(run), "--question", row["question"], "--strategy", "best_of_n:3", "--show")
+    own, published = (flywheel(*command, "--verifier", verifier) for verifier in ("own", "published"))
+    assert own.returncode == published.returncode == 0, published.stderr
+    ours, theirs = (json.loads(done.stdout.splitlines()[-1])["candidates"] for done in (own, published))
+    assert [len(c["values"]) for c in ours] == [len(c["values"]) for c in theirs] and any(c["values"] for c in theirs)
+    assert [c["values"] for c in ours] != [c["values"] for c in theirs]
 
 
 def test_a_server_answers_openai_s_client_and_ends_when_its_request_has(finished):
