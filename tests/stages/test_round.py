@@ -9,8 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import micro
 import pytest
+
+from tests import micro
 
 ROOT = Path(__file__).parents[2]
 SMALL = [
