@@ -8,6 +8,7 @@ A study without stored output has no row.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -65,15 +66,20 @@ def flops_matched(data: dict) -> Iterator[Found]:
 
 
 def compare(data: dict) -> Iterator[Found]:
-    loop = Path(next(iter(data["runs"]))).name
-    for run, found in data["first_less_others"].items():
-        ends, other = found["within_the_other_s_flops"][-1], Path(run).name
+    loop = group(next(iter(data["runs"])))
+    for runs, found in data["first_less_others"].items():
+        ends, other = found["within_the_other_s_flops"][-1], group(runs)
         ours, theirs = (flops / 1e12 for flops in ends["flops"])
         claim = (
             f"Single samples of `{loop}` are ahead of those of `{other}` for no more FLOPs "
             f"(rounds {' and '.join(map(str, ends['rounds']))}, {ours:.1f} and {theirs:.1f} TFLOPs)"
         )
         yield f"15.{other}", claim, "not measured", ends["pass@1"], ends.get("pass@1_each_run") or ends["pass@1"][:1]
+
+
+def group(runs: str) -> str:
+    """The name of a run, or of several seeds of a recipe: `restem` of `runs/restem_s0 runs/restem_s1`."""
+    return re.sub(r"_s\d+$", "", Path(runs.split()[0]).name)
 
 
 STUDIES = (history_verifier, on_policy_reviser, foreign_prm, flops_matched, compare)

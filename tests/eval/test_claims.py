@@ -370,7 +370,8 @@ def test_a_small_model_spends_what_the_larger_one_cost_to_train():
 
 def test_what_other_studies_printed_becomes_rows_with_their_own_command(tmp_path):
     bins = [{"bin": b, "small": 0.5, "larger": 0.4, "lead": [0.1, 0.05, 0.2]} for b in range(1, 6)]
-    ends = [{"rounds": [3, 2], "pass@1": [0.05, 0.03, 0.07], "flops": [2e13, 2.1e13]}]
+    gain = {"pass@1": [0.05, 0.03, 0.07], "pass@1_each_run": [0.06, 0.04]}
+    ends = [{"rounds": [3, 2], **gain, "flops": [2e13, 2.1e13]}]
     files = {
         "flops_matched.json": {
             "command": "python -m eval flops_matched",
@@ -379,8 +380,8 @@ def test_what_other_studies_printed_becomes_rows_with_their_own_command(tmp_path
         },
         "compare_restem.json": {
             "command": "python -m eval compare",
-            "runs": {"runs/loop": [], "runs/restem": []},
-            "first_less_others": {"runs/restem": {"within_the_other_s_flops": ends}},
+            "runs": {"runs/loop_s0 runs/loop_s1": [], "runs/restem_s0 runs/restem_s1": []},
+            "first_less_others": {"runs/restem_s0 runs/restem_s1": {"within_the_other_s_flops": ends}},
         },
     }
     for file, data in files.items():
@@ -392,6 +393,7 @@ def test_what_other_studies_printed_becomes_rows_with_their_own_command(tmp_path
     assert (hardest.ours, hardest.low, hardest.high, hardest.verdict) == (-0.1, -0.2, -0.05, "fails")
     claim = found["15.restem"]
     said = "`loop` are ahead of those of `restem` for no more FLOPs (rounds 3 and 2, 20.0 and 21.0 TFLOPs)"
+    assert claim.runs == [0.06, 0.04]
     assert said in claim.claim and claim.command == "python -m eval compare" and claim.unit == "pass@1"
     assert len(found) == 7
     (tmp_path / "compare_cut.json").write_text("")
