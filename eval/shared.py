@@ -229,6 +229,6 @@ def step_values(run: Run, adapter: str | None, examples: Sequence[PrmExample]) -
 
 def published_values(run: Run, texts: Sequence[tuple[Question, Sequence[Step]]]) -> list[tuple[float, ...]]:
     """The values in [0, 1] of the recipe's published PRM after each step of (question, steps), in order."""
-    with open_kit(run, published_model(run), Split.TEST, ledger=Ledger("scores", 0), seed=0) as opened:
+    with open_kit(run, published_model(run), ledger=Ledger("scores", 0), seed=0) as opened:
         prm = opened.prm(PUBLISHED)
         return opened.backend.run(texts, lambda text: prm.values(*text))

@@ -2,7 +2,7 @@
 
 DIR/README.md            model card with the figures
 DIR/policy/              merged policy and tokenizer (transformers, vLLM)
-DIR/adapters/ROLE/       LoRA adapters policy, prm, reviser (PeftModel, vllm serve --lora-modules)
+DIR/adapters/ROLE/       LoRA adapters policy, prm, reviser, head (PeftModel, vllm serve --lora-modules)
 DIR/harvest/             the verified solutions of all rounds (datasets.load_dataset)
 DIR/recipe.yaml, system.json  what flywheel solve DIR and flywheel serve DIR need beside the adapters
 """
@@ -49,16 +49,17 @@ def _fill(run: Run, round: int, out: Path) -> None:
     adapters = run.adapters(round)
     if (made := run.policy_round(round)) and Role.POLICY not in adapters:
         raise UserError(f"{run.path('distill', made)}: the policy's adapter is missing")
-    base = run.recipe.model.base
+    from flywheel.serving import system  # imported late to keep --help fast
+
+    served, base = system.system(run, round), run.recipe.model.base
     for role, source in adapters.items():
         _copy_adapter(source, out / "adapters" / role, name_of(base))
     _merge(base, adapters.get(Role.POLICY), run.recipe.sample, out / "policy")
     rows = _harvest(run, round, out / "harvest")
-    from flywheel.report.card import card  # imported late to keep --help fast
-    from flywheel.serving import system
+    from flywheel.report.card import card
 
     shutil.copyfile(run.root / "recipe.yaml", out / "recipe.yaml")
-    (out / system.EXPORTED).write_text(json.dumps(system.to_dict(system.system(run, round)), indent=1) + "\n")
+    (out / system.EXPORTED).write_text(json.dumps(system.to_dict(served), indent=1) + "\n")
     (out / "README.md").write_text(card(run, round, adapters, rows), encoding="utf-8")
 
 

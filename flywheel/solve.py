@@ -107,13 +107,17 @@ def solved(args: argparse.Namespace, preload: tuple[str, ...]) -> int:
     from flywheel.search.strategies import named
     from flywheel.serving.batch import finished
     from flywheel.serving.solver import Ask
-    from flywheel.serving.system import system
+    from flywheel.serving.system import by_published, system
 
     try:
         run, ranks = Run(args.run), Ranks()
         strategy = None if args.strategy == "auto" else named(args.strategy)
         served = system(run, args.round)
         served.check(strategy)
+        if args.verifier == "published":
+            if args.calibrate:
+                raise UserError("--verifier published: no plan holds for it, so --calibrate has nothing to make")
+            by_published(served)
         ask = Ask(strategy, args.budget or run.recipe.evaluate.budget, args.tokens)
         if args.question is not None:
             problems = [Problem(Question("question", args.question), "", Split.TEST)]

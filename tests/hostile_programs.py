@@ -88,6 +88,13 @@ def f(x):
     "waits for input": "f = lambda x: input()",
 }
 
+KEYS = """
+def f(x):
+    libc = ctypes.CDLL(None, use_errno=True)
+    keyctl = {{"x86_64": 250}}.get(os.uname().machine, 219)
+    found = libc.syscall(ctypes.c_long(keyctl), 10, ctypes.c_long(-3), b"user", b"flywheel-canary", 0)
+    return 3 if found > 0 else 0
+"""
 HARMS = {
     "kills its parent": "def f(x): os.kill(os.getppid(), 9)",
     "kills its group": "def f(x): os.kill(0, 9)",
@@ -128,6 +135,7 @@ def f(x):
 """,
     "becomes root": "def f(x): os.setuid(0); return 3",
     "reads the environment": "def f(x): return 3 if 'FLYWHEEL_SECRET' in os.environ else 0",
+    "reads the session's keys": KEYS,
     "reads its parent's environment": "def f(x): open('/proc/1/environ').read(); return 3",
     "connects to this machine": "def f(x): socket.create_connection(('127.0.0.1', {port}), 2); return 3",
     "connects by a name": "def f(x): s = socket.socket(socket.AF_UNIX); s.connect({name!r}); return 3",

@@ -79,7 +79,8 @@ def compare(data: dict) -> Iterator[Found]:
 
 def group(runs: str) -> str:
     """The name of a run, or of several seeds of a recipe: `restem` of `runs/restem_s0 runs/restem_s1`."""
-    return re.sub(r"_s\d+$", "", Path(runs.split()[0]).name)
+    names = [Path(run).name for run in runs.split()]
+    return names[0] if len(names) == 1 else re.sub(r"_s\d+$", "", names[0])
 
 
 STUDIES = (history_verifier, on_policy_reviser, foreign_prm, flops_matched, compare)

@@ -163,7 +163,8 @@ def over_simple(s: Study, budget: int, grade: str) -> np.ndarray:
     """The plan with all strategies and temperatures, less the simple strategy that is best for at most its tokens.
 
     Simple is what knows no difficulty and no search: greedy answers, and parallel samples of one maker at one
-    temperature with one vote. Which of them is chosen on the other half of the questions.
+    temperature with one vote. Which of them is chosen on the other half of the questions. A hundredth more tokens is
+    allowed, since the plan may be one of them in every bin.
     """
     plan = s.plan(budget, EVERY, grade)
     simple = [

@@ -22,7 +22,7 @@ from eval.shared import add_published, add_runs, with_published
 from flywheel.errors import TooLong, UserError
 from flywheel.ledger import Ledger
 from flywheel.measure.step_errors import step_errors
-from flywheel.records import ModelRef, Question, Role, Split, Step
+from flywheel.records import ModelRef, Question, Role, Step
 from flywheel.stages.kit import Kit, open_kit, published_model
 
 SUBSETS = ("gsm8k", "math", "olympiadbench", "omnimath")
@@ -106,8 +106,9 @@ def measure(args: argparse.Namespace) -> dict:
     data, run = {path.stem: samples(path) for path in files}, with_published(args.runs[0], args.published)
     models = {Role.PRM: run.model(Role.PRM, args.round), "prm:base": ModelRef("policy_0", run.recipe.model.base)}
     models |= published_model(run)
+    names = {key: "base" if key == "prm:base" else ref.name for key, ref in models.items()}
     subsets = {}
-    with open_kit(run, models, Split.TEST, ledger=Ledger("process_bench", args.round), seed=0) as kit:
+    with open_kit(run, models, ledger=Ledger("process_bench", args.round), seed=0) as kit:
         for name, found in data.items():
             judged = {key: values(kit, key, found) for key in models}
             fits = [i for i in range(len(found)) if all(row[i] is not None for row in judged.values())]
@@ -116,8 +117,7 @@ def measure(args: argparse.Namespace) -> dict:
                 raise UserError(f"{name}: too few solutions fit engine.max_model_len {run.recipe.engine.max_model_len}")
             subsets[name] = {"solutions": len(fits), "too_long": len(found) - len(fits)}
             subsets[name] |= {
-                ref.name: figures([judged[key][i] for i in fits], wrong, args.threshold) for key, ref in models.items()
+                name: figures([judged[key][i] for i in fits], wrong, args.threshold) for key, name in names.items()
             }
-    names = [ref.name for ref in models.values()]
-    mean = {name: float(np.mean([subset[name]["f1"] for subset in subsets.values()])) for name in names}
+    mean = {name: float(np.mean([subset[name]["f1"] for subset in subsets.values()])) for name in names.values()}
     return {"threshold": args.threshold, "subsets": subsets, "mean_f1": mean}

@@ -218,7 +218,7 @@ def measure(args: argparse.Namespace) -> dict:
     draws.check_sizes(args)
     for run in args.runs:
         if not adapter(run, args.round).is_dir():
-            raise UserError(f"{run.root}: round {args.round} has no difficulty head: --set head={{}} trains one")
+            raise UserError(f"{run.root}: round {args.round} has no difficulty head: --fork it with --set head={{}}")
     cores, recipe = sorted(os.sched_getaffinity(0)), args.runs[0].recipe
     count = min(len(cores), recipe.engine.workers or default_workers(recipe.model.base, len(cores)))
     shares = [cores[i::count] if count > 1 else None for i in range(count)]

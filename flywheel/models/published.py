@@ -136,7 +136,10 @@ class PublishedPrm(Prm):
         last = max((read for read in reads if read < self.engine.max_model_len), default=0)
         if not last:
             return (0.0,) * len(reads[since:])
-        return await self._read(question, tokens, [min(read, last) for read in reads[since:]], purpose)
+        wanted = [min(read, last) for read in reads[since:]]
+        places = sorted(set(wanted))  # steps that share a read share its charge
+        values = dict(zip(places, await self._read(question, tokens, places, purpose)))
+        return tuple(values[read] for read in wanted)
 
 
 def preflight(spec: PublishedSpec, engine: EngineSpec) -> None:

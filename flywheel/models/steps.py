@@ -43,7 +43,7 @@ class Reader:
         single = {text: find_token(tokenizer, text) for text in spec.stop}
         self.stop = frozenset(token for token in single.values() if token is not None)  # stops that are one token
         self.stop_texts = tuple(text for text, token in single.items() if token is None)
-        self._window = max(map(len, self.stop_texts), default=0)  # a stop text spans at most so many tokens
+        self.window = max(map(len, self.stop_texts), default=0)  # a stop text of several tokens spans at most so many
         self.eos = end_token(spec, tokenizer)
         if self.eos is None:
             raise ValueError(
@@ -72,8 +72,8 @@ class Reader:
         """The number of final tokens that hold a stop text; 0 if `tokens` do not end in one."""
         if tokens and tokens[-1] in self.stop:
             return 1
-        if self.stop_texts and self.text(tokens[-self._window :]).endswith(self.stop_texts):
-            return next(k for k in range(1, self._window + 1) if self.text(tokens[-k:]).endswith(self.stop_texts))
+        if self.stop_texts and self.text(tokens[-self.window :]).endswith(self.stop_texts):
+            return next(k for k in range(1, self.window + 1) if self.text(tokens[-k:]).endswith(self.stop_texts))
         return 0
 
     @property

@@ -16,6 +16,7 @@ A program that computes for longer than `judge.PROGRAM` allows is wrong; one tha
 from __future__ import annotations
 
 import ast
+import builtins
 import json
 import os
 import subprocess
@@ -123,11 +124,25 @@ def read_gold(gold: str) -> dict[str, str]:
     trees = {key: _tree(key, text) for key, text in (("test", tests), ("setup", setup), ("prompt", texts["prompt"]))}
     if not any(isinstance(node, ast.Assert) for node in ast.walk(trees["test"])):
         raise ValueError("the gold answer's test: no assert in it, so every program would pass")
+    entry = entry or _like_builtin(trees["test"], trees["setup"])
     if any(isinstance(node, ast.FunctionDef) and node.name == "check" for node in trees["test"].body):
         if not entry:
             raise ValueError("the gold answer's entry_point: missing; check(candidate) needs it")
         tests += f"\ncheck({entry})"
     return {"tests": tests, "setup": setup, "prompt": texts["prompt"], "entry_point": entry}
+
+
+def _like_builtin(*trees: ast.Module) -> str:
+    """The function under test if it is called like a builtin one, as in `assert sum(10, 15) == 6`; else empty.
+
+    Raises ValueError if it may be one of several.
+    """
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    called = {n.func.id for n in nodes if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
+    called -= {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    if len(called) > 1 and called <= vars(builtins).keys():
+        raise ValueError(f"the gold answer's entry_point: missing; which of {', '.join(sorted(called))} is tested?")
+    return next(iter(called)) if called and called <= vars(builtins).keys() else ""
 
 
 def _text(key: str, value: object) -> str:

@@ -46,8 +46,11 @@ def warm_up() -> None:
 
 
 def answer_key(answer: str) -> str:
-    """A normal form of `answer`: answers with the same key count as one in a vote (`key` in `equal.py`)."""
-    return key(answer)
+    """A normal form of `answer`: answers with the same key count as one in a vote (`key` in `equal.py`).
+
+    A text of several lines, or one that defines a function, is a program, in which every character counts.
+    """
+    return answer if "\n" in answer or answer.startswith("def ") else key(answer)
 
 
 def load_function(name: str, key: str = "problems.checker") -> Callable:

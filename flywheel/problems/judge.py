@@ -23,6 +23,7 @@ import select
 import signal
 import socket
 import sys
+import textwrap
 import types
 from contextlib import suppress
 
@@ -30,9 +31,11 @@ from flywheel.problems.namespaces import DUMPABLE, NEW_PIDS, PARENT_DEATH, confi
 
 MIB = 1 << 20
 LINE = 16 * MIB  # bytes of a reply: more is none
+DIGITS = 20_000  # of a whole number in it: reading more takes the judge's time
 # of each process of the program (`RLIMIT_...`); the judge forks nothing and computes what the tests say
 PROGRAM = {"CPU": 3, "AS": 512 * MIB, "NPROC": 8, "FSIZE": 16 * MIB, "NOFILE": 64, "CORE": 0, "MEMLOCK": 0}
 JUDGE = {**PROGRAM, "CPU": 10, "AS": 1024 * MIB, "NPROC": 1}
+NEEDS_MORE = (UnicodeDecodeError, UnicodeEncodeError, UnicodeTranslateError, BaseExceptionGroup)  # than a text
 BOXES = {kind.__name__: kind for kind in (list, tuple, set, frozenset)}
 
 
@@ -113,8 +116,14 @@ def serve(pipe: socket.socket, root: bool) -> None:
             verb, *items = json.loads(line)
             reply = ["value", pack(act(module, verb, *(unpack(item, find) for item in items)), keep)]
         except BaseException as error:  # SystemExit among them: the tests go on and see an error
-            reply = ["error", type(error).__name__]
+            reply = ["error", builtin_name(type(error))]
         send(stream, reply)
+
+
+def builtin_name(kind: type[BaseException]) -> str:
+    """Of the nearest builtin class that can be raised with a text alone: a JSONDecodeError is a ValueError."""
+    known = (k for k in kind.__mro__ if getattr(builtins, k.__name__, None) is k and not issubclass(k, NEEDS_MORE))
+    return next(known).__name__
 
 
 def act(module: types.ModuleType, verb: str, thing, *more) -> object:
@@ -122,8 +131,12 @@ def act(module: types.ModuleType, verb: str, thing, *more) -> object:
         case "run", [prompt]:
             try:
                 parts = [prompt, compile(thing, "program", "exec", dont_inherit=True)]
-            except SyntaxError:  # it continues the prompt's last function
-                parts = [f"{prompt}\n    {thing}"]
+            except SyntaxError:  # it continues the prompt's last function; its first line may have lost its indentation
+                parts = [f"{prompt}\n{textwrap.indent(textwrap.dedent(thing), '    ')}"]
+                try:
+                    compile(parts[0], "program", "exec")
+                except SyntaxError:
+                    parts = [f"{prompt}\n    {thing}"]
             for part in parts:
                 exec(part, vars(module))
         case "call", [args, named]:
@@ -163,8 +176,11 @@ def judge(out: int, alive: int, root: bool) -> None:
         with suppress(Exception):
             line = stream.readline(LINE)
             if line.endswith(b"\n"):
-                return json.loads(line)
+                return json.loads(line, parse_int=whole)
         finish(out, "failed: the program's process ended")
+
+    def whole(digits: str) -> int:
+        return int(digits) if len(digits) <= DIGITS else finish(out, f"failed: a number of {len(digits):,} digits")
 
     class Remote:
         """An object of the program. Equal to itself alone."""

@@ -50,7 +50,7 @@ def card(run: Run, round: int, adapters: Iterable[Role], solutions: int) -> str:
 Base model: `{base}`. Recipe: `{recipe.name}`, seed {recipe.seed}, problems `{recipe.problems.path}`.
 Made by flywheel: each round samples, trains a process reward model and a reviser on the samples, searches the
 training questions with them, and distils the verified solutions into the policy. The adapters `prm` and `reviser`
-are those of this round's search.
+are those of this round's search; `head`, if there, names how difficult a question is.
 
 ## Test questions
 

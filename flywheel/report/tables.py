@@ -131,14 +131,14 @@ def _is_rate(key: str) -> bool:
     return "@" in key and not key.endswith(("_ci", "_tokens"))
 
 
-RIVALS = {"base": "base", "published": "published PRM"}  # of the PRM, by their names in the search stage
+RIVALS = ("base", "published")  # of the PRM, by their names in the search stage
 
 
 def made_by(key: str, models: dict) -> str:
     """The names of the models that a figure of the search stage depends on."""
-    rival = [f"{said} as verifier" for name, said in RIVALS.items() if key.endswith(f"_{name}_verifier")]
+    rival = [f"{models.get(name, name)} as verifier" for name in RIVALS if key.endswith(f"_{name}_verifier")]
     if key.startswith("compute_optimal"):
-        roles = ["policy", "prm", "reviser", "plan"]
+        roles = ["policy", "prm", "reviser", "plan", *(["head"] if key.endswith("_head") else [])]
     else:
         roles = ["reviser" if key.startswith("revise") else "policy"]
         if "majority" not in key and "greedy" not in key and not rival:

@@ -114,9 +114,12 @@ def write(run: Run, mode: str, patience: float) -> str:
 def _config(run: Run) -> dict:
     """The recipe as a dict; absolute paths are reduced to their last part."""
     config = run.recipe.model_dump(mode="json")
-    for section, key in (path.split(".") for path in PATHS):
-        if (path := Path(config[section][key])).is_absolute():
-            config[section][key] = path.name
+    for *sections, key in (path.split(".") for path in PATHS):
+        spec = config
+        for section in sections:
+            spec = spec.get(section) or {}
+        if key in spec and Path(spec[key]).is_absolute():
+            spec[key] = Path(spec[key]).name
     return config
 
 

@@ -27,8 +27,9 @@ SCRATCH = ("trainer",)  # a training's checkpoints to resume from: not part of t
 # weights, config, tokenizer, chat template
 MODEL_FILES = (".json", ".safetensors", ".model", ".txt", ".jinja", ".bpe", ".spm", ".tiktoken", ".vocab")
 UNLISTED = (MANIFEST, FINGERPRINT, "claims.lock")
-APART = "prm.published"  # of the stages that read `prm`, only those that name it depend on it: no training does
-PATHS = ("model.base", "problems.path")  # fingerprints hold the contents of these files, not their paths
+APART = "prm.published"  # of the stages that read `prm`, only those that name it read it: train_prm does not
+# fingerprints hold the contents of these files, not their paths
+PATHS = ("model.base", "problems.path", "prm.published.model")
 
 
 class Changed(UserError):
@@ -86,12 +87,16 @@ def source_files(recipe: Recipe) -> dict[str, str]:
                 f"model.base: {base} has no *.safetensors; pickled weights (.bin, .pt) can run code and are not loaded:"
                 " convert them with save_pretrained"
             )
-        files = {f"model.base/{p.name}": p for p in sorted(base.iterdir()) if p.suffix in MODEL_FILES}
+        files = model_files("model.base", base)
     elif not is_name(recipe.model.base):
         raise UserError(f"model.base: {base} is not a model directory, nor the name of one on the Hub (owner/name)")
     else:
         files = {}
     made = {}  # of what is in no file: the version, or the content
+    if published := recipe.prm.published:
+        found = model_files(f"{APART}.model", Path(published.model)) if Path(published.model).is_dir() else {}
+        files |= found
+        made |= {} if found else {f"{APART}.model": published.model}
     if recipe.problems.format == "reasoning_gym":
         made["reasoning-gym"] = gym.version()
     elif problems.is_dir():
@@ -107,6 +112,10 @@ def source_files(recipe: Recipe) -> dict[str, str]:
     return sums if base.is_dir() else {"model.base": recipe.model.base, **sums}
 
 
+def model_files(key: str, folder: Path) -> dict[str, Path]:
+    return {f"{key}/{p.name}": p for p in sorted(folder.iterdir()) if p.suffix in MODEL_FILES}
+
+
 def fingerprint(run: Path, recipe: Recipe, sources: dict[str, str], scheduled: Scheduled) -> dict[str, Any]:
     """Everything that a stage's result depends on, by dotted key. Raises Damaged if an input is not finished."""
     made_from = {}
@@ -115,7 +124,10 @@ def fingerprint(run: Path, recipe: Recipe, sources: dict[str, str], scheduled: S
         if not path.is_file():
             raise Damaged(f"{path}: missing")
         made_from[f"input {name_of(at)}"] = sha256(path)
-    leaves = recipe_leaves(recipe, scheduled.stage.sections)
+    sections = scheduled.stage.sections
+    leaves = recipe_leaves(recipe, sections)
+    if sections is not None and APART not in sections:
+        sources = {key: value for key, value in sources.items() if not key.startswith(APART)}
     return {"format": FORMAT, "seed": recipe.seed, **leaves, **sources, **made_from}
 
 

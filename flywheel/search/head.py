@@ -30,4 +30,7 @@ class Head:
 
 def bin_words(tokenizer, bins: int) -> list[int]:
     """The token ids of the bins' names, 1 to `bins`. Raises ValueError if one is not a single token."""
-    return [one_token(tokenizer, str(b), "calibrate.bins") for b in range(1, bins + 1)]
+    try:
+        return [one_token(tokenizer, str(b), "head") for b in range(1, bins + 1)]
+    except ValueError as error:
+        raise ValueError(f"{error.args[0].partition(';')[0]}; lower calibrate.bins, or leave out head") from None

@@ -200,7 +200,7 @@ def app(service: Service) -> FastAPI:
             work = asyncio.ensure_future(solve_into(made, asked))
             try:
                 first = await unless_gone(request, made.get())
-            except Gone:
+            except BaseException:  # Gone, or this request's own end
                 work.cancel()
                 raise
             if isinstance(first, Exception):
@@ -329,7 +329,7 @@ async def events(
         if isinstance(item, Exception):
             raise item
         text = item.best.solution.text if item.best else ""
-        if rest := text[len(sent) :]:  # what was sent may end in a line break more
+        if rest := text[len(sent) :]:
             yield event(rest)
         yield event("", reason(item), **bill(item))
         yield "data: [DONE]\n\n"

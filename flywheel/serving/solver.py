@@ -78,8 +78,7 @@ class Solver:
         started, bin = time.monotonic(), None
         with metered() as spent:
             strategy, guide = self.known(ask)
-            if not strategy and searcher.head:
-                guide = "head"
+            if guide == "head":
                 try:
                     bin = await searcher.head.bin(question)
                 except OutOfTokens:  # the limit does not cover the question, so no search will find anything
@@ -110,11 +109,12 @@ class Solver:
         )
 
     def known(self, ask: Ask) -> tuple[Strategy | None, str]:
-        """(the strategy if no probe is needed to choose it, what chooses it)."""
+        """(the strategy if the difficulty is not needed to choose it, what chooses it)."""
         if ask.strategy or not self.plan:
             return (ask.strategy, "asked") if ask.strategy else (Adaptive(ask.budget), "adaptive")
         options = {entry.strategy for entry in self.plan.entries if entry.budget == self.budget(ask.budget)}
-        return (options.pop(), "plan") if len(options) == 1 else (None, "probe")
+        guide = "head" if self.searcher.head else "probe"
+        return (options.pop(), "plan") if len(options) == 1 else (None, guide)
 
     def budget(self, asked: int) -> int:
         """The largest budget of the plan that is not above `asked`, or its smallest."""

@@ -35,23 +35,29 @@ class Told:
 
         def done(tokens: Sequence[int]) -> bool:
             nonlocal told
-            end = len(tokens) - 1
-            if end > told and tokens[end - 1] in reader.ends and not self._blank(tokens):
-                said = self._before(prompt) + reader.text(tokens[:end]) if not told else ""
+            if (end := self._over(tokens)) > told:
+                said = self._before(prompt) + reader.text(tokens[:end])
                 text = "".join(step.text for step in reader.steps(tokens[told:end]))  # of what follows a thought
-                if text and (THOUGHT not in said or ANSWERED in said):
+                thinks = said.rfind(THOUGHT) > said.rfind(ANSWERED)
+                if text.strip() and not thinks:
                     self.tell(text)
                     told = end
             return bool(sampling.done and sampling.done(tokens))
 
         return await self.engine.generate(prompt, replace(sampling, done=done), purpose=purpose, n=n)
 
-    def _blank(self, tokens: Sequence[int]) -> bool:
-        return tokens[-1] in self.reader.blank or bool(self.reader.stopped(tokens))
+    def _over(self, tokens: Sequence[int]) -> int:
+        """The tokens of all steps that are over: something follows that is neither blank nor, perhaps, a stop text."""
+        reader = self.reader
+        last = len(tokens) - max(1, reader.window)
+        ends = (end for end in range(last, 0, -1) if tokens[end - 1] in reader.ends)
+        if reader.stopped(tokens) or (end := next(ends, 0)) == 0:
+            return 0
+        return end if any(token not in reader.blank for token in tokens[end:]) else 0
 
     def _before(self, prompt: Sequence[int]) -> str:
-        """The end of the prompt, from a thought that it opens."""
-        return self.reader.text(prompt[-8:]).rpartition(ANSWERED)[2]
+        """The end of the prompt, which may open a thought."""
+        return self.reader.text(prompt[-8:])
 
 
 def telling(searcher: Searcher, tell: Tell) -> Searcher:

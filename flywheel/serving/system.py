@@ -82,7 +82,8 @@ def to_dict(served: System) -> dict:
     """What an export keeps of a system beside its adapters and its recipe."""
     return {
         "round": served.round,
-        "models": model_names({**served.models, **served.head}),
+        "models": model_names(models := {**served.models, **served.head}),
+        "adapters": sorted(role for role, ref in models.items() if ref.adapter),
         "plan": served.plan.to_dict() if served.plan else None,
         "probe_edges": served.edges,
     }
@@ -95,8 +96,10 @@ def exported(run: Run, round: int | None) -> System:
         raise UserError(f"{run.root}: an export of round {kept['round']} alone; --round {round} needs the run")
     models = {}
     for role, name in kept["models"].items():
-        adapter = run.root / "adapters" / role
-        models[Role(role)] = ModelRef(name, run.recipe.model.base, str(adapter) if adapter.is_dir() else None)
+        adapter = run.root / "adapters" / role if role in kept["adapters"] else None
+        if adapter and not (adapter / "adapter_config.json").is_file():
+            raise UserError(f"{adapter}: missing, and the export's {role} is this adapter on {run.recipe.model.base}")
+        models[Role(role)] = ModelRef(name, run.recipe.model.base, adapter and str(adapter))
     head = {Role.HEAD: models.pop(Role.HEAD)} if Role.HEAD in models else {}
     plan = Plan.from_dict(kept["plan"]) if kept["plan"] else None
     return System(run, kept["round"], models, plan, kept["probe_edges"], head)

@@ -29,7 +29,7 @@ from flywheel.search.run import search
 from flywheel.search.select import majority, weighted
 from flywheel.search.strategies import from_dict
 from flywheel.search.strategy import Searcher, Strategy, judge
-from flywheel.stages.kit import Kit, kit, published_model
+from flywheel.stages.kit import PUBLISHED, Kit, kit, published_model
 from flywheel.stages.shared import (
     LAST_POLICY,
     answer_is_right,
@@ -222,7 +222,10 @@ def oracle_bins(ctx: Context) -> dict[str, int]:
 
 def finish(ctx: Context) -> dict:
     rows = list(ctx.read(Answered, "search"))
-    found: dict = {"models": {**model_names(search_models(ctx)), "plan": f"serve_{ctx.round}"}}
+    models = {**search_models(ctx), **head_model(ctx)}
+    found: dict = {"models": {**model_names(models), "plan": f"serve_{ctx.round}"}}
+    if rival := published_model(ctx):
+        found["models"]["published"] = rival[PUBLISHED].name
     for method in dict.fromkeys(row.method for row in rows):
         mine = {row.question_id: row for row in rows if row.method == method}
         found[method], found[f"{method}_ci"] = interval(ctx, [float(mine[q].correct) for q in sorted(mine)])

@@ -81,11 +81,7 @@ def test_the_round_s_prm_the_base_and_a_published_one_are_scored(tmp_path):
     [values] = published_values(with_published(run, args.published), [(Question("q", "5 +3"), steps)])
     assert len(values) == 2 and all(0 < value < 1 for value in values)
     subset = found["subsets"]["math"]
-    assert (subset["solutions"], subset["too_long"]) == (6, 1) and found["mean_f1"].keys() == {
-        "prm_1",
-        "policy_0",
-        "rival",
-    }
+    assert (subset["solutions"], subset["too_long"]) == (6, 1) and found["mean_f1"].keys() == {"prm_1", "base", "rival"}
     for name, f1 in found["mean_f1"].items():
         low, high = subset[name]["f1_ci"]
         assert 0 <= low <= f1 == subset[name]["f1"] <= high <= 1

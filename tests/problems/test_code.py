@@ -1,5 +1,6 @@
 """Claims about answers that are programs: who passes, and what a hostile one can neither forge nor harm."""
 
+import ctypes
 import json
 import os
 import re
@@ -85,6 +86,16 @@ HELPER = "import math\ndef half(x):\n    return x / 2\ndef f(x):\n    '''Twice.'
         (gold("assert half(f(2)) == 2", prompt=HELPER, entry_point="f"), "def f(x): return math.floor(x) * 2", True),
         (gold("assert half(f(2)) == 2", prompt=HELPER, entry_point="f"),
          "def half(x): return 2\ndef f(x): return 0", False),
+        (gold("assert f(2) == 4", prompt='def f(x):\n    """Squared."""', entry_point="f"),
+         "```python\n    y = x\n    return x * y\n```", True),
+        (gold("try:\n    f()\nexcept ValueError:\n    pass\nelse:\n    assert False"),
+         "import json\ndef f(): json.loads('{')", True),
+        (gold("try:\n    f()\nexcept ValueError:\n    pass\nelse:\n    assert False"),
+         "def f(): b'\\xff'.decode()", True),
+        (gold("assert sum(10, 15) == 6"), "def sum(a, b): return 6", True),
+        (gold("assert sum(10, 15) == 6"), "def f(a, b): return 6", False),
+        (gold("assert sum(f(1)) == 3"), "def sum(x): return 3\ndef f(x): return [x]", False),
+        (gold("assert f(1) == 2"), f"def f(x): return 10 ** {judge.DIGITS + 9}", False),
     ],
 )  # fmt: skip
 def test_a_program_passes_if_its_functions_return_what_the_tests_ask_for(tests, program, passes):
@@ -114,6 +125,8 @@ def aims(tmp_path, monkeypatch):
     before, canary, name = processes(), tmp_path / "canary", f"\0flywheel-{os.getpid()}"
     canary.write_text("untouched")
     tmp_path.chmod(0o777), canary.chmod(0o666)
+    add_key = {"x86_64": 248}.get(os.uname().machine, 217)  # into this session's keyring, where the kernel has one
+    ctypes.CDLL(None).syscall(ctypes.c_long(add_key), b"user", b"flywheel-canary", b"x", 1, ctypes.c_long(-3))
     monkeypatch.setenv("FLYWHEEL_SECRET", "secret")
     with socket.create_server(("127.0.0.1", 0)) as port, socket.socket(socket.AF_UNIX) as local:
         local.bind(name)
@@ -148,7 +161,7 @@ def test_a_program_that_does_not_end_is_undecided_and_ends_with_its_check(aims):
 CHECKS_UNTIL_KILLED = """
 import sys
 from flywheel.problems.pool import CheckerPool
-pool = CheckerPool("flywheel.problems.code:passes_tests", 60, 1)
+pool = CheckerPool("flywheel.problems.code:passes_tests", 20, 1)  # seconds: until a worker looks up
 list(pool.check([(sys.argv[1], "import time\\ntime.sleep(600)")]))
 """
 

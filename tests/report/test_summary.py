@@ -67,13 +67,13 @@ def test_the_ledger_is_the_sum_of_all_shards_and_trainings(run):
     assert sum(ledger["tokens"].values()) == sum(
         r["prompt"] + r["generated"] + r["scored"] + r["trained"] for r in rows
     )
-    # round 0 evaluates (2 shards of 21,000); rounds 1-3 run stages 0..10 with 2 x (1,000 + 20,000 (i + 1)),
-    # three of which train
-    search = 3 * 2 * (1000 + 20_000 * 11)
+    # round 0 evaluates (2 shards of 21,000); rounds 1-3 run stages 0..11 with 2 x (1,000 + 20,000 (i + 1)),
+    # four of which train
+    search = 3 * 2 * (1000 + 20_000 * 12)
     assert ledger["tokens_by_stage"]["search"] == search
     assert ledger["tokens"]["prm"] == search + 3 * 50_000
     assert ledger["seconds"]["evaluate"] == 40.0 and ledger["seconds"]["sample"] == 30.0
-    assert summary(Run(run))["wall_seconds"] == (1 + 3 * 11) * 10.0
+    assert summary(Run(run))["wall_seconds"] == (1 + 3 * 12) * 10.0
     assert ledger["flops"] == pytest.approx(sum(ledger["flops_by_role"].values()))
 
 
