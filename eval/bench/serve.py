@@ -88,8 +88,16 @@ def measure(run: Run, round: int | None, requests: int, repeats: int) -> dict:
         ports = free_port(), free_port()
         run_it = [sys.executable, "-m", "flywheel", "serve", str(run.root), "--round", str(served)]
         ours = stack.enter_context(server([*run_it, "--port", str(ports[0]), "--queue", "1024"], ports[0], folder))
-        vllm = [str(Path(sys.executable).parent / "vllm"), "serve", str(policy), "--port", str(ports[1])]
-        limits = ["--max-model-len", str(engine.max_model_len), "--max-num-seqs", str(engine.max_running)]
+        # what `vllm serve` starts; the command itself wants a package vllm, which the build for CPUs is not called
+        vllm = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(policy)]
+        limits = [
+            "--port",
+            str(ports[1]),
+            "--max-model-len",
+            str(engine.max_model_len),
+            "--max-num-seqs",
+            str(engine.max_running),
+        ]
         theirs = stack.enter_context(
             server([*vllm, *limits, "--served-model-name", name], ports[1], folder, VLLM_CPU_KVCACHE_SPACE="1")
         )
