@@ -124,7 +124,7 @@ def scores(backend, role):
     return backend.run(PROMPTS, lambda prompt: engine.score(prompt, reads_of(prompt), LABELS, purpose="check"))
 
 
-@pytest.mark.parametrize("role", ["judge", *Role])  # only the judge's reference has labels
+@pytest.mark.parametrize("role", ["judge", *ROLES])  # only the judge's reference has labels
 def test_scores_equal_those_of_transformers_and_peft(served, role, models):
     backend, ref = served[0], models[role]
     model, bare = reference(ref.base, ref.adapter), reference(ref.base)
