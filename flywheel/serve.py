@@ -51,14 +51,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def served_until_stopped(args: argparse.Namespace) -> int:
-    from flywheel.runs.processes import environment, threads_of
+    from flywheel.runs.processes import environment, threads_alone
     from flywheel.runs.ranks import Ranks
     from flywheel.runs.run import Run
 
     try:
         run, ranks = Run(args.run), Ranks()
-        # like a stage's process, and before torch is imported; there is no other process, so all threads are its own
-        for key, value in (environment(ranks, False, 0) | {THREADS: str(threads_of(ranks, run.recipe))}).items():
+        # like a stage's process, and before torch is imported
+        for key, value in (environment(ranks, False, 0) | {THREADS: str(threads_alone(ranks, run.recipe))}).items():
             os.environ.pop(key, None) if value is None else os.environ.update({key: value})
         import uvicorn
 

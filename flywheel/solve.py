@@ -101,7 +101,7 @@ def solved(args: argparse.Namespace, preload: tuple[str, ...]) -> int:
     from flywheel.records import Problem, Question, Split
     from flywheel.runs import isolate
     from flywheel.runs.loop import Stopped, signals
-    from flywheel.runs.processes import call_alone, threads_of
+    from flywheel.runs.processes import call_alone, threads_alone
     from flywheel.runs.ranks import Ranks
     from flywheel.runs.run import Run
     from flywheel.search.strategies import named
@@ -139,7 +139,7 @@ def solved(args: argparse.Namespace, preload: tuple[str, ...]) -> int:
             "published": args.verifier == "published",
         }
         with signals():
-            threads = threads_of(ranks, run.recipe)
+            threads = threads_alone(ranks, run.recipe)
             isolate.start_server(threads, preload)
             sums = call_alone(ranks, run.recipe, "flywheel.serving.batch:answer", arguments, "the answers", threads)
     except Stopped as stop:

@@ -207,7 +207,8 @@ class _SteppingSelector(selectors.DefaultSelector):
     """A selector that steps the devices where the event loop would otherwise wait.
 
     asyncio polls with timeout 0 while any coroutine is ready, and waits only when none is: by
-    then all possible requests are submitted, so the batches are as full as they can be.
+    then all possible requests are submitted, so the batches are as full as they can be. What a server's
+    clients have sent is read first: each part of a request would else wait for a step.
     """
 
     def __init__(self, step: Callable[[], bool]):
@@ -215,6 +216,9 @@ class _SteppingSelector(selectors.DefaultSelector):
         self._step = step
 
     def select(self, timeout: float | None = None):
-        if timeout != 0 and self._step():
-            timeout = 0
+        if timeout != 0:
+            if arrived := super().select(0):
+                return arrived
+            if self._step():
+                timeout = 0
         return super().select(timeout)

@@ -34,6 +34,15 @@ def threads_of(ranks: Ranks, recipe: Recipe) -> int:
     return isolate.threads_for(ranks.local_world, recipe.engine.threads)
 
 
+def threads_alone(ranks: Ranks, recipe: Recipe) -> int:
+    """CPU threads of one process that answers questions by itself.
+
+    One for a small model, which gains little from more; two beside any other load are many times slower than one.
+    """
+    threads = threads_of(ranks, recipe)
+    return threads // default_workers(recipe.model.base, threads)
+
+
 def workers(recipe: Recipe, threads: int) -> int:
     return min(threads, recipe.engine.workers or default_workers(recipe.model.base, threads))
 
