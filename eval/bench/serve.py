@@ -22,7 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from pathlib import Path
 
 import httpx
@@ -173,7 +173,8 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=200)
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
-    found = measure(args.run, args.round, args.requests, args.repeats)
+    with redirect_stdout(sys.stderr):
+        found = measure(args.run, args.round, args.requests, args.repeats)
     print(json.dumps({"command": " ".join(["python -m eval.bench.serve", *sys.argv[1:]]), **found}, indent=1))
 
 
