@@ -31,11 +31,12 @@ class Told:
     async def generate(
         self, prompt: Sequence[int], sampling: Sampling, *, purpose: str, n: int = 1
     ) -> list[Completion]:
-        reader, told = self.reader, 0  # tokens told of
+        reader, told, looked = self.reader, 0, 0  # tokens told of; looked at, once a step, of a thought too
 
         def done(tokens: Sequence[int]) -> bool:
-            nonlocal told
-            if (end := self._over(tokens)) > told:
+            nonlocal told, looked
+            if (end := self._over(tokens)) > looked:
+                looked = end
                 said = self._before(prompt) + reader.text(tokens[:end])
                 text = "".join(step.text for step in reader.steps(tokens[told:end]))  # of what follows a thought
                 thinks = said.rfind(THOUGHT) > said.rfind(ANSWERED)
