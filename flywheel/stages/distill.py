@@ -11,11 +11,11 @@ from flywheel.records import Question, Role
 from flywheel.runs.run import Context
 from flywheel.runs.stage import Input, Stage
 from flywheel.stages.kit import prompts_and_reader
-from flywheel.stages.shared import examples, harvested, start
+from flywheel.stages.shared import examples, harvested, job
 
 
 def train(ctx: Context) -> dict:
-    from flywheel.training import Job, train_sft
+    from flywheel.training import train_sft
 
     prompts, reader = prompts_and_reader(ctx)
     spec = ctx.recipe.distill
@@ -33,18 +33,7 @@ def train(ctx: Context) -> dict:
         for row in rows
     )
     fit, check, too_long = examples(targets, held, spec.max_length)
-    job = Job(
-        ctx.recipe.model,
-        spec,
-        ctx.dir,
-        ctx.seed("train"),
-        "last",
-        Role.POLICY,
-        ctx.ledger,
-        start(ctx, spec),
-        ctx.progress,
-    )
-    report = train_sft(fit, check, job)
+    report = train_sft(fit, check, job(ctx, spec, "last", Role.POLICY))
     return {
         "trained": True,
         "examples": len(fit),

@@ -15,7 +15,7 @@ from flywheel.records import Difficulty, Finish, Grade, Harvested, ModelRef, Rol
 from flywheel.runs.files import read_table
 from flywheel.runs.run import Context, Run
 from flywheel.runs.stage import Input
-from flywheel.training import Example
+from flywheel.training import Example, Job
 
 T = TypeVar("T")
 LAST_POLICY = (Input("gate", back=1, optional=True), Input("distill", back=1, optional=True))
@@ -157,6 +157,12 @@ def closed(solution: Solution, eos: int) -> tuple[int, ...]:
 def start(ctx: Context, spec: TrainSpec) -> str | None:
     """The adapter to initialise training from: the last policy's if `spec.start` is `policy`, else None."""
     return ctx.model(Role.POLICY, ctx.round - 1).adapter if spec.start == "policy" else None
+
+
+def job(ctx: Context, spec: TrainSpec, keep: str, role: Role) -> Job:
+    """What the stage trains: `spec` and `keep` as in `Job`, in the stage's folder, on its ledger."""
+    seed, adapter = ctx.seed("train"), start(ctx, spec)
+    return Job(ctx.recipe.model, spec, ctx.dir, seed, keep, role, ctx.ledger, adapter, ctx.progress)
 
 
 # ---- models of a round -----------------------------------------------------------------

@@ -15,11 +15,11 @@ from flywheel.runs.run import Context
 from flywheel.runs.stage import Input, Stage
 from flywheel.search.head import bin_words
 from flywheel.stages.kit import prompts_and_reader
-from flywheel.stages.shared import difficulties, examples, start
+from flywheel.stages.shared import difficulties, examples, job
 
 
 def train(ctx: Context) -> dict:
-    from flywheel.training import Job, train_sft
+    from flywheel.training import train_sft
 
     spec = ctx.recipe.head
     if spec is None:
@@ -34,9 +34,7 @@ def train(ctx: Context) -> dict:
     figures = {"examples": len(fit), "validation_examples": len(check), "too_long": too_long}
     if not fit or not check:
         return {"trained": False, **figures, "why": "too few questions to train and validate a head"}
-    adapter, seed = start(ctx, spec), ctx.seed("train")
-    job = Job(ctx.recipe.model, spec, ctx.dir, seed, "best", Role.HEAD, ctx.ledger, adapter, ctx.progress)
-    report = train_sft(fit, check, job)
+    report = train_sft(fit, check, job(ctx, spec, "best", Role.HEAD))
     loss, blind = report.best.eval_loss, unseen_loss([e.tokens[-1] for e in fit], [e.tokens[-1] for e in check])
     refused = {} if loss < blind else {"why": f"held-out loss {loss:.3f}, {blind:.3f} without seeing the question"}
     return {

@@ -14,8 +14,8 @@ from flywheel.records import Grade, Problem, Role, Solution, Split, StepValues, 
 from flywheel.runs.run import Context
 from flywheel.runs.stage import Input, Stage
 from flywheel.stages.kit import prompts_and_reader
-from flywheel.stages.shared import sampled_rates, start
-from flywheel.training import Job, PrmExample, train_prm
+from flywheel.stages.shared import job, sampled_rates
+from flywheel.training import PrmExample, train_prm
 from flywheel.training.examples import targets
 
 
@@ -88,10 +88,7 @@ def train(ctx: Context) -> dict:
     examples = {"examples": len(found.fit), "validation_examples": len(found.check)}
     if why := missing(found, spec):
         return {"model": "policy_0", **examples, "refused": True, "why": why}
-    job = Job(
-        ctx.recipe.model, spec, ctx.dir, ctx.seed("train"), "best", Role.PRM, ctx.ledger, start(ctx, spec), ctx.progress
-    )
-    report = train_prm(found.fit, found.check, labels, job)
+    report = train_prm(found.fit, found.check, labels, job(ctx, spec, "best", Role.PRM))
     if ctx.rank:
         return {}
     figures = quality(ctx, prompts, problems, found.held, labels)

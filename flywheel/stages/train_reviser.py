@@ -13,7 +13,7 @@ from flywheel.records import Role, Solution, Split, Trajectory, Verdict
 from flywheel.runs.run import Context
 from flywheel.runs.stage import Input, Stage
 from flywheel.stages.kit import prompts_and_reader
-from flywheel.stages.shared import closed, examples, sampled, start, trace
+from flywheel.stages.shared import closed, examples, job, sampled, trace
 
 
 def trajectories(ctx: Context) -> list[Trajectory]:
@@ -44,7 +44,7 @@ def history(target: Solution, wrong: list[Solution], count: int, rng: random.Ran
 
 
 def train(ctx: Context) -> dict:
-    from flywheel.training import Job, train_sft
+    from flywheel.training import train_sft
 
     prompts, reader = prompts_and_reader(ctx)
     spec = ctx.recipe.reviser
@@ -69,18 +69,7 @@ def train(ctx: Context) -> dict:
             f" validate on, of {len(questions)} questions with a correct solution, {too_long} longer than"
             f" reviser.max_length left out: this round has no reviser",
         }
-    job = Job(
-        ctx.recipe.model,
-        spec,
-        ctx.dir,
-        ctx.seed("train"),
-        "all",
-        Role.REVISER,
-        ctx.ledger,
-        start(ctx, spec),
-        ctx.progress,
-    )
-    report = train_sft(fit, check, job)
+    report = train_sft(fit, check, job(ctx, spec, "all", Role.REVISER))
     lengths = [len(row.attempts) - 1 for row in rows]
     return {
         "trained": True,
