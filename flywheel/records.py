@@ -139,6 +139,7 @@ class Grade:
     question_id: str
     verdict: Verdict
     purpose: str = ""  # of the solution
+    rule: str = ""  # of problems/equal.py, by which the verdict fell; empty without an answer, or by another checker
 
     @property
     def correct(self) -> bool:

@@ -104,19 +104,22 @@ class Grader:
                 raise ValueError(f"solution {solution.id} answers {solution.question_id}, not {problem.id}")
         wanted = dict.fromkeys((g, s.answer) for p, s in pairs if s.answer is not None for g in (p.answer, *p.also))
         self._settle([pair for pair in wanted if pair not in self._same])
-        return [Grade(s.id, s.question_id, self._verdict(p, s), s.purpose) for p, s in pairs]
+        return [self._grade(p, s) for p, s in pairs]
 
     def rule(self, gold: str, answer: str) -> str:
         """The rule by which a graded pair's verdict fell, or `undecided`; empty with a checker of one's own."""
         return self._rule.get((gold, answer), "")
 
-    def _verdict(self, problem: Problem, solution: Solution) -> Verdict:
-        if solution.answer is None:
-            return Verdict.TRUNCATED if solution.finish is Finish.LENGTH else Verdict.UNPARSABLE
-        same = {self._same[gold, solution.answer] for gold in (problem.answer, *problem.also)}
-        if True in same:
-            return Verdict.CORRECT
-        return Verdict.UNDECIDED if None in same else Verdict.INCORRECT
+    def _grade(self, problem: Problem, solution: Solution) -> Grade:
+        answer, rule = solution.answer, ""
+        if answer is None:
+            verdict = Verdict.TRUNCATED if solution.finish is Finish.LENGTH else Verdict.UNPARSABLE
+        else:  # right by any of the gold answers; undecided if one of the others is
+            same = {gold: self._same[gold, answer] for gold in (problem.answer, *problem.also)}
+            decisive = next(value for value in (True, None, False) if value in same.values())
+            verdict = {True: Verdict.CORRECT, None: Verdict.UNDECIDED, False: Verdict.INCORRECT}[decisive]
+            rule = self.rule(next(gold for gold in same if same[gold] is decisive), answer)
+        return Grade(solution.id, solution.question_id, verdict, solution.purpose, rule)
 
     def _settle(self, pairs: list[tuple[str, str]]) -> None:
         """Decide every pair and store the verdict in `_same`."""

@@ -4,6 +4,7 @@ import json
 import re
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,20 @@ def test_plain_numbers_are_decided_both_ways_without_a_worker():
         assert grader.rules == Counter(exact=1, number=2)
 
 
+def test_a_grade_names_the_rule_by_which_it_fell():
+    with Grader(spec()) as grader:
+        found = {answer: grader.verdicts([pair("1,2", answer)])[0] for answer in ("1,2", "2, 1", "1, 3", "word")}
+        problem, solution = pair("10", "12.0")
+        [other] = grader.verdicts([(replace(problem, also=("12",)), solution)])  # by the gold that it equals
+    assert [(grade.verdict, grade.rule) for grade in (*found.values(), other)] == [
+        (Verdict.CORRECT, "exact"),
+        (Verdict.CORRECT, "list"),
+        (Verdict.INCORRECT, "list"),
+        (Verdict.INCORRECT, "words"),
+        (Verdict.CORRECT, "number"),
+    ]
+
+
 def test_grades_come_in_the_order_of_the_pairs_and_a_pair_is_checked_once():
     pairs = [pair("\\sqrt{8}", answer) for answer in ("2\\sqrt{2}", "\\sqrt{4}\\sqrt{2}", None, "2\\sqrt{2}", "3")]
     with Grader(spec(check_workers=2, check_seconds=30)) as grader:
@@ -106,6 +121,7 @@ def test_grades_come_in_the_order_of_the_pairs_and_a_pair_is_checked_once():
         assert [grade.solution_id for grade in grades] == [solution.id for _, solution in pairs]
         assert grader.verdicts(pairs) == grades
         assert grader.counts == Counter(plain=0, checked=3, undecided=0)
+        assert [grade.rule for grade in grades] == ["math-verify", "math-verify", "", "math-verify", "math-verify"]
         assert grader.rules == Counter({"math-verify": 3})
         assert grader.rule("\\sqrt{8}", "3") == "math-verify" and grader.rule("\\sqrt{8}", "4") == ""
     assert all(worker.process is None for worker in grader.pool.workers)
