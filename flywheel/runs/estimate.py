@@ -34,9 +34,9 @@ SHARED = 0.8  # speed of a process beside those on the other cores; a guess
 class Rates:
     """Speeds in tokens/s of one sampling process (`generate`, `read`) and of one rank's training (`train`).
 
-    open, start: seconds until an engine or a training does its first step. prompt, check, solution: mean tokens of a
-    question's prompt, of the PRM's prompt, of a solution; steps: of a solution. train_memory, serve_memory: bytes of a
-    training, and of a process with policy, PRM and reviser open. A speed that is not known is NaN, memory 0.
+    open, start: seconds to open an engine, and until a training does its first step. prompt, check, solution: mean
+    tokens of a question's prompt, of the PRM's prompt, of a solution; steps: of a solution. train_memory, serve_memory:
+    bytes of a training, and of a process with policy, PRM and reviser open. A speed that is not known is NaN, memory 0.
     """
 
     open: float

@@ -33,9 +33,10 @@ SAMPLES = 4  # a question in the sampled batches
 def sample(recipe: Recipe, force: bool) -> dict[str, float]:
     """Try the base out (`try_out`), then measure its sampling by one process.
 
-    open: seconds to open an engine. generate, read: tokens/s that it generates in full batches, and reads of texts that
-    it has not seen. prompt, check, solution: mean tokens of a question's prompt, of the PRM's, of a solution; steps:
-    mean number of its steps. Raises UserError as `try_out` does, and TooLong if no question fits the model.
+    open: seconds to open an engine, the first of this machine, so more than later ones take. generate, read: tokens/s
+    that it generates in full batches, and reads of texts that it has not seen. prompt, check, solution: mean tokens of
+    a question's prompt, of the PRM's, of a solution; steps: mean number of its steps. Raises UserError as `try_out`
+    does, and TooLong if no question fits the model.
     """
     run, started = Run(Path(), recipe, skipped=()), time.monotonic()
     models = {Role.POLICY: ModelRef("policy_0", recipe.model.base)}
@@ -114,7 +115,8 @@ def reading(kit: Kit, problem: Problem, texts: list[tuple[int, ...]]) -> float:
 def train(recipe: Recipe, out: Path, length: int) -> dict[str, float]:
     """Train a policy and a PRM for a few steps on random texts of `length` tokens, into `out/policy`, `out/prm`.
 
-    start: seconds before the first step; train: tokens/s of the policy's training; train_memory: bytes at its peak.
+    start: seconds that the first training takes for one text, with all that it loads; train: tokens/s of the policy's
+    training; train_memory: bytes at its peak.
     """
     from flywheel.training import Example, Job, PrmExample, train_prm, train_sft
 
@@ -134,25 +136,25 @@ def train(recipe: Recipe, out: Path, length: int) -> dict[str, float]:
         return Job(recipe.model, spec, out / name, 0, "last", role, Ledger("rehearsal", 0))
 
     labels = label_ids(prompts.tokenizer, recipe.prm.labels)
+    started = time.monotonic()
     train_prm([PrmExample(text(), (length,), (1.0,))], [], labels, job(Role.PRM, "prm", 1))
+    start = time.monotonic() - started
     full = recipe.distill.micro_batch_size
     for name, batch, steps in (("one_text", 1, 1), ("few_steps", full, 3), ("steps", full, 16)):
-        started = time.monotonic()
         texts = [Example(text(), length // 2) for _ in range(batch * steps)]
         report = train_sft(texts, [], job(Role.POLICY, name, batch))
-        start = time.monotonic() - started - report.seconds
         if report.seconds > SECONDS / 2:
             break
     (out / name).rename(out / "policy")
-    return {"start": max(0.0, start), "train": report.tokens / report.seconds, "train_memory": peak()}
+    return {"start": start, "train": report.tokens / report.seconds, "train_memory": peak()}
 
 
 def serve(recipe: Recipe, out: Path) -> dict[str, float]:
     """Open policy, PRM and reviser with the adapters in `out`, and run every strategy on one question.
 
-    serve_memory: bytes of one process with these three engines, at its peak.
+    open: seconds to open one of these three engines. serve_memory: bytes of one process with all three, at its peak.
     """
-    run = Run(Path(), recipe, skipped=())
+    run, started = Run(Path(), recipe, skipped=()), time.monotonic()
     models = {
         role: ModelRef(f"{role}_1", recipe.model.base, str(out / ("prm" if role is Role.PRM else "policy") / "adapter"))
         for role in (Role.POLICY, Role.PRM, Role.REVISER)
@@ -160,6 +162,7 @@ def serve(recipe: Recipe, out: Path) -> dict[str, float]:
     smallest = min(recipe.calibrate.budgets)
     wanted = [(budget, strategy) for budget, strategy in strategies(recipe.calibrate) if budget == smallest]
     with open_kit(run, models, Split.TRAIN, ledger=Ledger("rehearsal", 0), seed=0) as kit:
+        opened = (time.monotonic() - started) / len(models)
         fitting = (problem for problem in kit.problems.values() if not too_long(recipe, kit.prompts, problem))
 
         async def one(problem: Problem) -> list:
@@ -167,7 +170,7 @@ def serve(recipe: Recipe, out: Path) -> dict[str, float]:
 
         for _, outcomes in kit.each(islice(fitting, 1), one):
             kit.grade([candidate.solution for _, _, outcome in outcomes for candidate in outcome.candidates])
-    return {"serve_memory": peak()}
+    return {"open": opened, "serve_memory": peak()}
 
 
 def peak() -> int:
