@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import random
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from types import SimpleNamespace
 
 import numpy as np
@@ -27,7 +28,7 @@ from eval.shared import folder
 from flywheel.errors import UserError
 from flywheel.measure.stats import bootstrap_mean, paired_gain
 from flywheel.runs.run import Run, records
-from flywheel.search.adaptive import Adaptive
+from flywheel.search.adaptive import Adaptive, certainty, votes
 from flywheel.stages.shared import by_question
 
 SURE = (0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
@@ -40,10 +41,17 @@ def adaptive(pools: Pools, mean: int, sure: float) -> dict[str, int]:
     """Samples until the vote of each question is decided; at most its pool."""
     out = {}
     for question, pool in pools.items():
-        strategy = Adaptive(len(pool), sure)
-        candidates = [SimpleNamespace(score=s.score, solution=SimpleNamespace(answer=s.answer)) for s in pool]
-        out[question] = len(strategy.part(candidates))
+        reached = (count for count, found in certainties(tuple((s.answer, s.score) for s in pool)) if found >= sure)
+        out[question] = next(reached, len(pool))
     return out
+
+
+@lru_cache(maxsize=1024)  # for each `sure`, on the same pools
+def certainties(drawn: tuple[tuple[str | None, float], ...]) -> list[tuple[int, float]]:
+    """(samples, certainty of their vote) at each step of adaptive sampling, from (answer, PRM score) of each sample."""
+    candidates = [SimpleNamespace(score=score, solution=SimpleNamespace(answer=answer)) for answer, score in drawn]
+    counts = range(Adaptive.step, len(drawn), Adaptive.step)
+    return [(count, certainty(votes(candidates[:count]))) for count in counts]
 
 
 def eliminate(pools: Pools, mean: int, threshold: float) -> dict[str, int]:

@@ -17,6 +17,7 @@ import importlib
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 
 from flywheel.errors import UserError
 from flywheel.problems.equal import decide, equal, key, rule_of
@@ -45,6 +46,7 @@ def warm_up() -> None:
         same_answer(*pair)
 
 
+@lru_cache(maxsize=4096)  # a vote asks for each answer again and again
 def answer_key(answer: str) -> str:
     """A normal form of `answer`: answers with the same key count as one in a vote (`key` in `equal.py`).
 
