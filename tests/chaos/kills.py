@@ -71,7 +71,7 @@ def start(project: Project, world: int, launcher: bool = False) -> list[subproce
         "LOCAL_WORLD_SIZE": world,
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": free_port(),
-        "TOY_SILENCE": 20,
+        "TOY_SILENCE": 30,
     }
     return [
         project.start("--round", ROUND, RANK=r, LOCAL_RANK=r, TOY_RANK=r, TOY_SLEEP=0.05, **group) for r in range(world)
