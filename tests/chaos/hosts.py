@@ -4,7 +4,8 @@ The hosts are network namespaces with hostnames of their own, joined by one link
 of the loop over the toy stages: started by itself, as srun does, or by `accelerate launch`. A host is killed, frozen
 (SIGSTOP to all of it), cut off, or never started: the other must end within a minute with one line, whichever it is,
 and the same command on both must then end with the tables of an undisturbed run. Then both work on file systems that
-lie (storage/sitecustomize.py). Needs root and `ip`. Prints a table; exits with 1 on a fault.
+lie (storage/sitecustomize.py), and with `accelerate launch --max_restarts` a rank is killed, and the launch must end
+well by itself. Needs root and `ip`. Prints a table; exits with 1 on a fault.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from toy import HERE, Project, gone
+from toy import HERE, Project, gone, wait_for
 
 LIMIT = 60.0  # seconds for the survivor to end
 PATIENCE = 300.0  # seconds for an undisturbed launch
@@ -81,6 +82,7 @@ class Launch:
     project: Project
     launcher: str
     port: int
+    restarts: int = 0
 
     def start(self, i: int, **extra: object) -> subprocess.Popen:
         where = ["ip", "netns", "exec", HOSTS[i], "unshare", "--uts", "sh", "-c"]
@@ -96,8 +98,18 @@ class Launch:
         path = self.project.root / f"host_{i}.yaml"
         path.write_text(yaml.safe_dump(config))
         where += [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(path)]
-        where += ["--rdzv_conf", "timeout=50", "--no_python"]
+        where += ["--rdzv_conf", "timeout=50", "--max_restarts", str(self.restarts), "--no_python"]
         return self.project.start("--round", "1", wrapper=where, **env)
+
+
+def words(pid: int, file: str) -> list[str]:
+    return Path(f"/proc/{pid}/{file}").read_text().split("\0")
+
+
+def script(pid: int) -> bool:
+    """Whether it is a rank: neither the launcher nor a process of the rank's own."""
+    command = words(pid, "cmdline")
+    return len(command) > 1 and command[1].endswith("toy_run.py")
 
 
 def lines(text: str) -> list[str]:
@@ -105,12 +117,16 @@ def lines(text: str) -> list[str]:
     return [line for line in text.splitlines() if line.startswith("flywheel: ")]
 
 
-def both(launch: Launch, wanted: dict[str, bytes], **env: object) -> list[str]:
-    """Run on both hosts to the end; returns the faults."""
+def both(launch: Launch, wanted: dict[str, bytes], kill: int | None = None, **env: object) -> list[str]:
+    """Run on both hosts to the end, one rank killed on its way (`kill`); returns the faults."""
     extra = [{"STORAGE_HOST": launch.project.root / f"known_{i}"} for i in range(2)]
     for one in extra:
         one["STORAGE_HOST"].mkdir(exist_ok=True)
     ranks = [launch.start(i, **env, **extra[i]) for i in range(2)]
+    if kill is not None:
+        wait_for(lambda: launch.project.logged("evaluate:0"), PATIENCE)
+        [rank] = [pid for pid in members(HOSTS[kill]) if f"RANK={kill}" in words(pid, "environ") and script(pid)]
+        os.kill(rank, signal.SIGKILL)
     try:
         said = [process.communicate(timeout=PATIENCE) for process in ranks]
     except subprocess.TimeoutExpired:
@@ -202,6 +218,15 @@ def main() -> int:
                     seconds = time.monotonic() - begun
                     print(f"{f'both on {kind}':24s} {seconds:6.1f} s  chunks of sample by host: {dict(by)}", *found,
                           sep="\n  FAULT ", flush=True)  # fmt: skip
+                    faults += found
+                for v in (0, 1) if args.launcher == "accelerate" else ():
+                    if args.only not in f"rank {v} restarted":
+                        continue
+                    port += 1
+                    begun = time.monotonic()
+                    launch = Launch(Project(Path(scratch, f"again_{v}")), args.launcher, port, restarts=3)
+                    found = both(launch, wanted, kill=v, TOY_SLEEP=1)
+                    print(f"rank {v} restarted         {time.monotonic() - begun:6.1f} s", *found, sep="\n  FAULT ")
                     faults += found
         except (FileNotFoundError, subprocess.CalledProcessError) as error:
             print(f"skipped: this user may not make network namespaces ({error})")
