@@ -11,7 +11,7 @@ from typing import Any
 
 from flywheel.recipe import Recipe
 from flywheel.runs import isolate, manifest
-from flywheel.runs.ranks import LaunchFailed, Ranks
+from flywheel.runs.ranks import Launch, LaunchFailed, Ranks
 from flywheel.runs.stage import Stage
 
 SMALL = 200 << 20  # bytes of weights below which one engine does not keep two cores busy
@@ -67,11 +67,12 @@ def run_stage(
     port: int,
     tell: Tell,
     watch: Callable[[], None],
+    launch: Launch,
 ) -> dict:
     """This rank's part of a stage, in child processes; returns the figures of the first one.
 
-    The others only process chunks. If one process fails, all are ended. `watch` is called several times a second and
-    ends the stage by raising. Raises StageFailed.
+    The others only process chunks, whose numbers `launch` gives them. If one process fails, all are ended. `watch` is
+    called several times a second and ends the stage by raising. Raises StageFailed.
     """
     cores, threads, count = own_cores(ranks), threads_of(ranks, recipe), processes(ranks, recipe, stage)
     # with fewer threads than cores nobody knows which cores are free, so the kernel chooses
@@ -111,7 +112,11 @@ def run_stage(
             log=manifest.stage_dir(run, round, stage.name) / f"rank_{rank}.log",
             tell=told,
             watch=watch,
+            answers={"draw": launch.draw, "all drawn are written": over_all},
         )
+
+    def over_all() -> bool:
+        return all(other.done() for other in others) and launch.all_done()
 
     with ThreadPoolExecutor(max(1, count - 1)) as pool:
         others = [pool.submit(call, w, watch_others) for w in range(1, count)]
@@ -133,6 +138,7 @@ def call_alone(
     what: str,
     threads: int | None = None,
     log: Path | None = None,
+    watch: Callable[[], None] = lambda: None,
 ) -> Any:
     """Call `module:function` in one process with the environment of a sampling stage's process, and its threads."""
     every = threads_of(ranks, recipe)
@@ -143,6 +149,7 @@ def call_alone(
         threads=threads or every // workers(recipe, every),
         environment=environment(ranks, False, 0),
         log=log,
+        watch=watch,
     )
 
 
