@@ -9,7 +9,9 @@ import ctypes
 import math
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from accelerate import PartialState
@@ -17,6 +19,7 @@ from accelerate.utils import broadcast_object_list
 from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset
 from peft import LoraConfig, load_peft_weights, set_peft_model_state_dict
+from peft.utils.integrations import gather_params_ctx
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from transformers import AutoTokenizer, PrinterCallback, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
@@ -38,8 +41,8 @@ from flywheel.training.checkpoints import (
     resume_point,
     save_point,
 )
-from flywheel.training.examples import TrainingError, order, share
-from flywheel.training.scores import PrmCollator, dtype, label_margins, on_cpu
+from flywheel.training.examples import OutOfMemory, TrainingError, order, share
+from flywheel.training.scores import PrmCollator, dtype, label_margins, on_cpu, values_of
 
 LOGS_PER_EVAL = 4
 
@@ -138,6 +141,22 @@ class PrmTrainer(SftTrainer):
         loss = binary_cross_entropy_with_logits(margins, inputs["values"], weight=inputs["weights"], reduction="sum")
         # the ranks' gradients are averaged, while `num_items_in_batch` counts all ranks' items
         return loss * self.accelerator.num_processes / num_items_in_batch
+
+    def held_values(self, rows: list[dict], adapter: str) -> list[list[tuple[float, ...]]]:
+        """The values of `rows` after the training: with the weights of `adapter`, and with the base alone.
+
+        By all ranks and the trained model: the base may be divided among the ranks, too large for one of them.
+        """
+        ranks, args = PartialState(), self.args
+        with gather_params_ctx([p for p in self.model.parameters() if p.requires_grad]):
+            set_peft_model_state_dict(self.model, load_peft_weights(adapter, device="cpu"))
+        read = partial(
+            values_of, self.model_wrapped, rows, self.label_tokens, args.per_device_eval_batch_size, args.device,
+            ranks.process_index, ranks.num_processes,
+        )  # fmt: skip
+        ours = read()
+        with self.model.disable_adapter():
+            return [ours, read()]
 
 
 class Schedule(TrainerCallback):
@@ -242,29 +261,24 @@ def _out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-def _train(trainer: SftTrainer, resume: str | None, job: Job, micro: int, world: int) -> bool:
-    """Train; returns False if memory ran out and a smaller micro batch was written to disk for the next try.
+def _make_room(error: RuntimeError, job: Job, micro: int, world: int) -> None:
+    """If memory ran out, write a smaller micro batch to disk for the next try; else raises `error` again.
 
-    Raises TrainingError if there is no smaller one, or if there are several ranks, because the others
-    wait in a collective operation that this one will not join.
+    Raises TrainingError if there is no smaller one, and OutOfMemory if there are several ranks: the others wait in a
+    collective operation that this one will not join, so all have to start again.
     """
-    try:
-        trainer.train(resume_from_checkpoint=resume)
-        return True
-    except RuntimeError as error:
-        if not _out_of_memory(error):
-            raise
-        failed, batch = f"out of memory at a micro batch of {micro}", job.spec.batch_size
-        smaller = next((size for size in range(micro // 2, 0, -1) if batch % size == 0), None)
-        if smaller is None:
-            section = {"policy": "distill"}.get(job.role, job.role)
-            raise TrainingError(f"{failed}: lower {section}.max_length, or train on a larger device") from error
-        onward = f"on with {smaller}, the batch stays {batch}"
-        write_json(job.out / ROOM, smaller)
-        if world > 1:
-            raise TrainingError(f"{failed}: the same command goes {onward}") from error
-    print(f"{job.role}: {failed}; going {onward}", flush=True)
-    return False
+    if not _out_of_memory(error):
+        raise error
+    failed, batch = f"out of memory at a micro batch of {micro}", job.spec.batch_size
+    smaller = next((size for size in range(micro // 2, 0, -1) if batch % size == 0), None)
+    if smaller is None:
+        section = {"policy": "distill"}.get(job.role, job.role)
+        raise TrainingError(f"{failed}: lower {section}.max_length, or train on a larger device") from error
+    line = f"{job.role}: {failed}; going on with {smaller}, the batch stays {batch}"
+    write_json(job.out / ROOM, smaller)
+    if world > 1:
+        raise OutOfMemory(line) from error
+    print(line, flush=True)
 
 
 def _report(trainer: SftTrainer, schedule: Schedule, epochs_per_step: float, tokens: int) -> TrainReport:
@@ -286,7 +300,12 @@ def _report(trainer: SftTrainer, schedule: Schedule, epochs_per_step: float, tok
 
 
 def fit(
-    kind: type[SftTrainer], train: list[dict], validation: list[dict], job: Job, labels: tuple[int, int] | None = None
+    kind: type[SftTrainer],
+    train: list[dict],
+    validation: list[dict],
+    job: Job,
+    labels: tuple[int, int] | None = None,
+    held: Sequence[dict] = (),
 ) -> TrainReport:
     """Implements `train_sft` and `train_prm`; takes rows that were checked by `rows`."""
     job = replace(job, seed=job.seed % 2**31)
@@ -304,7 +323,7 @@ def fit(
     settings = spec.model_dump(exclude={"micro_batch_size"}, exclude_none=True)
     zero = args.deepspeed_plugin  # its checkpoints are sharded by rank
     mark = {
-        "fingerprint": digest(train, validation, job.model.model_dump(), settings, job.seed, job.keep, labels),
+        "fingerprint": digest(train, validation, job.model.model_dump(), settings, job.seed, job.keep, labels, held),
         "sharding": zero and f"ZeRO-{zero.zero_stage} on {world} processes",
     }
     report, resume, spent = broadcast_object_list([*resume_point(job.out, mark)] if main else [None] * 3)
@@ -314,20 +333,31 @@ def fit(
         trainer.label_tokens = labels
         schedule = Schedule(job, steps, bool(validation), mark, ranks, spent)
         trainer.add_callback(schedule)
-        if not _train(trainer, resume, job, micro, world):
-            del trainer
+        try:
+            trainer.train(resume_from_checkpoint=resume)
+            if main:
+                report = _report(trainer, schedule, epochs_per_step, sum(lengths[index] for index in indices))
+            (report,) = broadcast_object_list([report])
+            if held:  # rank 0 has chosen the adapter and written it
+                report = replace(report, held=trainer.held_values(held, str(job.out / "adapter")))
+        except RuntimeError as error:
+            _make_room(error, job, micro, world)
+            del trainer, schedule, error
             clear_device_cache(garbage_collection=True)
-            return fit(kind, train, validation, job, labels)
-        if main:
-            report = _report(trainer, schedule, epochs_per_step, sum(lengths[index] for index in indices))
-        (report,) = broadcast_object_list([report])
+            return fit(kind, train, validation, job, labels, held)
     if main:
         conclude(job, report, mark["fingerprint"])
         size = {"parameters": report.parameters, "attention": attention_width(job.model.base)}
         attended = sum(pairs(0, lengths[index]) for index in indices)
         trained = report.parameters_trained
         job.ledger.train(job.role, "train", trained=trained, tokens=report.tokens, attended=attended, **size)
-        times, held = sum(p["eval_loss"] is not None for p in report.curve), [len(r["input_ids"]) for r in validation]
-        attended = times * sum(pairs(0, length) for length in held)
-        job.ledger.charge(job.role, "validate", scored=times * sum(held), attended=attended, **size)
+        times = sum(p["eval_loss"] is not None for p in report.curve)
+        for examples, passes, parameters in (
+            (validation, times, report.parameters),
+            (held, 1, report.parameters),
+            (held, 1, report.parameters - trained),
+        ):
+            read = [len(row["input_ids"]) for row in examples]
+            attended, size["parameters"] = passes * sum(pairs(0, length) for length in read), parameters
+            job.ledger.charge(job.role, "validate", scored=passes * sum(read), attended=attended, **size)
     return report
