@@ -1,4 +1,6 @@
-"""vLLM in this process: no worker process and no server; the backend's loop calls `LLMEngine.step()`.
+"""vLLM in this process: no server, and worker processes only for an engine over several devices.
+
+The backend's loop calls `LLMEngine.step()`.
 
 Adapters are served in one of two ways (`engine.adapters`). merged, the default on a CPU: each model has
 its own engine, with the adapter merged into the base, because runtime LoRA is three to eight times
@@ -122,6 +124,7 @@ def engine_arguments(spec: EngineSpec, model: str, seed: int = 0, engines: int =
         "seed": seed % 2**31,
         "max_model_len": spec.max_model_len,
         "max_num_seqs": spec.max_running,
+        "tensor_parallel_size": spec.tensor_parallel,
         "load_format": "safetensors",
         "enable_prefix_caching": True,
         "use_tqdm_on_load": False,
@@ -188,6 +191,8 @@ class VllmDevice:
         adapters: Mapping[str, LoRARequest] | None = None,
     ):
         self.llm, self.name, self.run_seed, self.adapters = engine, name, run_seed, adapters or {}
+        if engine.vllm_config.parallel_config.tensor_parallel_size > 1:  # its workers sample, in processes of their own
+            run_seed.elsewhere.append(lambda seed: engine.collective_rpc(vllm_cpu.seed_worker, args=(seed,)))
         self._waiting: dict[str, tuple[asyncio.Future[Output], Sampling | Scoring]] = {}
         self._made: dict[str, list[int]] = {}  # the tokens so far, of requests with `Sampling.done`
         self._count = self._finished = 0  # requests; tokens of finished ones

@@ -25,7 +25,7 @@ from flywheel.runs.estimate import Rates, cpu_name, guessed, keep, measured, ove
 from flywheel.runs.files import read_json, write_file, write_json
 from flywheel.runs.fork import fork
 from flywheel.runs.manifest import stage_dir
-from flywheel.runs.processes import Tell, call_alone, processes, run_stage, threads_of, workers
+from flywheel.runs.processes import Tell, call_alone, check_devices, processes, run_stage, threads_of, workers
 from flywheel.runs.ranks import Launch, LaunchFailed, Ranks, RunLock, free_port
 from flywheel.runs.rehearsal import rehearse
 from flywheel.runs.run import SKIPPED, Run
@@ -96,6 +96,7 @@ class Loop:
 
     def lead(self) -> int:
         notes: list[str] = []
+        check_devices(self.ranks, self.recipe)
         problems = load(self.recipe.problems, notes)
         sources = manifest.source_files(self.recipe)
         reached = max(self.args.round, manifest.last_round(self.run))
@@ -231,7 +232,8 @@ class Loop:
         write_json(directory / manifest.FINGERPRINT, made_from)
         # seconds that earlier launches spent on this stage, if with as many processes as now
         drawn = sum(read_json(shard / "shard.json")["seconds"] for shard in shard_dirs(directory))
-        before = drawn / (self.ranks.world * processes(self.ranks, self.recipe, stage))
+        samplers = self.ranks.world // self.recipe.engine.tensor_parallel
+        before = drawn / (samplers * processes(self.ranks, self.recipe, stage))
         started, port = time.monotonic(), free_port()
         self.launch.order(do="stage", round=round, stage=stage.name, port=port)
         with Progress(f"round {round}  {stage.name}") as progress:

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from flywheel.errors import UserError
 from flywheel.recipe import Recipe
 from flywheel.runs import isolate, manifest
 from flywheel.runs.ranks import LaunchFailed, Ranks
@@ -44,7 +45,19 @@ def threads_alone(ranks: Ranks, recipe: Recipe) -> int:
 
 
 def workers(recipe: Recipe, threads: int) -> int:
+    if recipe.engine.tensor_parallel > 1:
+        return 1
     return min(threads, recipe.engine.workers or default_workers(recipe.model.base, threads))
+
+
+def check_devices(ranks: Ranks, recipe: Recipe) -> None:
+    """Raises UserError if the ranks of a host cannot be cut into groups of `engine.tensor_parallel`."""
+    together = recipe.engine.tensor_parallel
+    if ranks.local_world % together or ranks.world % together:
+        raise UserError(
+            f"engine.tensor_parallel: {together} devices an engine, but this launch has {ranks.local_world} processes"
+            f" on this host, {ranks.world} in all; set num_processes to a multiple of {together}"
+        )
 
 
 def default_workers(base: str, cores: int) -> int:
@@ -71,8 +84,12 @@ def run_stage(
     """This rank's part of a stage, in child processes; returns the figures of the first one.
 
     The others only process chunks. If one process fails, all are ended. `watch` is called several times a second and
-    ends the stage by raising. Raises StageFailed.
+    ends the stage by raising. A rank whose device is part of another's engine does nothing in a sampling stage. Raises
+    StageFailed.
     """
+    together = recipe.engine.tensor_parallel
+    if not stage.train and ranks.local_rank % together:
+        return {}
     cores, threads, count = own_cores(ranks), threads_of(ranks, recipe), processes(ranks, recipe, stage)
     # with fewer threads than cores nobody knows which cores are free, so the kernel chooses
     bound = not stage.train and (count > 1 or ranks.local_world > 1) and threads == len(cores)
@@ -107,7 +124,7 @@ def run_stage(
             arguments,
             what=manifest.name_of((round, stage.name)),
             threads=len(range(worker, threads, count)),
-            environment=environment(ranks, bool(stage.train), port),
+            environment=environment(ranks, bool(stage.train), port, together),
             log=manifest.stage_dir(run, round, stage.name) / f"rank_{rank}.log",
             tell=told,
             watch=watch,
@@ -141,23 +158,23 @@ def call_alone(
         arguments,
         what=what,
         threads=threads or every // workers(recipe, every),
-        environment=environment(ranks, False, 0),
+        environment=environment(ranks, False, 0, recipe.engine.tensor_parallel),
         log=log,
     )
 
 
-def environment(ranks: Ranks, training: bool, port: int) -> dict[str, str | None]:
+def environment(ranks: Ranks, training: bool, port: int, together: int = 1) -> dict[str, str | None]:
     """Changes to the rank's environment for a stage's process; None unsets a variable.
 
     Each training gets a new port for its torch.distributed store, which its own rank 0 hosts. A sampling process is not
-    distributed and sees one device, because vLLM's in-process engine takes the first visible one.
+    distributed and sees `together` devices, its own and the next, because vLLM's engine takes the first visible ones.
     """
     changed: dict[str, str | None] = {"WANDB_MODE": "disabled", "TORCHELASTIC_USE_AGENT_STORE": None}
     if training:
         return {**changed, **({"MASTER_PORT": str(port)} if ranks.distributed else {})}
     devices = [d for d in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if d]
-    devices = devices or [str(i) for i in range(ranks.local_rank + 1)]
+    devices = devices or [str(i) for i in range(ranks.local_rank + together)]
     if ranks.local_rank < len(devices):
-        changed["CUDA_VISIBLE_DEVICES"] = devices[ranks.local_rank]
+        changed["CUDA_VISIBLE_DEVICES"] = ",".join(devices[ranks.local_rank : ranks.local_rank + together])
     alone = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     return {**changed, **dict.fromkeys(alone)}
