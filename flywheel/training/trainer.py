@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import ctypes
 import math
+import os
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import torch
 from accelerate import PartialState
@@ -21,6 +23,7 @@ from datasets import Dataset
 from peft import LoraConfig, load_peft_weights, set_peft_model_state_dict
 from peft.utils.integrations import gather_params_ctx
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
+from torch.utils.cpp_extension import get_default_build_root
 from transformers import AutoTokenizer, PrinterCallback, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig, SFTTrainer
@@ -42,6 +45,7 @@ from flywheel.training.checkpoints import (
     save_point,
 )
 from flywheel.training.examples import OutOfMemory, TrainingError, order, share
+from flywheel.training.jit import clear_stale_locks
 from flywheel.training.scores import PrmCollator, dtype, label_margins, on_cpu, values_of
 
 LOGS_PER_EVAL = 4
@@ -309,6 +313,9 @@ def fit(
 ) -> TrainReport:
     """Implements `train_sft` and `train_prm`; takes rows that were checked by `rows`."""
     job = replace(job, seed=job.seed % 2**31)
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+        clear_stale_locks(root, os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get("WORLD_SIZE"))
     spec, ranks = job.spec, PartialState(cpu=on_cpu())
     if on_cpu():
         keep_memory()
