@@ -125,14 +125,16 @@ def call(
     log: Path | None = None,
     tell: Callable[[int, int, dict], None] = lambda done, total, figures: None,
     watch: Callable[[], None] = lambda: None,
+    answers: Mapping[str, Callable[[], Any]] = {},
 ) -> Any:
     """Call `module:function` in a fresh process and return its (picklable) result.
 
     environment: variables to set, or to unset (None). log: file for the child's output. tell: called
     with the child's progress, if the function has a parameter `tell`. watch: called several times a
-    second; if it raises, the child is killed. Raises StageFailed. The child has always ended on return.
+    second; if it raises, the child is killed. answers: what a function with a parameter `ask` may ask for by name.
+    Raises StageFailed. The child has always ended on return.
     """
-    ours, theirs = multiprocessing.Pipe(duplex=False)
+    ours, theirs = multiprocessing.Pipe()
     child = multiprocessing.get_context("forkserver").Process(
         target=_child, args=(theirs, target, dict(arguments), dict(environment), threads, log)
     )
@@ -152,13 +154,17 @@ def call(
             while not ours.closed and ours.poll():
                 try:
                     kind, *content = ours.recv()
-                except EOFError:
+                except (EOFError, ConnectionResetError):
                     ours.close()
                     break
-                if kind == "progress":
-                    tell(*content)
-                else:
-                    outcome = (kind, content[0])
+                match kind:
+                    case "progress":
+                        tell(*content)
+                    case "ask":
+                        with suppress(BrokenPipeError):  # it died meanwhile, which the next turn sees
+                            ours.send(answers[content[0]]())
+                    case _:
+                        outcome = (kind, content[0])
             watch()
     finally:
         end(child)
@@ -215,8 +221,10 @@ def _child(channel, target: str, arguments: dict, environment: dict, threads: in
         if "torch" in sys.modules:  # imported by the server, with the server's thread count
             sys.modules["torch"].set_num_threads(threads)
         function = resolve(target)
-        if "tell" in inspect.signature(function).parameters:
-            arguments["tell"] = _teller(channel)
+        lock = threading.Lock()
+        for name, made in (("tell", _teller), ("ask", _asker)):
+            if name in inspect.signature(function).parameters:
+                arguments[name] = made(channel, lock)
         message = ("done", function(**arguments))
     except BaseException as error:
         message = ("failed", _told(error, log))
@@ -252,9 +260,20 @@ def _write_to(log: Path) -> None:
     print(time.strftime("---- %Y-%m-%d %H:%M:%S"), flush=True)
 
 
-def _teller(channel) -> Callable[[int, int, dict], None]:
+def _asker(channel, lock: threading.Lock) -> Callable[[str], Any]:
+    """A function that asks the rank, which answers within a millisecond unless its launch is over."""
+
+    def ask(name: str) -> Any:
+        with lock:
+            channel.send(("ask", name))
+            return channel.recv()
+
+    return ask
+
+
+def _teller(channel, lock: threading.Lock) -> Callable[[int, int, dict], None]:
     """A function that sends progress to the rank at most five times a second, and always when done >= total."""
-    last, lock = [0.0], threading.Lock()
+    last = [0.0]
 
     def tell(done: int, total: int, figures: dict) -> None:
         with lock:

@@ -26,7 +26,7 @@ from flywheel.runs.files import read_json, write_file, write_json
 from flywheel.runs.fork import fork
 from flywheel.runs.manifest import stage_dir
 from flywheel.runs.processes import Tell, call_alone, check_devices, processes, run_stage, threads_of, workers
-from flywheel.runs.ranks import Launch, LaunchFailed, Ranks, RunLock, free_port
+from flywheel.runs.ranks import Launch, Ranks, free_port, lock
 from flywheel.runs.rehearsal import rehearse
 from flywheel.runs.run import SKIPPED, Run
 from flywheel.runs.shards import shard_dirs
@@ -95,6 +95,8 @@ class Loop:
     # ---- rank 0 ----
 
     def lead(self) -> int:
+        if not self.args.dry_run:
+            self.launch = Launch(self.ranks)  # first of all: the others wait for a sign of life
         notes: list[str] = []
         check_devices(self.ranks, self.recipe)
         problems = load(self.recipe.problems, notes)
@@ -123,11 +125,9 @@ class Loop:
         unreported = {scheduled.round for scheduled in plan if not self.reported(scheduled.round).is_file()}
         rounds = sorted({scheduled.round for scheduled in todo} | unreported)
         if not rounds:
-            self.launch = Launch(self.run, self.ranks)  # the other ranks wait for an order
-            self.dismiss()
+            self.launch.dismiss()
             return self.nothing_to_do(len(plan))
         isolate.start_server(threads_of(self.ranks, self.recipe), self.preload)
-        self.launch = Launch(self.run, self.ranks)
         failed = []
         for round in rounds:
             for scheduled in todo:
@@ -135,18 +135,13 @@ class Loop:
                     self.lead_stage(scheduled, sources)
             if not self.after_round(round):
                 failed.append(round)
-        self.dismiss()
+        self.launch.dismiss()
         print(f"{self.run} is at the end of round {self.args.round}", flush=True)
         if failed:
             raise UserError(
                 f"the stages are done, but not the report of round {failed[0]}; the same command makes it again"
             )
         return 0
-
-    def dismiss(self) -> None:
-        """Tell the other ranks to end, and wait for them: a rank still in a sampling stage fails if rank 0 is gone."""
-        self.launch.order(do="end")
-        self.launch.wait_for_all()
 
     def check_model(self) -> Collection[str]:
         """Call `preflight` in a process of its own; returns the ids of questions to leave out.
@@ -157,7 +152,7 @@ class Loop:
             return ()
         isolate.start_server(threads_of(self.ranks, self.recipe), self.preload)
         asked = {"recipe": self.recipe, "ranks": self.ranks.world}
-        return call_alone(self.ranks, self.recipe, self.preflight, asked, "the recipe and its model")
+        return call_alone(self.ranks, self.recipe, self.preflight, asked, "the recipe and its model", watch=self.watch)
 
     @property
     def needs_download(self) -> bool:
@@ -176,7 +171,7 @@ class Loop:
         known = measured(key)
         if new and self.rehearsal and not (self.args.dry_run and (known or self.needs_download)):
             isolate.start_server(threads, self.preload)
-            if known := rehearse(self.ranks, self.recipe, self.rehearsal, self.args.force):
+            if known := rehearse(self.ranks, self.recipe, self.rehearsal, self.args.force, self.watch):
                 keep(key, known)
         return known or guessed(self.recipe)
 
@@ -186,8 +181,7 @@ class Loop:
             self.run.mkdir(parents=True)
         if not self.run.is_dir():
             raise UserError(f"{self.run}: not a directory")
-        self.lock = RunLock(self.run)
-        self.lock.take()
+        self.lock = lock(self.run)
         if not (self.run / "recipe.yaml").exists():
             if any(self.run.glob("round_*")):
                 raise UserError(
@@ -231,15 +225,16 @@ class Loop:
         directory.mkdir(parents=True, exist_ok=True)
         write_json(directory / manifest.FINGERPRINT, made_from)
         # seconds that earlier launches spent on this stage, if with as many processes as now
-        drawn = sum(read_json(shard / "shard.json")["seconds"] for shard in shard_dirs(directory))
+        found = shard_dirs(directory)
+        drawn = sum(read_json(shard / "shard.json")["seconds"] for shard in found)
         samplers = self.ranks.world // self.recipe.engine.tensor_parallel
         before = drawn / (samplers * processes(self.ranks, self.recipe, stage))
         started, port = time.monotonic(), free_port()
-        self.launch.order(do="stage", round=round, stage=stage.name, port=port)
+        have = [int(shard.name) for shard in found]
+        self.launch.order(do="stage", round=round, stage=stage.name, port=port, have=have)
         with Progress(f"round {round}  {stage.name}") as progress:
             figures = self.run_stage(round, stage, port, progress.show)
-            if stage.train:  # a sampling stage is complete when all shards exist, whichever rank wrote them
-                self.launch.wait_for_all()
+            self.launch.wait_for_all()
         seconds = time.monotonic() - started + before
         made = manifest.seal(self.run, scheduled, made_from, figures, seconds, self.ranks.world)
         for scratch in manifest.SCRATCH:
@@ -274,12 +269,12 @@ class Loop:
             return 0
         stages = isolate.resolve(self.stages)
         isolate.start_server(isolate.threads_for(self.ranks.local_world), self.preload)
-        self.launch = Launch(self.run, self.ranks)
+        self.launch = Launch(self.ranks)
         while (order := self.launch.next())["do"] == "stage":
             stage = next(s for s in stages(order["round"]) if s.name == order["stage"])
             self.run_stage(order["round"], stage, order["port"])
             self.launch.done()
-        self.launch.done()  # rank 0 waits for this before it releases the run's lock
+        self.launch.leave()
         return 0
 
     # ---- all ranks ----
@@ -287,7 +282,9 @@ class Loop:
     def run_stage(self, round: int, stage: Stage, port: int, tell: Tell = lambda done, total, figures: None) -> dict:
         """This rank's part of a stage; rank 0 returns its figures."""
         self.at = manifest.name_of((round, stage.name))
-        return run_stage(self.ranks, self.recipe, self.run, round, stage, self.stages, port, tell, self.watch)
+        return run_stage(
+            self.ranks, self.recipe, self.run, round, stage, self.stages, port, tell, self.watch, self.launch
+        )
 
     def watch(self) -> None:
         """Raises LaunchFailed or Stopped if this launch is over: another rank failed, or the launcher is gone."""
@@ -298,12 +295,10 @@ class Loop:
             raise Stopped(signal.SIGTERM)
 
     def failed(self, line: str) -> None:
-        """Report a failure once: rank 0 prints it; another rank sends it to rank 0 and waits until that has ended."""
-        if self.ranks.rank == 0:
+        """Report a failure once: rank 0 prints it; else one rank of each host does, if rank 0 cannot."""
+        rank = self.ranks.rank
+        if rank == 0:
             print(f"flywheel: {line}", file=sys.stderr, flush=True)
-        if self.launch:
-            self.launch.fail(line)
-        if self.ranks.rank and not isinstance(sys.exc_info()[1], LaunchFailed):
-            end = time.monotonic() + 2 * isolate.GRACE
-            while time.monotonic() < end and (self.launch is None or self.launch.lock.held()):
-                time.sleep(0.1)
+        said = self.launch is not None and self.launch.fail(line)
+        if rank and not said and rank == max(1, rank - self.ranks.local_rank):
+            print(f"flywheel: {line}", file=sys.stderr, flush=True)

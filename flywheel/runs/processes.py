@@ -12,7 +12,7 @@ from typing import Any
 from flywheel.errors import UserError
 from flywheel.recipe import Recipe
 from flywheel.runs import isolate, manifest
-from flywheel.runs.ranks import LaunchFailed, Ranks
+from flywheel.runs.ranks import Launch, LaunchFailed, Ranks
 from flywheel.runs.stage import Stage
 
 SMALL = 200 << 20  # bytes of weights below which one engine does not keep two cores busy
@@ -80,12 +80,13 @@ def run_stage(
     port: int,
     tell: Tell,
     watch: Callable[[], None],
+    launch: Launch,
 ) -> dict:
     """This rank's part of a stage, in child processes; returns the figures of the first one.
 
-    The others only process chunks. If one process fails, all are ended. `watch` is called several times a second and
-    ends the stage by raising. A rank whose device is part of another's engine does nothing in a sampling stage. Raises
-    StageFailed.
+    The others only process chunks, whose numbers `launch` gives them. If one process fails, all are ended. `watch` is
+    called several times a second and ends the stage by raising. A rank whose device is part of another's engine does
+    nothing in a sampling stage. Raises StageFailed, and StartAgain if the stage's process asks for it.
     """
     together = recipe.engine.tensor_parallel
     if not stage.train and ranks.local_rank % together:
@@ -128,7 +129,11 @@ def run_stage(
             log=manifest.stage_dir(run, round, stage.name) / f"rank_{rank}.log",
             tell=told,
             watch=watch,
+            answers={"draw": launch.draw, "all drawn are written": over_all},
         )
+
+    def over_all() -> bool:
+        return all(other.done() for other in others) and launch.all_done()
 
     with ThreadPoolExecutor(max(1, count - 1)) as pool:
         others = [pool.submit(call, w, watch_others) for w in range(1, count)]
@@ -150,6 +155,7 @@ def call_alone(
     what: str,
     threads: int | None = None,
     log: Path | None = None,
+    watch: Callable[[], None] = lambda: None,
 ) -> Any:
     """Call `module:function` in one process with the environment of a sampling stage's process, and its threads."""
     every = threads_of(ranks, recipe)
@@ -160,6 +166,7 @@ def call_alone(
         threads=threads or every // workers(recipe, every),
         environment=environment(ranks, False, 0, recipe.engine.tensor_parallel),
         log=log,
+        watch=watch,
     )
 
 

@@ -1,28 +1,35 @@
-"""The ranks of one launch, coordinated without torch by files in the run directory.
+"""The ranks of one launch, which meet in the TCPStore of torch's own rendezvous.
 
-Rank 0 decides what to do and writes orders, numbered files in `.launch/ID/`, which the others
-carry out. The ID is unique to the launch, so files of an older launch are never read.
+Rank 0 gives numbered orders, which the others carry out; all draw chunks from one counter. Every rank counts a
+heartbeat up, and one whose count stays the same for SILENCE seconds, by the clock of the rank that looks, is gone.
+A rank or process that fails ends the whole launch, so no chunk is drawn twice in one: the next launch draws it again.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import itertools
+import json
 import os
-import shutil
 import socket
+import sys
+import threading
 import time
-import uuid
-from contextlib import suppress
+from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from flywheel.errors import UserError
-from flywheel.runs.files import read_json, write_json
 
-PATIENCE = 180.0  # seconds for all ranks to start
-TRY_OUT = 1800.0  # seconds for rank 0 to try the model out, before it meets the others
+SILENCE = 50.0  # seconds without a sign of life after which a rank or the store is gone; seen within a minute
+BEAT = 1.0
 POLL = 0.1
+LAST_WORDS = 5.0  # seconds that a rank waits for the others to hear why it ends
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 class InUse(UserError):
@@ -30,7 +37,7 @@ class InUse(UserError):
 
 
 class LaunchFailed(UserError):
-    """Another rank failed or is gone."""
+    """Another rank failed or is gone, or the store is."""
 
 
 @dataclass(frozen=True)
@@ -53,149 +60,224 @@ class Ranks:
         )
 
 
-class RunLock:
-    """Rank 0's file lock on a run. The kernel releases it when the process dies, so it is never stale.
+def lock(run: Path) -> int:
+    """Lock a run for this process; returns the open file. The kernel unlocks it when the process dies.
 
-    The other ranks take locks of another `name` in the launch's folder, to show that they are alive.
+    Raises InUse, naming the holder. Where the file system has no locks it says so and goes on.
     """
-
-    def __init__(self, run: Path, name: str = ".lock"):
-        self.path = run / name
-
-    def take(self) -> None:
-        """Take the lock. Raises InUse, naming the holder."""
-        self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.lockf(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            holder = os.read(self.fd, 1000).decode(errors="replace").strip() or "unknown"
-            os.close(self.fd)
-            raise InUse(
-                f"{self.path.parent} is in use by {holder}; wait for it, or start another run with --name"
-            ) from None
-        os.ftruncate(self.fd, 0)
-        os.pwrite(self.fd, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
-
-    def held(self) -> bool:
-        """Whether another process holds the lock."""
-        with open(self.path, "rb+") as file:
-            try:
-                fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except (BlockingIOError, PermissionError):
-                return True
-        return False
+    path = run / ".lock"
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        holder = os.read(file, 1000).decode(errors="replace").strip() or "unknown"
+        os.close(file)
+        raise InUse(f"{run} is in use by {holder}; wait for it, or start another run with --name") from None
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        print(
+            f"flywheel: {run}: its file system has no locks ({error.strerror}), so nothing keeps a second launch away:"
+            " start no other on this run",
+            file=sys.stderr,
+            flush=True,
+        )
+    os.ftruncate(file, 0)
+    os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+    return file
 
 
 class Launch:
-    """One launch of `ranks.world` processes on one run. Rank 0 must hold the run's lock already.
+    """One launch of `ranks.world` processes. A single rank needs no store.
 
-    Raises LaunchFailed if not all ranks join within PATIENCE seconds.
+    Raises LaunchFailed if the store cannot be reached. Its methods raise it too, within SILENCE seconds.
     """
 
-    def __init__(self, run: Path, ranks: Ranks):
-        self.ranks, self.lock, self.base, self.count = ranks, RunLock(run), run / ".launch", 0
-        self.dir: Path | None = None  # None for a single rank
-        if ranks.world > 1:
-            self.base.mkdir(parents=True, exist_ok=True)
-            self.dir = self._host() if ranks.rank == 0 else self._join()
+    def __init__(self, ranks: Ranks):
+        self.ranks, self.count, self.have, self.numbers = ranks, 0, [], itertools.count()
+        self.failure = ""  # why this launch is over
+        self.lost = False  # rank 0 or the store is gone: nobody hears what this rank would say
+        self.over = threading.Event()
+        if ranks.world == 1:
+            return
+        env = os.environ
+        if not {"MASTER_ADDR", "MASTER_PORT"} <= env.keys():
+            raise UserError("WORLD_SIZE is set, but not MASTER_ADDR and MASTER_PORT: use accelerate launch")
+        self.address = f"{env['MASTER_ADDR']}:{env['MASTER_PORT']}"
+        self.restart = int(env.get("TORCHELASTIC_RESTART_COUNT", 0))
+        self.store = self._ask(connect(ranks, f"flywheel/{env.get('TORCHELASTIC_RUN_ID', '')}"))
+        self._ask(self.store.set, f"start_{self.restart}", "")
+        self.thread = threading.Thread(target=self._beat, daemon=True)
+        self.thread.start()
 
-    def _host(self) -> Path:
-        """Handshake: publish every rank's token until each rank has confirmed its own. Returns the launch's folder."""
-        for old in self.base.glob("*"):
-            shutil.rmtree(old, ignore_errors=True) if old.is_dir() else old.unlink(missing_ok=True)
-        directory, others = self.base / uuid.uuid4().hex, range(1, self.ranks.world)
-        directory.mkdir()
-        published: dict[str, str] = {}
-        for _ in _until(PATIENCE):
-            tokens = {str(r): token for r in others if (token := read_json(self.base / f"hello_{r}.json"))}
-            if tokens != published:
-                published = tokens
-                write_json(self.base / "welcome.json", {"launch": directory.name, "ranks": published})
-            confirmed = [r for r in others if read_json(directory / f"here_{r}.json") == published.get(str(r), "")]
-            if len(confirmed) == len(others):
-                return directory
-        missing = [r for r in others if str(r) not in published]
-        raise LaunchFailed(
-            f"ranks {missing or list(others)} of {self.ranks.world} did not come within {PATIENCE:.0f} s:"
-            f" is {self.base.parent} shared by all hosts?"
-        )
+    def _key(self, name: str) -> str:
+        """After an elastic restart of the ranks no key of the earlier ones is read."""
+        return f"{self.restart}/{name}"
 
-    def _join(self) -> Path:
-        """The other side: write this rank's token, and confirm it once rank 0 has published it. Returns the folder."""
-        token, hello = uuid.uuid4().hex, self.base / f"hello_{self.ranks.rank}.json"
-        for _ in _until(PATIENCE + TRY_OUT):
-            if not hello.is_file():  # rank 0 clears the folder when it starts
-                with suppress(FileNotFoundError):
-                    write_json(hello, token)
-            welcome = read_json(self.base / "welcome.json") or {}
-            if welcome.get("ranks", {}).get(str(self.ranks.rank)) == token:
-                directory = self.base / welcome["launch"]
-                RunLock(directory, f"alive_{self.ranks.rank}").take()
-                write_json(directory / f"here_{self.ranks.rank}.json", token)
-                return directory
-        raise LaunchFailed(f"rank 0 did not answer within {PATIENCE + TRY_OUT:.0f} s")
+    def _ask(self, call: Callable[..., Any], *args: Any) -> Any:
+        """What a call of the store returns.
+
+        In a thread of its own: most calls have no time limit, never return from a frozen host, and let no signal
+        through.
+        """
+        answer: Future = Future()
+
+        def ask() -> None:
+            try:
+                answer.set_result(call(*args))
+            except Exception as error:
+                answer.set_exception(error)
+
+        threading.Thread(target=ask, daemon=True).start()
+        try:
+            return answer.result(SILENCE)
+        except (TimeoutError, RuntimeError) as error:  # torch's DistError is a RuntimeError
+            self.lost = True
+            why = (str(error).splitlines() or [f"silent for {SILENCE:.0f} s"])[0]
+            raise LaunchFailed(
+                f"rank 0 is gone or cannot be reached: the launch's store at {self.address} does not answer ({why});"
+                " the same command continues"
+            ) from None
+
+    def _count(self, name: str, more: int = 0) -> int:
+        """A counter of this launch after adding `more`; 0 if it is new."""
+        return self._ask(self.store.add, self._key(name), more)
+
+    def _read(self, name: str) -> Any:
+        """The value of a key of this launch, or None."""
+        key = self._key(name)
+        return json.loads(self._ask(self.store.get, key)) if self._ask(self.store.check, [key]) else None
+
+    # ---- heartbeats ----
+
+    def _beat(self) -> None:
+        watched = range(1, self.ranks.world) if self.ranks.rank == 0 else [0]
+        seen = {r: (0, time.monotonic()) for r in watched}  # rank -> its count, and since when
+        try:
+            while not self.over.wait(BEAT):
+                self._look(seen)
+        except LaunchFailed as error:
+            self.failure = str(error)
+
+    def _look(self, seen: dict[int, tuple[int, float]]) -> None:
+        """Give a sign of life, and look for those of others. Raises LaunchFailed."""
+        self._count(f"beat_{self.ranks.rank}", 1)
+        if failed := self._read("failed"):
+            rank, line = failed
+            raise LaunchFailed(f"rank {rank}: {line}" if rank and self.ranks.rank == 0 else line)
+        if self._ask(self.store.check, [f"start_{self.restart + 1}"]):
+            raise LaunchFailed("the launcher started the ranks of another host again")
+        for r in seen:
+            count, now = self._count(f"beat_{r}"), time.monotonic()
+            if count != seen[r][0]:
+                seen[r] = count, now
+            elif count >= 0 and now - seen[r][1] > SILENCE:
+                self.lost = r == 0
+                how = "is gone: no sign of life" if count else "did not come"
+                raise LaunchFailed(f"rank {r} {how} within {SILENCE:.0f} s; the same command continues")
+
+    def watch(self) -> None:
+        """Raises LaunchFailed if this launch is over; not every launcher ends the other ranks then."""
+        if self.failure:
+            raise LaunchFailed(self.failure)
 
     # ---- rank 0 ----
 
     def order(self, **what: Any) -> None:
-        """Write the next order for all other ranks."""
-        self.count += 1
-        if self.dir:
-            write_json(self.dir / f"order_{self.count}.json", what)
+        """Give the next order to all other ranks. `have`: the stage's shards that exist, which nobody shall draw."""
+        self.count, self.numbers, self.have = self.count + 1, itertools.count(), what.get("have", [])
+        if self.ranks.world > 1:
+            self._ask(self.store.set, self._key(f"order_{self.count}"), json.dumps(what))
+
+    def all_done(self) -> bool:
+        """Whether every other rank has carried out the last order."""
+        return self.ranks.world == 1 or self._count(f"done_{self.count}") == self.ranks.world - 1
+
+    def dismiss(self) -> None:
+        """Let the other ranks end, and wait for them: they would fail if rank 0, and its store, were gone."""
+        self.order(do="end")
+        self.wait_for_all()
+        self._stop()
 
     def wait_for_all(self) -> None:
-        """Wait until every other rank has carried out the last order. Raises LaunchFailed."""
-        others = [self.dir / f"done_{self.count}_{r}" for r in range(1, self.ranks.world)] if self.dir else []
-        while not all(path.is_file() for path in others):
+        while not self.all_done():
             self.watch()
             time.sleep(POLL)
 
     # ---- the others ----
 
     def next(self) -> dict[str, Any]:
+        """The next order, once rank 0 has given it."""
         self.count += 1
-        path = self.dir / f"order_{self.count}.json"
-        while (found := read_json(path)) is None:
-            try:
-                self.watch()
-            except LaunchFailed:
-                if (found := read_json(path)) is None:  # else rank 0 wrote its last order and ended
-                    raise
-                return found
+        while (found := self._read(f"order_{self.count}")) is None:
+            self.watch()
             time.sleep(POLL)
+        self.have = found.get("have", [])
         return found
 
     def done(self) -> None:
-        (self.dir / f"done_{self.count}_{self.ranks.rank}").touch()
+        self._count(f"done_{self.count}", 1)
+
+    def leave(self) -> None:
+        """Carry out the order to end."""
+        self._count(f"beat_{self.ranks.rank}", -(1 << 40))  # its silence means nothing from now on
+        self.done()
+        self._stop()
 
     # ---- all ----
 
-    def fail(self, line: str) -> None:
-        """Tell the other ranks that this one failed, so that all stop."""
-        if self.dir:
-            with suppress(OSError):  # if the disk failed, the others notice by this rank's lock or by the launcher
-                write_json(self.dir / f"failed_{self.ranks.rank}.json", line)
+    def draw(self) -> int:
+        """The number of the next chunk that rank 0 did not find finished; it goes on after the stage's last chunk."""
+        alone = self.ranks.world == 1
+        index = next(self.numbers) if alone else self._count(f"drawn_{self.count}", 1) - 1
+        for finished in self.have:
+            index += finished <= index
+        return index
 
-    def watch(self) -> None:
-        """Raises LaunchFailed if another rank failed or is gone; not every launcher ends the other ranks then."""
-        for r in range(self.ranks.world) if self.dir else ():
-            if r != self.ranks.rank and (line := read_json(self.dir / f"failed_{r}.json")):
-                raise LaunchFailed(f"rank {r}: {line}" if self.ranks.rank == 0 else line)
-        if self.ranks.rank:
-            if not self.lock.held():
-                raise LaunchFailed("rank 0 is gone")
-            return
-        for r in range(1, self.ranks.world) if self.dir else ():
-            # check the lock before the file: a rank writes `done` before it ends
-            if not RunLock(self.dir, f"alive_{r}").held() and not (self.dir / f"done_{self.count}_{r}").is_file():
-                raise LaunchFailed(f"rank {r} is gone; the same command continues")
+    def fail(self, line: str) -> bool:
+        """Tell the other ranks that this one failed, so that all stop; returns whether rank 0 has printed why.
+
+        Rank 0 prints first, and stays until the others have heard it: its end may be the store's.
+        """
+        if self.ranks.world == 1 or self.lost:
+            return False
+        end = time.monotonic() + LAST_WORDS
+        said, wanted = ("heard", self.ranks.world - 1) if self.ranks.rank == 0 else ("said", 1)
+        try:
+            self._ask(self.store.compare_set, self._key("failed"), "", json.dumps([self.ranks.rank, line]))
+            if self.ranks.rank == 0:
+                self._count("said", 1)
+            while (reached := self._count(said) >= wanted) is False and time.monotonic() < end:
+                time.sleep(POLL)
+            if self.ranks.rank:
+                self._count("heard", 1)
+        except LaunchFailed:
+            return False
+        finally:
+            self._stop()
+        return reached
+
+    def _stop(self) -> None:
+        """End the heartbeats: a thread that comes back from the store while Python ends would abort the process."""
+        self.over.set()
+        if self.ranks.world > 1:
+            self.thread.join(BEAT)
 
 
-def _until(seconds: float):
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        yield
-        time.sleep(POLL)
+def connect(ranks: Ranks, prefix: str) -> Callable[[], Any]:
+    """A function that connects to the launch's TCPStore.
+
+    The launcher's agent hosts it if torch elastic says so, else rank 0 does, at MASTER_ADDR:MASTER_PORT.
+    """
+    env = os.environ
+    before = env.get("TORCH_CPP_LOG_LEVEL")
+    env["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # read at the import: a lost connection is one line of ours, not many of C++
+    from torch.distributed import PrefixStore, TCPStore
+
+    env.pop("TORCH_CPP_LOG_LEVEL") if before is None else env.update(TORCH_CPP_LOG_LEVEL=before)
+    hosts = ranks.rank == 0 and env.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    how = {"is_master": hosts, "wait_for_workers": False, "timeout": timedelta(seconds=SILENCE)}
+    return lambda: PrefixStore(prefix, TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), **how))
 
 
 def free_port() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from tempfile import mkdtemp
@@ -13,13 +14,15 @@ from flywheel.runs.processes import call_alone, threads_of
 from flywheel.runs.ranks import Ranks
 
 
-def rehearse(ranks: Ranks, recipe: Recipe, stages: str, force: bool) -> Rates | None:
+def rehearse(
+    ranks: Ranks, recipe: Recipe, stages: str, force: bool, watch: Callable[[], None] = lambda: None
+) -> Rates | None:
     """Sample the base, train it and serve what was trained, in miniature; returns this machine's speeds with it.
 
     stages: a module with the functions `sample`, `train` and `serve` (`flywheel.stages.rehearsal`). None if the
     engine is not vLLM, which is all that is trained and served. Raises UserError; StageFailed, whose log is kept.
     """
-    call = partial(call_alone, ranks, recipe, what="the rehearsal of the run")
+    call = partial(call_alone, ranks, recipe, what="the rehearsal of the run", watch=watch)
     speeds = call(f"{stages}:sample", {"recipe": recipe, "force": force})
     if recipe.engine.kind != "vllm":
         return None

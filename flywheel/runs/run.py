@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import re
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,6 +24,7 @@ from flywheel.runs.stage import At, Stage
 
 R = TypeVar("R")
 BEAT = 3.0  # seconds
+POLL = 0.05
 SKIPPED = "skipped_questions.json"  # ids of the questions that `problems.skip_long` left out when the run began
 
 
@@ -184,13 +186,16 @@ class Context(Run):
         rank: int = 0,
         world: int = 1,
         tell: Callable[[int, int, dict], None] = lambda done, total, figures: None,
+        ask: Callable[[str], Any] | None = None,
     ):
+        """ask: what this process may ask its rank (`processes.run_stage`); without it the process is the only one."""
         super().__init__(root, recipe)
         self.round, self.stage, self.rank, self.world = round, stage, rank, world
         self.ledger = Ledger(stage.name, round)
         self.verdicts: Counter[str] = Counter()  # on the solutions that were graded for the current chunk
         self.dir = self.path(stage.name)
-        self._tell = tell
+        self._tell, self._ask = tell, ask
+        self.draw = partial(ask, "draw") if ask else None  # the number of the next chunk of this launch
         self._before = self._chunk = self._items = 0  # items in finished chunks, in the current chunk, in the stage
         self._said: tuple[int, int, dict] = (0, 0, {})  # the last progress
 
@@ -242,6 +247,11 @@ class Context(Run):
         if (found := self.manifest(stage, at[0])) is None:
             raise UserError(f"{manifest.name_of(at)} is not finished, and {self.stage.name} needs it")
         return found
+
+    def wait_for_others(self) -> None:
+        """On rank 0: until every other process of the stage has written all that it drew, and ended."""
+        while self.rank == 0 and self._ask and not self._ask("all drawn are written"):
+            time.sleep(POLL)
 
     # ---- progress, for the terminal ----
 

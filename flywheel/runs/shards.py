@@ -1,35 +1,31 @@
-"""The shards of a sampling stage: chunks claimed by processes, each written to a scratch folder and then renamed."""
+"""The shards of a sampling stage: chunks drawn by processes, each written to a scratch folder and then renamed."""
 
 from __future__ import annotations
 
-import fcntl
+import errno
 import hashlib
+import itertools
 import json
 import os
 import shutil
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from flywheel.runs.files import Damaged, encode, encode_ledger, fence, read_json, sha256, sync_dir, write_synced
 
 
 class Shards:
-    """The chunks of one stage: which are done, claiming the others, and writing their shards.
+    """The chunks of one stage: which are done, drawing the others, and writing their shards.
 
-    `chunks[i]` are the item ids of shard i, in directory `shards/0000i`. A chunk is claimed by
-    a lock on byte i of one file, which the kernel releases when its owner dies.
+    `chunks[i]` are the item ids of shard i, in directory `shards/0000i`. `draw` returns the number of the next chunk,
+    each once in a launch, and goes on after the last one; by default it gives the missing ones to this process.
     """
 
-    def __init__(self, stage_dir: Path, chunks: Sequence[Sequence[str]]):
+    def __init__(self, stage_dir: Path, chunks: Sequence[Sequence[str]], draw: Callable[[], int] | None = None):
         self.dir, self.chunks = stage_dir / "shards", chunks
         self.dir.mkdir(parents=True, exist_ok=True)
-        # POSIX locks (not flock): a process forked from the owner cannot keep them alive
-        self.locks = os.open(stage_dir / "claims.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self._draw = draw or filter(lambda i: not self.path(i).is_dir(), itertools.count()).__next__
         self._check()
-
-    def close(self) -> None:
-        os.close(self.locks)
 
     def path(self, index: int) -> Path:
         return self.dir / f"{index:05d}"
@@ -40,35 +36,19 @@ class Shards:
     def _check(self) -> None:
         """Raises Damaged if an existing shard has other items than its chunk has now, or altered files."""
         for path in shard_dirs(self.dir.parent):
-            shard, index = check_shard(path), int(path.name)
-            if index >= len(self.chunks) or shard.get("items") != list(self.chunks[index]):
-                raise Damaged(
-                    f"{path}: holds other items than this stage has now; delete {self.dir.parent} to redo the stage"
-                )
+            self._check_one(path)
 
-    def claims(self, idle: Callable[[], None] = lambda: None) -> Iterator[int]:
-        """Indices of missing chunks, each locked until the next is requested; ends when all shards exist.
+    def _check_one(self, path: Path) -> None:
+        shard, index = check_shard(path), int(path.name)
+        if index >= len(self.chunks) or shard.get("items") != list(self.chunks[index]):
+            raise Damaged(
+                f"{path}: holds other items than this stage has now; delete {self.dir.parent} to redo the stage"
+            )
 
-        If other processes hold all missing chunks it calls `idle` and waits: one of them may die.
-        """
-        while missing := [i for i in range(len(self.chunks)) if not self.path(i).is_dir()]:
-            index = next((i for i in missing if self._lock(i)), None)
-            if index is None:
-                idle()
-                time.sleep(0.1)
-                continue
-            try:
-                if not self.path(index).is_dir():  # else finished between the check and the lock
-                    yield index
-            finally:
-                fcntl.lockf(self.locks, fcntl.LOCK_UN, 1, index)
-
-    def _lock(self, index: int) -> bool:
-        try:
-            fcntl.lockf(self.locks, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, index)
-            return True
-        except (BlockingIOError, PermissionError):
-            return False
+    def draw(self) -> int | None:
+        """The index of a chunk that no other process of this launch draws, or None if none is left."""
+        index = self._draw()
+        return index if index < len(self.chunks) else None
 
     def write(
         self,
@@ -78,7 +58,7 @@ class Shards:
         seconds: Callable[[], float],
         verdicts: Mapping[str, int] = {},
     ) -> None:
-        """Write a claimed chunk: one table per record class, the ledger's rows, and `shard.json`.
+        """Write a drawn chunk: one table per record class, the ledger's rows, and `shard.json`.
 
         `verdicts`: counts of its graded solutions; like `ledger` and `seconds` read after the last record.
         """
@@ -99,7 +79,7 @@ class Shards:
             },
         }
         files["shard.json"] = json.dumps(about).encode()
-        for leftover in self.dir.glob(f".{index:05d}.*"):  # of a process that died: this one holds the lock now
+        for leftover in self.dir.glob(f".{index:05d}.*"):  # of a process that died
             shutil.rmtree(leftover)
         scratch = self.dir / f".{index:05d}.{os.getpid()}"
         scratch.mkdir()
@@ -109,9 +89,11 @@ class Shards:
             sync_dir(scratch)
             fence()
             os.rename(scratch, self.path(index))
-        except OSError:
+        except OSError as error:
             shutil.rmtree(scratch, ignore_errors=True)
-            raise
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            self._check_one(self.path(index))  # another launch's process wrote it: the chunk is done
         sync_dir(self.dir)
 
 

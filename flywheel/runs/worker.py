@@ -1,4 +1,4 @@
-"""One process's part of a stage: claim chunks, process them, write their shards; or train."""
+"""One process's part of a stage: draw chunks, process them, write their shards; or train."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ def perform_stage(
     world: int,
     cores: Sequence[int] | None,
     tell: Callable[[int, int, dict], None],
+    ask: Callable[[str], Any],
 ) -> dict:
     """Entry point of a stage's process: its part of the stage, on `cores` (None: all cores of the rank).
 
@@ -35,7 +36,7 @@ def perform_stage(
     if cores:
         os.sched_setaffinity(0, cores)
     found = next(s for s in resolve(stages)(round) if s.name == stage)
-    return perform(Context(recipe, run, round, found, rank, world, tell))
+    return perform(Context(recipe, run, round, found, rank, world, tell, ask))
 
 
 def perform(ctx: Context) -> dict:
@@ -47,6 +48,7 @@ def perform(ctx: Context) -> dict:
             figures |= ctx.stage.train(ctx)
         else:
             fill(ctx)
+            ctx.wait_for_others()
         if ctx.stage.finish and ctx.rank == 0:
             figures |= ctx.stage.finish(ctx)
     if rows := ctx.ledger.take():  # charged by a training, or after the last chunk
@@ -61,16 +63,14 @@ def cut(items: Sequence[str], size: int) -> list[list[str]]:
 
 
 def fill(ctx: Context, chunk: int | None = None) -> None:
-    """Claim missing chunks and write their shards until all exist. Engines are opened at the first chunk.
+    """Draw missing chunks and write their shards until none is left to draw. Engines are opened at the first chunk.
 
     `chunk`: items per chunk, `engine.chunk` if None. A dead engine is reopened once per chunk; the tokens that it had
     spent stay in the ledger. Raises EngineDied, naming the chunk's questions, if it dies again.
     """
-    shards = Shards(ctx.dir, cut(ctx.stage.items(ctx), chunk or ctx.chunk))
-    with ExitStack() as stack:
-        stack.callback(shards.close)
-        opened = stack.enter_context(Opened(ctx))
-        for index in shards.claims(idle=lambda: ctx.at_chunk(shards, 0)):
+    shards = Shards(ctx.dir, cut(ctx.stage.items(ctx), chunk or ctx.chunk), ctx.draw)
+    with Opened(ctx) as opened:
+        while (index := shards.draw()) is not None:
             questions = shards.chunks[index]
             try:
                 write_shard(ctx, shards, index, opened)

@@ -20,7 +20,7 @@ from toy import HERE, Project, finish, gone, wait_for
 from flywheel.recipe import load
 from flywheel.runs import isolate
 from flywheel.runs.processes import run_stage
-from flywheel.runs.ranks import Ranks, free_port
+from flywheel.runs.ranks import Launch, Ranks, free_port
 from flywheel.runs.run import Context
 from flywheel.runs.terminal import Progress
 
@@ -442,7 +442,7 @@ def start_ranks(project: Project, *argv: str, world: int = 2, **env: object) -> 
         "LOCAL_WORLD_SIZE": world,
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": free_port(),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TOY_SILENCE": 10,
     }
     return [project.start(*argv, RANK=r, LOCAL_RANK=r, TOY_RANK=r, **group, **env) for r in range(world)]
 
@@ -474,19 +474,8 @@ def test_another_number_of_ranks_continues(project, finished):
 
 def test_ranks_of_a_finished_run_all_end_at_once(copy):
     ranks = start_ranks(copy, "--round", "2")
-    output = [process.communicate(timeout=60) for process in ranks]  # they would wait 180 s for a rank 0 that is gone
+    output = [process.communicate(timeout=60) for process in ranks]
     assert [process.returncode for process in ranks] == [0, 0] and "nothing to do" in output[0][0]
-
-
-def test_files_of_an_older_launch_are_not_believed(project):
-    launch = project.run_dir / ".launch"
-    (launch / "old").mkdir(parents=True)
-    (launch / "hello_1.json").write_text('"an older rank"')
-    (launch / "welcome.json").write_text(json.dumps({"launch": "old", "ranks": {"1": "an older rank"}}))
-    (launch / "old" / "order_1.json").write_text(json.dumps({"do": "end"}))
-    ranks = start_ranks(project, "--round", "0")
-    assert [process.communicate(timeout=60) and process.returncode for process in ranks] == [0, 0]
-    assert len(project.logged("evaluate:0")) == 3
 
 
 def test_a_rank_that_fails_stops_all_and_rank_0_says_why(project):
@@ -635,12 +624,13 @@ def test_the_processes_of_a_stage_share_its_threads(project, monkeypatch):
         called.clear()
         sets = ["engine.workers=2", f"engine.threads={threads}"]
         recipe = load(project.root / "toy.yaml", sets)
-        run_stage(Ranks(), recipe, project.run_dir, 1, toy_stages.SAMPLE, "toy_stages:stages", 0, print, lambda: None)
+        at = (project.run_dir, 1, toy_stages.SAMPLE, "toy_stages:stages", 0)
+        run_stage(Ranks(), recipe, *at, print, lambda: None, Launch(Ranks()))
         assert sorted((how["threads"] for _, how in called), reverse=True) == expected
         assert all((arguments["cores"] is not None) == (threads == 8) for arguments, _ in called)
     called.clear()
     run_stage(
         Ranks(), load(project.root / "toy.yaml", ["engine.threads=3"]), project.run_dir, 1, toy_stages.DISTILL,
-        "toy_stages:stages", 0, print, lambda: None,
+        "toy_stages:stages", 0, print, lambda: None, Launch(Ranks()),
     )  # fmt: skip
     assert [how["threads"] for _, how in called] == [3]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from flywheel.recipe import ProblemSpec, PublishedSpec
 from flywheel.records import Candidate, Finish, Grade, Outcome, Problem, Role, Solution, Split, Step
 from flywheel.runs import manifest
 from flywheel.runs.files import Damaged, encode, plain, read_table, write_table
+from flywheel.runs.ranks import Launch, Ranks
 from flywheel.runs.run import Context, TestSplitForbidden
 from flywheel.runs.shards import Shards, shard_dirs
 from flywheel.runs.stage import Input, Scheduled, Stage
@@ -124,49 +124,36 @@ def test_figures_become_plain_json():
 # ---- shards ----
 
 
-def claim_in_child(directory: Path, queue) -> None:
-    shards = Shards(directory, [["a"], ["b"]])
-    for index in shards.claims():
-        queue.put(index)
-        os._exit(1)  # dies with the claim in hand
-
-
-def test_a_claim_is_dropped_when_its_owner_dies(tmp_path):
-    context = multiprocessing.get_context("fork")
-    queue = context.SimpleQueue()
-    child = context.Process(target=claim_in_child, args=(tmp_path, queue))
-    child.start()
-    child.join()
-    assert queue.get() == 0
-    shards = Shards(tmp_path, [["a"], ["b"]])
-    assert next(shards.claims()) == 0
-
-
 def write(shards: Shards, index: int, records: list) -> None:
     shards.write(index, records, ledger=lambda: [], seconds=lambda: 0.0)
 
 
-def test_a_chunk_held_by_another_is_left_to_it(tmp_path):
-    context = multiprocessing.get_context("fork")
-    ours, theirs = context.Pipe()
+def drawn(shards: Shards) -> list[int]:
+    return list(iter(shards.draw, None))
 
-    def hold() -> None:
-        claims = Shards(tmp_path, [["a"], ["b"]]).claims()
-        theirs.send(next(claims))
-        theirs.recv()
 
-    child = context.Process(target=hold)
-    child.start()
-    assert ours.recv() == 0
-    shards = Shards(tmp_path, [["a"], ["b"]])
-    claims = shards.claims()
-    assert next(claims) == 1
-    write(shards, 1, [SOLUTION])
-    ours.send("end")
-    child.join()
-    assert next(claims) == 0  # once its owner is gone
-    write(shards, 0, [SOLUTION])
-    assert list(claims) == []
+def test_alone_a_process_draws_the_chunks_that_are_missing(tmp_path):
+    write(Shards(tmp_path, [["a"], ["b"], ["c"]]), 1, [SOLUTION])
+    shards = Shards(tmp_path, [["a"], ["b"], ["c"]])
+    assert drawn(shards) == [0, 2] and shards.draw() is None
+
+
+def test_in_a_launch_chunks_are_drawn_by_its_counter_past_those_that_rank_0_named(tmp_path):
+    launch = Launch(Ranks())
+    launch.order(do="stage", have=[0, 2, 3])
+    one, other = (Shards(tmp_path, [[name] for name in "abcdefg"], launch.draw) for _ in range(2))
+    assert [one.draw(), other.draw(), *drawn(one), *drawn(other)] == [1, 4, 5, 6]
+
+
+def test_a_chunk_that_another_launch_wrote_meanwhile_is_done(tmp_path):
+    mine, theirs = Shards(tmp_path, [["a"]]), Shards(tmp_path, [["a"]])
+    write(theirs, 0, [SOLUTION])
+    written = (tmp_path / "shards" / "00000").stat().st_ino
+    write(mine, 0, [SOLUTION])
+    assert [(p.name, p.stat().st_ino) for p in (tmp_path / "shards").iterdir()] == [("00000", written)]
+    (tmp_path / "shards" / "00000" / "Solution.parquet").write_text("half")
+    with pytest.raises(Damaged, match="delete .*00000 to make this chunk again"):
+        write(mine, 0, [SOLUTION])
 
 
 def test_leftovers_of_a_dead_writer_are_swept_and_never_read(tmp_path):
@@ -174,14 +161,14 @@ def test_leftovers_of_a_dead_writer_are_swept_and_never_read(tmp_path):
     (tmp_path / "shards" / ".00000.999").mkdir()
     (tmp_path / "shards" / ".00000.999" / "Solution.parquet").write_text("half")
     assert shards.done() == [] and shard_dirs(tmp_path) == []
-    for index in shards.claims():
+    while (index := shards.draw()) is not None:
         write(shards, index, [SOLUTION])
     assert [p.name for p in (tmp_path / "shards").iterdir()] == ["00000"]
 
 
 def test_shards_of_other_items_are_refused(tmp_path):
     shards = Shards(tmp_path, [["a"], ["b"]])
-    for index in shards.claims():
+    while (index := shards.draw()) is not None:
         write(shards, index, [SOLUTION])
     with pytest.raises(Damaged, match="holds other items"):
         Shards(tmp_path, [["a", "b"]])
