@@ -17,7 +17,7 @@ from pathlib import Path
 
 import yaml
 
-from flywheel.errors import UserError
+from flywheel.errors import StartAgain, UserError
 from flywheel.problems.sources import load
 from flywheel.recipe import Recipe
 from flywheel.runs import isolate, manifest
@@ -32,6 +32,8 @@ from flywheel.runs.run import SKIPPED, Run
 from flywheel.runs.shards import shard_dirs
 from flywheel.runs.stage import Scheduled, Stage, schedule
 from flywheel.runs.terminal import Progress, brief
+
+STARTS = 12  # of one stage; each halves a training's micro batch
 
 
 class Stopped(BaseException):
@@ -229,12 +231,21 @@ class Loop:
         drawn = sum(read_json(shard / "shard.json")["seconds"] for shard in found)
         samplers = self.ranks.world // self.recipe.engine.tensor_parallel
         before = drawn / (samplers * processes(self.ranks, self.recipe, stage))
-        started, port = time.monotonic(), free_port()
-        have = [int(shard.name) for shard in found]
-        self.launch.order(do="stage", round=round, stage=stage.name, port=port, have=have)
-        with Progress(f"round {round}  {stage.name}") as progress:
-            figures = self.run_stage(round, stage, port, progress.show)
-            self.launch.wait_for_all()
+        started, have = time.monotonic(), [int(shard.name) for shard in found]
+        for attempt in range(STARTS):
+            port = free_port()
+            self.launch.order(do="stage", round=round, stage=stage.name, port=port, have=have)
+            try:
+                with Progress(f"round {round}  {stage.name}") as progress:
+                    figures = self.run_stage(round, stage, port, progress.show)
+                    self.launch.wait_for_all()
+                break
+            except StartAgain as error:  # of this rank or another
+                print(error, flush=True)
+                self.launch.start_again(str(error))
+                self.launch.wait_for_all()
+                if attempt == STARTS - 1:
+                    raise
         seconds = time.monotonic() - started + before
         made = manifest.seal(self.run, scheduled, made_from, figures, seconds, self.ranks.world)
         for scratch in manifest.SCRATCH:
@@ -272,7 +283,10 @@ class Loop:
         self.launch = Launch(self.ranks)
         while (order := self.launch.next())["do"] == "stage":
             stage = next(s for s in stages(order["round"]) if s.name == order["stage"])
-            self.run_stage(order["round"], stage, order["port"])
+            try:
+                self.run_stage(order["round"], stage, order["port"])
+            except StartAgain as error:
+                self.launch.start_again(str(error))
             self.launch.done()
         self.launch.leave()
         return 0

@@ -23,7 +23,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from flywheel.errors import UserError
+from flywheel.errors import StartAgain, UserError
 
 SILENCE = 50.0  # seconds without a sign of life after which a rank or the store is gone; seen within a minute
 BEAT = 1.0
@@ -96,6 +96,8 @@ class Launch:
     def __init__(self, ranks: Ranks):
         self.ranks, self.count, self.have, self.numbers = ranks, 0, [], itertools.count()
         self.failure = ""  # why this launch is over
+        self.anew = (0, "")  # the order whose stage has to start again, and why
+        self.told = 0  # the last order of which this rank knows that, and is to say it no more
         self.lost = False  # rank 0 or the store is gone: nobody hears what this rank would say
         self.over = threading.Event()
         if ranks.world == 1:
@@ -165,6 +167,8 @@ class Launch:
         if failed := self._read("failed"):
             rank, line = failed
             raise LaunchFailed(f"rank {rank}: {line}" if rank and self.ranks.rank == 0 else line)
+        if line := self._read(f"again_{(at := self.count)}"):
+            self.anew = (at, line)
         if self._ask(self.store.check, [f"start_{self.restart + 1}"]):
             raise LaunchFailed("the launcher started the ranks of another host again")
         for r in seen:
@@ -177,9 +181,21 @@ class Launch:
                 raise LaunchFailed(f"rank {r} {how} within {SILENCE:.0f} s; the same command continues")
 
     def watch(self) -> None:
-        """Raises LaunchFailed if this launch is over; not every launcher ends the other ranks then."""
+        """Raises LaunchFailed if this launch is over; not every launcher ends the other ranks then.
+
+        Raises StartAgain if a rank said so of the current order's stage, until this rank has said it too.
+        """
         if self.failure:
             raise LaunchFailed(self.failure)
+        at, line = self.anew
+        if at == self.count > self.told:
+            raise StartAgain(line)
+
+    def start_again(self, line: str) -> None:
+        """Tell all ranks that the current order's stage has to start again: they end their part of it."""
+        self.told = self.count
+        if self.ranks.world > 1:
+            self._ask(self.store.compare_set, self._key(f"again_{self.count}"), "", json.dumps(line))
 
     # ---- rank 0 ----
 

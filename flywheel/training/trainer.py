@@ -260,6 +260,11 @@ def keep_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, -1)
 
 
+def with_deepspeed() -> bool:
+    """Whether the launcher was told to train with DeepSpeed."""
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+
+
 def _out_of_memory(error: RuntimeError) -> bool:
     """Whether `error` is an out-of-memory error; on a CPU torch has no type for it, only the message."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
@@ -268,8 +273,8 @@ def _out_of_memory(error: RuntimeError) -> bool:
 def _make_room(error: RuntimeError, job: Job, micro: int, world: int) -> None:
     """If memory ran out, write a smaller micro batch to disk for the next try; else raises `error` again.
 
-    Raises TrainingError if there is no smaller one, and OutOfMemory if there are several ranks: the others wait in a
-    collective operation that this one will not join, so all have to start again.
+    Raises TrainingError if there is no smaller one, and OutOfMemory if there are several ranks, since the others wait
+    in a collective operation that this one will not join, or DeepSpeed, which starts only once in a process.
     """
     if not _out_of_memory(error):
         raise error
@@ -280,7 +285,7 @@ def _make_room(error: RuntimeError, job: Job, micro: int, world: int) -> None:
         raise TrainingError(f"{failed}: lower {section}.max_length, or train on a larger device") from error
     line = f"{job.role}: {failed}; going on with {smaller}, the batch stays {batch}"
     write_json(job.out / ROOM, smaller)
-    if world > 1:
+    if world > 1 or with_deepspeed():
         raise OutOfMemory(line) from error
     print(line, flush=True)
 
@@ -313,7 +318,7 @@ def fit(
 ) -> TrainReport:
     """Implements `train_sft` and `train_prm`; takes rows that were checked by `rows`."""
     job = replace(job, seed=job.seed % 2**31)
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+    if with_deepspeed():
         root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
         clear_stale_locks(root, os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get("WORLD_SIZE"))
     spec, ranks = job.spec, PartialState(cpu=on_cpu())

@@ -8,7 +8,7 @@ from toy import Project
 from flywheel.errors import UserError
 from flywheel.recipe import load
 from flywheel.runs.processes import check_devices, environment, workers
-from flywheel.runs.ranks import Ranks
+from flywheel.runs.ranks import Ranks, free_port
 
 PAIRS = ("--set", "engine={kind: 'toy_stages:none', chunk: 2, tensor_parallel: 2}")
 
@@ -19,7 +19,7 @@ def project(tmp_path) -> Project:
 
 
 def test_every_second_rank_samples_and_all_ranks_train(project):
-    group = {"WORLD_SIZE": 4, "LOCAL_WORLD_SIZE": 4, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1}
+    group = {"WORLD_SIZE": 4, "LOCAL_WORLD_SIZE": 4, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     ranks = [
         project.start("--round", "1", *PAIRS, RANK=r, LOCAL_RANK=r, TOY_RANK=r, TOY_SLEEP=0.3, **group)
         for r in range(4)
@@ -54,3 +54,16 @@ def test_devices_hold_one_engine_together(project):
     assert workers(load(project.root / "toy.yaml", [PAIRS[1]]), 8) == 1
     with pytest.raises(UserError, match=r"engine\.workers: 1 with engine\.tensor_parallel"):
         load(project.root / "toy.yaml", ["engine.workers=2", "engine.tensor_parallel=2"])
+
+
+def test_a_rank_that_runs_out_of_memory_has_the_training_started_again_on_all(project):
+    """Without a person; rank 0 hangs in the first attempt, as in a collective that rank 1 left."""
+    group = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    ranks = [
+        project.start("--round", "1", RANK=r, LOCAL_RANK=r, TOY_RANK=r, TOY_FAULT="distill:4:again", **group)
+        for r in range(2)
+    ]
+    (said, _), _ = told = [rank.communicate(timeout=120) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], told
+    assert said.count("round_1/distill: toy: out of memory") == 1
+    assert sorted(rank for _, rank, _ in project.logged("distill:1")) == ["0", "0", "1", "1"]
