@@ -184,4 +184,5 @@ def environment(ranks: Ranks, training: bool, port: int, together: int = 1) -> d
     if ranks.local_rank < len(devices):
         changed["CUDA_VISIBLE_DEVICES"] = ",".join(devices[ranks.local_rank : ranks.local_rank + together])
     alone = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    return {**changed, **dict.fromkeys(alone)}
+    # a rehearsal trains in such a process too, more than once, which DeepSpeed does not allow
+    return {**changed, **dict.fromkeys((*alone, "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"))}

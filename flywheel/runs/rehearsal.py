@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -20,11 +21,13 @@ def rehearse(
     """Sample the base, train it and serve what was trained, in miniature; returns this machine's speeds with it.
 
     stages: a module with the functions `sample`, `train` and `serve` (`flywheel.stages.rehearsal`). None if the
-    engine is not vLLM, which is all that is trained and served. Raises UserError; StageFailed, whose log is kept.
+    engine is not vLLM, which is all that is trained and served, or if the base is to be divided among devices: one
+    process, as this is, could not train it. Raises UserError; StageFailed, whose log is kept.
     """
     call = partial(call_alone, ranks, recipe, what="the rehearsal of the run", watch=watch)
     speeds = call(f"{stages}:sample", {"recipe": recipe, "force": force})
-    if recipe.engine.kind != "vllm":
+    divided = recipe.engine.tensor_parallel > 1 or os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
+    if recipe.engine.kind != "vllm" or divided:
         return None
     out, threads = Path(mkdtemp(prefix="flywheel-")), threads_of(ranks, recipe)
     asked, log = {"recipe": recipe, "out": out}, out / "rehearsal.log"

@@ -45,7 +45,8 @@ def models(weights):
 
 
 def opened(adapters, models, scratch):
-    spec = EngineSpec(adapters=adapters, dtype="float32", max_model_len=128, kv_cache_mb=16, max_running=64)
+    shares = {"kv_cache_mb": 16, "gpu_memory": 0.3}  # two backends are open at once
+    spec = EngineSpec(adapters=adapters, dtype="float32", max_model_len=128, max_running=64, **shares)
     ledger = Ledger("test", 1)
     backend = open_backend(spec, models, ledger, 7, scratch)
     yield backend, ledger
