@@ -146,8 +146,8 @@ class EngineSpec(Spec):
     # devices that hold one engine together, for a model larger than one: every k-th rank of a host samples, on its own
     # device and those of the next k-1 ranks
     tensor_parallel: Positive = 1
-    # CPU threads of a rank, shared by its sampling processes, and of its trainings; 0: OMP_NUM_THREADS if it is set.
-    # Never more than affinity and the cgroup's CPU quota allow.
+    # CPU threads of a rank, shared by its sampling processes, and of its trainings; 0: OMP_NUM_THREADS if it is set,
+    # and one for the training of a tiny model. Never more than affinity and the cgroup's CPU quota allow.
     threads: Annotated[int, Field(ge=0)] = 0
 
 

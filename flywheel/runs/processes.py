@@ -16,6 +16,9 @@ from flywheel.runs.ranks import Launch, LaunchFailed, Ranks
 from flywheel.runs.stage import Stage
 
 SMALL = 200 << 20  # bytes of weights below which one engine does not keep two cores busy
+TINY = (
+    16 << 20
+)  # bytes of weights below which a training is as fast with one thread, and many times as fast beside others
 Tell = Callable[[int, int, dict], None]  # progress: done, total, figures
 
 
@@ -44,6 +47,15 @@ def threads_alone(ranks: Ranks, recipe: Recipe) -> int:
     return threads // default_workers(recipe.model.base, threads)
 
 
+def training_threads(ranks: Ranks, recipe: Recipe) -> int:
+    """CPU threads of this rank's part of a training: one for a tiny model, unless `engine.threads` says more.
+
+    Two threads of tiny steps wait for each other, beside any other load many times as long as they work.
+    """
+    threads = threads_of(ranks, recipe)
+    return 1 if not recipe.engine.threads and small(recipe.model.base, TINY) else threads
+
+
 def workers(recipe: Recipe, threads: int) -> int:
     if recipe.engine.tensor_parallel > 1:
         return 1
@@ -66,8 +78,13 @@ def default_workers(base: str, cores: int) -> int:
     A small model gains little from threads: one engine with two threads samples hardly faster than with one, while two
     engines with one thread each sample nearly twice as fast.
     """
+    return cores if small(base, SMALL) else 1
+
+
+def small(base: str, limit: int) -> bool:
+    """Whether a base runs on the CPU and its weights have fewer bytes than `limit`."""
     weights = sum(path.stat().st_size for path in Path(base).glob("*.safetensors"))
-    return cores if 0 < weights < SMALL and not Path("/dev/nvidiactl").exists() else 1
+    return 0 < weights < limit and not Path("/dev/nvidiactl").exists()
 
 
 def run_stage(
@@ -91,7 +108,8 @@ def run_stage(
     together = recipe.engine.tensor_parallel
     if not stage.train and ranks.local_rank % together:
         return {}
-    cores, threads, count = own_cores(ranks), threads_of(ranks, recipe), processes(ranks, recipe, stage)
+    cores, count = own_cores(ranks), processes(ranks, recipe, stage)
+    threads = training_threads(ranks, recipe) if stage.train else threads_of(ranks, recipe)
     # with fewer threads than cores nobody knows which cores are free, so the kernel chooses
     bound = not stage.train and (count > 1 or ranks.local_world > 1) and threads == len(cores)
     made: dict[int, float] = {}  # tokens so far, by process

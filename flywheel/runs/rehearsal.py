@@ -11,7 +11,7 @@ from tempfile import mkdtemp
 
 from flywheel.recipe import Recipe
 from flywheel.runs.estimate import Rates
-from flywheel.runs.processes import call_alone, threads_of
+from flywheel.runs.processes import call_alone, training_threads
 from flywheel.runs.ranks import Ranks
 
 
@@ -29,7 +29,7 @@ def rehearse(
     divided = recipe.engine.tensor_parallel > 1 or os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
     if recipe.engine.kind != "vllm" or divided:
         return None
-    out, threads = Path(mkdtemp(prefix="flywheel-")), threads_of(ranks, recipe)
+    out, threads = Path(mkdtemp(prefix="flywheel-")), training_threads(ranks, recipe)
     asked, log = {"recipe": recipe, "out": out}, out / "rehearsal.log"
     length = int(speeds["prompt"] + speeds["solution"])
     speeds |= call(f"{stages}:train", asked | {"length": length}, threads=threads, log=log)

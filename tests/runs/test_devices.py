@@ -7,7 +7,7 @@ from toy import Project
 
 from flywheel.errors import UserError
 from flywheel.recipe import load
-from flywheel.runs.processes import check_devices, environment, workers
+from flywheel.runs.processes import TINY, check_devices, environment, training_threads, workers
 from flywheel.runs.ranks import Ranks, free_port
 
 PAIRS = ("--set", "engine={kind: 'toy_stages:none', chunk: 2, tensor_parallel: 2}")
@@ -67,3 +67,15 @@ def test_a_rank_that_runs_out_of_memory_has_the_training_started_again_on_all(pr
     assert [rank.returncode for rank in ranks] == [0, 0], told
     assert said.count("round_1/distill: toy: out of memory") == 1
     assert sorted(rank for _, rank, _ in project.logged("distill:1")) == ["0", "0", "1", "1"]
+
+
+def test_a_tiny_model_trains_on_one_thread_unless_the_recipe_says_more(project, monkeypatch):
+    monkeypatch.setenv("FLYWHEEL_THREADS", "3")
+    recipe = load(project.root / "toy.yaml", [])
+    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"base": str(project.root / "base")})})
+    assert training_threads(Ranks(), recipe) == 1
+    more = recipe.model_copy(update={"engine": recipe.engine.model_copy(update={"threads": 3})})
+    assert training_threads(Ranks(), more) == 3
+    with open(project.root / "base/model.safetensors", "ab") as weights:
+        weights.truncate(TINY)
+    assert training_threads(Ranks(), recipe) == 3
