@@ -18,7 +18,8 @@ def train_sft(train: Sequence[Example], validation: Sequence[Example], job: Job)
     not divisible by the number of ranks, a non-finite loss, or a device too small for one sequence; OutOfMemory if
     memory ran out on one of several ranks.
     """
-    from flywheel.training.trainer import SftTrainer, fit
+    from flywheel.training.losses import SftTrainer
+    from flywheel.training.trainer import fit
 
     return fit(SftTrainer, *_checked(train, validation, job), job)
 
@@ -38,7 +39,8 @@ def train_prm(
     `held`: examples of any length that the trained PRM judges at the end, see `TrainReport.held`; their values are not
     read. Charges them twice as scored tokens.
     """
-    from flywheel.training.trainer import PrmTrainer, fit
+    from flywheel.training.losses import PrmTrainer
+    from flywheel.training.trainer import fit
 
     return fit(PrmTrainer, *_checked(train, validation, job), job, labels, rows("held-out", held))
 

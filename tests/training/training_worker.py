@@ -85,7 +85,7 @@ def small_device(room: int) -> None:
     """From the second step on this rank has no memory for micro batches of more than `room`."""
     import torch
 
-    from flywheel.training.trainer import SftTrainer
+    from flywheel.training.losses import SftTrainer
 
     usual, steps = SftTrainer.training_step, []
 
