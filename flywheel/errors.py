@@ -14,6 +14,10 @@ class UserError(Exception):
     """An error that the user can fix; the message is one line."""
 
 
+class StartAgain(UserError):
+    """A stage has to be started again on all ranks, and will then go on; the message says why."""
+
+
 class TooLong(UserError, ValueError):
     """A prompt plus the tokens to generate exceeds the model's context; nothing is ever truncated to fit."""
 

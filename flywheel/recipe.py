@@ -143,8 +143,11 @@ class EngineSpec(Spec):
     chunk: Positive = 50  # questions per shard: a kill loses at most this much work per process
     # sampling processes per rank; 0: one per core on a CPU with a small model, else one
     workers: Annotated[int, Field(ge=0)] = 0
-    # CPU threads of a rank, shared by its sampling processes, and of its trainings; 0: OMP_NUM_THREADS if it is set.
-    # Never more than affinity and the cgroup's CPU quota allow.
+    # devices that hold one engine together, for a model larger than one: every k-th rank of a host samples, on its own
+    # device and those of the next k-1 ranks
+    tensor_parallel: Positive = 1
+    # CPU threads of a rank, shared by its sampling processes, and of its trainings; 0: OMP_NUM_THREADS if it is set,
+    # and one for the training of a tiny model. Never more than affinity and the cgroup's CPU quota allow.
     threads: Annotated[int, Field(ge=0)] = 0
 
 
@@ -322,6 +325,8 @@ class Recipe(Spec):
                 yield f"evaluate.samples: {self.evaluate.samples} is fewer than evaluate.{key} {least}"
         if self.prompts.again is None and not self.prompts.chat:
             yield "prompts.again: missing, the text between two attempts; only with prompts.chat it can be left out"
+        if self.engine.tensor_parallel > 1 and self.engine.workers > 1:
+            yield "engine.workers: 1 with engine.tensor_parallel; the devices hold one engine"
         if self.sample.max_tokens >= self.engine.max_model_len:
             yield "sample.max_tokens: must be below engine.max_model_len"
         largest = {s.kind: 0 for s in self.calibrate.strategies}

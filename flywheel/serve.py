@@ -58,7 +58,8 @@ def served_until_stopped(args: argparse.Namespace) -> int:
     try:
         run, ranks = Run(args.run), Ranks()
         # like a stage's process, and before torch is imported
-        for key, value in (environment(ranks, False, 0) | {THREADS: str(threads_alone(ranks, run.recipe))}).items():
+        changed = environment(ranks, False, 0, run.recipe.engine.tensor_parallel)
+        for key, value in (changed | {THREADS: str(threads_alone(ranks, run.recipe))}).items():
             os.environ.pop(key, None) if value is None else os.environ.update({key: value})
         import uvicorn
 

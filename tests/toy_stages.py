@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from flywheel.errors import EngineDied, UserError
+from flywheel.errors import EngineDied, StartAgain, UserError
 from flywheel.recipe import Recipe
 from flywheel.records import Finish, Grade, Solution, Split, Step, Verdict
 from flywheel.runs.run import Context, Run
@@ -52,6 +52,13 @@ def fault(ctx: Context, chunk: str) -> None:
             raise KeyError("toy bug")
         case "kill":
             os.kill(os.getpid(), signal.SIGKILL)
+        case "again":  # rank 1 asks for it once; until then rank 0 waits as in a collective operation
+            asked = ctx.dir / ".asked"
+            if ctx.rank == 1 and not asked.exists():
+                asked.touch()
+                raise StartAgain("toy: out of memory")
+            if ctx.rank == 0 and not asked.exists():
+                time.sleep(600)
         case "engine" | "engine once":
             died = ctx.dir / ".died"
             if kind == "engine" or not died.exists():

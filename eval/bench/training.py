@@ -29,10 +29,10 @@ def train(way: str, model: str, batch: int, steps: int, length: int) -> tuple[fl
     from flywheel.models.weights import load_tokenizer
     from flywheel.recipe import ModelSpec, TrainSpec
     from flywheel.records import Role
-    from flywheel.training import Example, Job, train_sft, trainer
+    from flywheel.training import Example, Job, losses, train_sft, trainer
 
     if way == "trl":
-        trainer.SftTrainer.compute_loss = trainer.SFTTrainer.compute_loss
+        losses.SftTrainer.compute_loss = losses.SFTTrainer.compute_loss
         trainer.keep_memory = lambda: None
     chance, words = random.Random(0), len(load_tokenizer(model))
     texts = [tuple(chance.choices(range(words), k=length)) for _ in range(batch * steps)]

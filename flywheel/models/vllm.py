@@ -1,4 +1,6 @@
-"""vLLM in this process: no worker process and no server; the backend's loop calls `LLMEngine.step()`.
+"""vLLM in this process: no server, and worker processes only for an engine over several devices.
+
+The backend's loop calls `LLMEngine.step()`.
 
 Adapters are served in one of two ways (`engine.adapters`). merged, the default on a CPU: each model has
 its own engine, with the adapter merged into the base, because runtime LoRA is three to eight times
@@ -21,6 +23,8 @@ from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from flywheel.errors import EngineDied, UserError
 from flywheel.ledger import Ledger
@@ -122,6 +126,7 @@ def engine_arguments(spec: EngineSpec, model: str, seed: int = 0, engines: int =
         "seed": seed % 2**31,
         "max_model_len": spec.max_model_len,
         "max_num_seqs": spec.max_running,
+        "tensor_parallel_size": spec.tensor_parallel,
         "load_format": "safetensors",
         "enable_prefix_caching": True,
         "use_tqdm_on_load": False,
@@ -175,10 +180,9 @@ def _start(arguments: dict[str, Any], name: str) -> LLMEngine:
 class VllmDevice:
     """One LLMEngine; implements `flywheel.models.driver.Device`.
 
-    `adapters`: those served at run time, by path.
+    `adapters`: those served at run time, by path. With vLLM's V2 runner (GPUs) one request answers several reads of a
+    text; the V1 runner of its CPU build takes one request for each.
     """
-
-    one_pass = False
 
     def __init__(
         self,
@@ -188,6 +192,9 @@ class VllmDevice:
         adapters: Mapping[str, LoRARequest] | None = None,
     ):
         self.llm, self.name, self.run_seed, self.adapters = engine, name, run_seed, adapters or {}
+        self.one_pass = engine.vllm_config.use_v2_model_runner
+        if engine.vllm_config.parallel_config.tensor_parallel_size > 1:  # its workers sample, in processes of their own
+            run_seed.elsewhere.append(lambda seed: engine.collective_rpc(vllm_cpu.seed_worker, args=(seed,)))
         self._waiting: dict[str, tuple[asyncio.Future[Output], Sampling | Scoring]] = {}
         self._made: dict[str, list[int]] = {}  # the tokens so far, of requests with `Sampling.done`
         self._count = self._finished = 0  # requests; tokens of finished ones
@@ -257,8 +264,8 @@ class VllmDevice:
         sequence, cached = result.outputs[0], result.num_cached_tokens or 0
         tokens, values = tuple(sequence.token_ids if made is None else made), ()
         if isinstance(request, Scoring):
-            good, bad = (sequence.logprobs[0][label].logprob for label in request.labels)
-            values = (1 / (1 + math.exp(min(bad - good, 700.0))),)  # exp overflows beyond 709
+            values = self._values(result, request)
+            tokens = () if self.one_pass else tokens
         match sequence.finish_reason:
             case "stop":
                 # The stop reason is None for the tokenizer's EOS, else the id of the stop token: one
@@ -269,6 +276,16 @@ class VllmDevice:
                 return Output(tokens, Finish.LENGTH, False, cached, values)
             case reason:
                 raise EngineDied(f"vLLM ended a sequence of {self.name} with {reason!r}")
+
+    def _values(self, result, request: Scoring) -> tuple[float, ...]:
+        """The rows of `_sampling_params` at the reads, then what the token behind the text would be."""
+        pairs, first = [], request.reads[0]
+        if len(request.reads) > 1:
+            if (rows := result.prompt_token_id_logprobs) is None:  # preempted while it was read
+                raise EngineDied(f"vLLM returned no label log-probabilities of a text for {self.name}")
+            pairs = [rows[read - first] for read in request.reads[:-1]]
+        pairs.append([result.outputs[0].logprobs[0][label].logprob for label in request.labels])
+        return tuple(1 / (1 + math.exp(min(float(bad - good), 700.0))) for good, bad in pairs)  # exp overflows from 709
 
     def close(self) -> None:
         with vllm_cpu.skip_garbage_collection() if current_platform.is_cpu() else nullcontext():
@@ -284,12 +301,11 @@ class VllmJudge(VllmDevice):
     own_classes: the model is a published classifier of all tokens instead, whose second class is the good one.
     """
 
-    one_pass = True
-
     def __init__(
         self, engine: LLMEngine, name: str, run_seed: vllm_cpu.RunSeed, labels: Labels, own_classes: bool = False
     ):
         super().__init__(engine, name, run_seed)
+        self.one_pass = True
         self._labels, self._good, self._last = labels, int(own_classes), not own_classes
 
     def _vllm_params(self, request: Sampling | Scoring) -> PoolingParams:
@@ -321,7 +337,13 @@ def _sampling_params(request: Sampling | Scoring) -> SamplingParams:
             "stop_token_ids": sorted(request.stop),
         }
     else:
+        first, last = request.reads[0], request.reads[-1]
         chosen = {"max_tokens": 1, "temperature": 0.0, "logprob_token_ids": list(request.labels)}
+        if (
+            last > first
+        ):  # a row for each prefix from the first read on, but the whole text's, which the token behind has
+            rows = np.full((last - first, 2), request.labels)
+            chosen |= {"prompt_logprob_start": first - 1, "prompt_logprob_token_ids": rows}
     # skip_clone: otherwise vLLM deep-copies them for every request, which costs as much as two tokens
     return SamplingParams(**chosen, detokenize=False, output_kind=kind, skip_clone=True)
 

@@ -14,7 +14,7 @@ import os
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,8 @@ def prepare_process(spec: EngineSpec) -> None:
     per CPU-second and one with one thread 170, because tiny operations wait for each other.
     """
     threads = threads_for(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), spec.threads)
+    if spec.tensor_parallel > 1:  # its workers: by default vLLM wants a NUMA node for each
+        os.environ.update(VLLM_CPU_OMP_THREADS_BIND="nobind", OMP_NUM_THREADS=str(threads))
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
     if version_is_known():
@@ -101,7 +103,8 @@ def engine_arguments(spec: EngineSpec) -> dict[str, Any]:
         "dtype": dtype(spec),
         "block_size": BLOCK_SIZE,
         "kv_cache_memory_bytes": spec.kv_cache_mb << 20,
-        "ir_op_priority": rms_norm_kernels(),
+        # its kernels are registered in this process, and several devices have their models in others
+        "ir_op_priority": rms_norm_kernels() if spec.tensor_parallel == 1 else {},
         "enforce_eager": True,  # compiling takes 35 s at the start and makes the model slower
     }
 
@@ -208,13 +211,15 @@ class RunSeed:
     state. A seed per request would work too, but costs 5% more CPU time (256 concurrent sequences) and
     disables vLLM's fused sampler on a GPU. Used on CPU and GPU, with every version.
 
-    seed: of the stage. engines: number of engines that the backend opened, part of the seed.
+    seed: of the stage. engines: number of engines that the backend opened, part of the seed. elsewhere: what seeds the
+    processes in which an engine's workers sample, all alike.
     """
 
     def __init__(self, seed: int, engines: int):
         self._seed, self._engines = seed, engines
         self._asked: Any = None  # a running hash of the prompts, until the first step
         self._runs: Counter[bytes] = Counter()  # by that hash
+        self.elsewhere: list[Callable[[int], object]] = []
 
     def start_run(self) -> None:
         self._asked = hashlib.sha256(str(self._seed).encode())
@@ -233,4 +238,14 @@ class RunSeed:
         asked, self._asked = self._asked.digest(), None
         digest = hashlib.sha256(asked + str(self._runs[asked]).encode()).digest()
         self._runs[asked] += 1
-        set_random_seed((int.from_bytes(digest[:4], "big") + self._engines - 1) % 2**31)
+        seed = (int.from_bytes(digest[:4], "big") + self._engines - 1) % 2**31
+        set_random_seed(seed)
+        for tell in self.elsewhere:
+            tell(seed)
+
+
+def seed_worker(worker: object, seed: int) -> None:
+    """Seed the process of one of vLLM's workers; `LLMEngine.collective_rpc` calls it there."""
+    from vllm.utils.torch_utils import set_random_seed
+
+    set_random_seed(seed)

@@ -51,6 +51,13 @@ def check_length(base: str, wanted: int) -> None:
         raise ValueError(f"engine.max_model_len: {wanted} is more than the {positions} positions of {base}")
 
 
+def check_heads(base: str, parts: int) -> None:
+    """Raises ValueError if a model's attention heads cannot be divided among `parts` devices."""
+    heads = load_config(base).get_text_config().num_attention_heads
+    if heads % parts:
+        raise ValueError(f"engine.tensor_parallel: {base} has {heads} attention heads, which {parts} does not divide")
+
+
 def parameters(ref: ModelRef) -> int:
     """The number of parameters of base and adapter, tied ones counted once. Reads only shapes, no weights."""
     from safetensors import safe_open

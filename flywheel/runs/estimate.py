@@ -258,7 +258,7 @@ def estimate(
             grown = 1.0 if made or stage.name != "distill" else r / source["round"]
             rows.append(Row(r, stage.name, state, left, int(source["tokens"] * grown), source["seconds"] * grown, size))
             continue
-        work, many = planned(recipe, rates, counts, stage.name, r), ranks * workers
+        work, many = planned(recipe, rates, counts, stage.name, r), ranks * workers // recipe.engine.tensor_parallel
         if stage.train:
             seconds, size = STAGE + rates.start + work.trained / (rates.train * ranks), adapter_bytes(recipe)
         else:

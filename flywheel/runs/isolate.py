@@ -23,7 +23,7 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
-from flywheel.errors import UserError, explain
+from flywheel.errors import StartAgain, UserError, explain
 
 PRELOAD = ("torch", "transformers", "trl.trainer.sft_trainer", "peft", "datasets")
 # Imports take 4.5 of the 6 s of an engine's start. Only without a GPU: some of them may open it before the fork.
@@ -132,7 +132,7 @@ def call(
     environment: variables to set, or to unset (None). log: file for the child's output. tell: called
     with the child's progress, if the function has a parameter `tell`. watch: called several times a
     second; if it raises, the child is killed. answers: what a function with a parameter `ask` may ask for by name.
-    Raises StageFailed. The child has always ended on return.
+    Raises StageFailed, and StartAgain if the function does. The child has always ended on return.
     """
     ours, theirs = multiprocessing.Pipe()
     child = multiprocessing.get_context("forkserver").Process(
@@ -178,6 +178,8 @@ def _result(outcome: tuple[str, Any] | None, exitcode: int | None, what: str, lo
             return value
         case ("failed", line):
             raise StageFailed(f"{what}: {line}")
+        case ("again", line):
+            raise StartAgain(f"{what}: {line}")
     if exitcode is not None and exitcode < 0:
         name = signal.Signals(-exitcode).name
         hint = " (out of memory, most often)" if name == "SIGKILL" else ""
@@ -227,11 +229,11 @@ def _child(channel, target: str, arguments: dict, environment: dict, threads: in
                 arguments[name] = made(channel, lock)
         message = ("done", function(**arguments))
     except BaseException as error:
-        message = ("failed", _told(error, log))
+        message = ("again" if isinstance(error, StartAgain) else "failed", _told(error, log))
     sys.stdout.flush()
     sys.stderr.flush()
     channel.send(message)
-    if message[0] == "failed":
+    if message[0] != "done":
         os._exit(1)  # skip clean-up, which may hang after a failure; the rank kills the rest of the group
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import yaml
 
-from flywheel.errors import UserError
+from flywheel.errors import StartAgain, UserError
 from flywheel.problems.sources import load
 from flywheel.recipe import Recipe
 from flywheel.runs import isolate, manifest
@@ -25,13 +25,15 @@ from flywheel.runs.estimate import Rates, cpu_name, guessed, keep, measured, ove
 from flywheel.runs.files import read_json, write_file, write_json
 from flywheel.runs.fork import fork
 from flywheel.runs.manifest import stage_dir
-from flywheel.runs.processes import Tell, call_alone, processes, run_stage, threads_of, workers
+from flywheel.runs.processes import Tell, call_alone, check_devices, processes, run_stage, threads_of, workers
 from flywheel.runs.ranks import Launch, Ranks, free_port, lock
 from flywheel.runs.rehearsal import rehearse
 from flywheel.runs.run import SKIPPED, Run
 from flywheel.runs.shards import shard_dirs
 from flywheel.runs.stage import Scheduled, Stage, schedule
 from flywheel.runs.terminal import Progress, brief
+
+STARTS = 12  # of one stage; each halves a training's micro batch
 
 
 class Stopped(BaseException):
@@ -98,6 +100,7 @@ class Loop:
         if not self.args.dry_run:
             self.launch = Launch(self.ranks)  # first of all: the others wait for a sign of life
         notes: list[str] = []
+        check_devices(self.ranks, self.recipe)
         problems = load(self.recipe.problems, notes)
         sources = manifest.source_files(self.recipe)
         reached = max(self.args.round, manifest.last_round(self.run))
@@ -232,13 +235,23 @@ class Loop:
         # seconds that earlier launches spent on this stage, if with as many processes as now
         found = shard_dirs(directory)
         drawn = sum(read_json(shard / "shard.json")["seconds"] for shard in found)
-        before = drawn / (self.ranks.world * processes(self.ranks, self.recipe, stage))
-        started, port = time.monotonic(), free_port()
-        have = [int(shard.name) for shard in found]
-        self.launch.order(do="stage", round=round, stage=stage.name, port=port, have=have)
-        with Progress(f"round {round}  {stage.name}") as progress:
-            figures = self.run_stage(round, stage, port, progress.show)
-            self.launch.wait_for_all()
+        samplers = self.ranks.world // self.recipe.engine.tensor_parallel
+        before = drawn / (samplers * processes(self.ranks, self.recipe, stage))
+        started, have = time.monotonic(), [int(shard.name) for shard in found]
+        for attempt in range(STARTS):
+            port = free_port()
+            self.launch.order(do="stage", round=round, stage=stage.name, port=port, have=have)
+            try:
+                with Progress(f"round {round}  {stage.name}") as progress:
+                    figures = self.run_stage(round, stage, port, progress.show)
+                    self.launch.wait_for_all()
+                break
+            except StartAgain as error:  # of this rank or another
+                print(error, flush=True)
+                self.launch.start_again(str(error))
+                self.launch.wait_for_all()
+                if attempt == STARTS - 1:
+                    raise
         seconds = time.monotonic() - started + before
         made = manifest.seal(self.run, scheduled, made_from, figures, seconds, self.ranks.world)
         for scratch in manifest.SCRATCH:
@@ -276,7 +289,10 @@ class Loop:
         self.launch = Launch(self.ranks)
         while (order := self.launch.next())["do"] == "stage":
             stage = next(s for s in stages(order["round"]) if s.name == order["stage"])
-            self.run_stage(order["round"], stage, order["port"])
+            try:
+                self.run_stage(order["round"], stage, order["port"])
+            except StartAgain as error:
+                self.launch.start_again(str(error))
             self.launch.done()
         self.launch.done()  # rank 0 waits for this before it ends
         self.launch.stop()

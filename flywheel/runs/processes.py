@@ -9,12 +9,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from flywheel.errors import UserError
 from flywheel.recipe import Recipe
 from flywheel.runs import isolate, manifest
 from flywheel.runs.ranks import Launch, LaunchFailed, Ranks
 from flywheel.runs.stage import Stage
 
 SMALL = 200 << 20  # bytes of weights below which one engine does not keep two cores busy
+TINY = (
+    16 << 20
+)  # bytes of weights below which a training is as fast with one thread, and many times as fast beside others
 Tell = Callable[[int, int, dict], None]  # progress: done, total, figures
 
 
@@ -43,8 +47,29 @@ def threads_alone(ranks: Ranks, recipe: Recipe) -> int:
     return threads // default_workers(recipe.model.base, threads)
 
 
+def training_threads(ranks: Ranks, recipe: Recipe) -> int:
+    """CPU threads of this rank's part of a training: one for a tiny model, unless `engine.threads` says more.
+
+    Two threads of tiny steps wait for each other, beside any other load many times as long as they work.
+    """
+    threads = threads_of(ranks, recipe)
+    return 1 if not recipe.engine.threads and small(recipe.model.base, TINY) else threads
+
+
 def workers(recipe: Recipe, threads: int) -> int:
+    if recipe.engine.tensor_parallel > 1:
+        return 1
     return min(threads, recipe.engine.workers or default_workers(recipe.model.base, threads))
+
+
+def check_devices(ranks: Ranks, recipe: Recipe) -> None:
+    """Raises UserError if the ranks of a host cannot be cut into groups of `engine.tensor_parallel`."""
+    together = recipe.engine.tensor_parallel
+    if ranks.local_world % together or ranks.world % together:
+        raise UserError(
+            f"engine.tensor_parallel: {together} devices an engine, but this launch has {ranks.local_world} processes"
+            f" on this host, {ranks.world} in all; set num_processes to a multiple of {together}"
+        )
 
 
 def default_workers(base: str, cores: int) -> int:
@@ -53,8 +78,13 @@ def default_workers(base: str, cores: int) -> int:
     A small model gains little from threads: one engine with two threads samples hardly faster than with one, while two
     engines with one thread each sample nearly twice as fast.
     """
+    return cores if small(base, SMALL) else 1
+
+
+def small(base: str, limit: int) -> bool:
+    """Whether a base runs on the CPU and its weights have fewer bytes than `limit`."""
     weights = sum(path.stat().st_size for path in Path(base).glob("*.safetensors"))
-    return cores if 0 < weights < SMALL and not Path("/dev/nvidiactl").exists() else 1
+    return 0 < weights < limit and not Path("/dev/nvidiactl").exists()
 
 
 def run_stage(
@@ -72,9 +102,14 @@ def run_stage(
     """This rank's part of a stage, in child processes; returns the figures of the first one.
 
     The others only process chunks, whose numbers `launch` gives them. If one process fails, all are ended. `watch` is
-    called several times a second and ends the stage by raising. Raises StageFailed.
+    called several times a second and ends the stage by raising. A rank whose device is part of another's engine does
+    nothing in a sampling stage. Raises StageFailed, and StartAgain if the stage's process asks for it.
     """
-    cores, threads, count = own_cores(ranks), threads_of(ranks, recipe), processes(ranks, recipe, stage)
+    together = recipe.engine.tensor_parallel
+    if not stage.train and ranks.local_rank % together:
+        return {}
+    cores, count = own_cores(ranks), processes(ranks, recipe, stage)
+    threads = training_threads(ranks, recipe) if stage.train else threads_of(ranks, recipe)
     # with fewer threads than cores nobody knows which cores are free, so the kernel chooses
     bound = not stage.train and (count > 1 or ranks.local_world > 1) and threads == len(cores)
     made: dict[int, float] = {}  # tokens so far, by process
@@ -108,7 +143,7 @@ def run_stage(
             arguments,
             what=manifest.name_of((round, stage.name)),
             threads=len(range(worker, threads, count)),
-            environment=environment(ranks, bool(stage.train), port),
+            environment=environment(ranks, bool(stage.train), port, together),
             log=manifest.stage_dir(run, round, stage.name) / f"rank_{rank}.log",
             tell=told,
             watch=watch,
@@ -147,24 +182,25 @@ def call_alone(
         arguments,
         what=what,
         threads=threads or every // workers(recipe, every),
-        environment=environment(ranks, False, 0),
+        environment=environment(ranks, False, 0, recipe.engine.tensor_parallel),
         log=log,
         watch=watch,
     )
 
 
-def environment(ranks: Ranks, training: bool, port: int) -> dict[str, str | None]:
+def environment(ranks: Ranks, training: bool, port: int, together: int = 1) -> dict[str, str | None]:
     """Changes to the rank's environment for a stage's process; None unsets a variable.
 
     Each training gets a new port for its torch.distributed store, which its own rank 0 hosts. A sampling process is not
-    distributed and sees one device, because vLLM's in-process engine takes the first visible one.
+    distributed and sees `together` devices, its own and the next, because vLLM's engine takes the first visible ones.
     """
     changed: dict[str, str | None] = {"WANDB_MODE": "disabled", "TORCHELASTIC_USE_AGENT_STORE": None}
     if training:
         return {**changed, **({"MASTER_PORT": str(port)} if ranks.distributed else {})}
     devices = [d for d in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if d]
-    devices = devices or [str(i) for i in range(ranks.local_rank + 1)]
+    devices = devices or [str(i) for i in range(ranks.local_rank + together)]
     if ranks.local_rank < len(devices):
-        changed["CUDA_VISIBLE_DEVICES"] = devices[ranks.local_rank]
+        changed["CUDA_VISIBLE_DEVICES"] = ",".join(devices[ranks.local_rank : ranks.local_rank + together])
     alone = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    return {**changed, **dict.fromkeys(alone)}
+    # a rehearsal trains in such a process too, more than once, which DeepSpeed does not allow
+    return {**changed, **dict.fromkeys((*alone, "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"))}

@@ -24,7 +24,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from flywheel.errors import UserError
+from flywheel.errors import StartAgain, UserError
 
 SILENCE = 45.0  # seconds without a sign of life after which a rank or the store is gone; seen within a minute
 BEAT = 1.0
@@ -98,6 +98,8 @@ class Launch:
         self.ranks, self.count, self.have, self.numbers = ranks, 0, [], itertools.count()
         self.failure = ""  # why this launch is over
         self.told = False  # rank 0 has printed why
+        self.anew = (0, "")  # the order whose stage has to start again, and why
+        self.begun_anew = 0  # the last order of which this rank knows that, and is to say it no more
         self.lost = False  # rank 0 or the store is gone: nobody hears what this rank would say
         self.over = threading.Event()
         if ranks.world > 1:
@@ -157,6 +159,8 @@ class Launch:
         if line := self._read("over" if self.ranks.rank else "failed"):
             self.told = self.ranks.rank > 0
             raise LaunchFailed(line)
+        if line := self._read(f"again_{(at := self.count)}"):
+            self.anew = (at, line)
         if self._ask(self.base.check, [f"start_{self.restart + 1}"]):
             raise LaunchFailed("the launcher started the ranks of another host again")
         for r in seen:
@@ -169,9 +173,21 @@ class Launch:
                 raise LaunchFailed(f"rank {r} {how} within {SILENCE:.0f} s; the same command continues")
 
     def watch(self) -> None:
-        """Raises LaunchFailed if this launch is over; not every launcher ends the other ranks then."""
+        """Raises LaunchFailed if this launch is over; not every launcher ends the other ranks then.
+
+        Raises StartAgain if a rank said so of the current order's stage, until this rank has said it too.
+        """
         if self.failure:
             raise LaunchFailed(self.failure)
+        at, line = self.anew
+        if at == self.count > self.begun_anew:
+            raise StartAgain(line)
+
+    def start_again(self, line: str) -> None:
+        """Tell all ranks that the current order's stage has to start again: they end their part of it."""
+        self.begun_anew = self.count
+        if self.ranks.world > 1:
+            self._ask(self.store.compare_set, f"again_{self.count}", "", json.dumps(line))
 
     def stop(self) -> None:
         """End the heartbeats: a thread that comes back from the store while Python ends would abort the process."""

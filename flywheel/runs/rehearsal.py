@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -10,7 +11,7 @@ from tempfile import mkdtemp
 
 from flywheel.recipe import Recipe
 from flywheel.runs.estimate import Rates
-from flywheel.runs.processes import call_alone, threads_of
+from flywheel.runs.processes import call_alone, training_threads
 from flywheel.runs.ranks import Ranks
 
 
@@ -20,13 +21,15 @@ def rehearse(
     """Sample the base, train it and serve what was trained, in miniature; returns this machine's speeds with it.
 
     stages: a module with the functions `sample`, `train` and `serve` (`flywheel.stages.rehearsal`). None if the
-    engine is not vLLM, which is all that is trained and served. Raises UserError; StageFailed, whose log is kept.
+    engine is not vLLM, which is all that is trained and served, or if the base is to be divided among devices: one
+    process, as this is, could not train it. Raises UserError; StageFailed, whose log is kept.
     """
     call = partial(call_alone, ranks, recipe, what="the rehearsal of the run", watch=watch)
     speeds = call(f"{stages}:sample", {"recipe": recipe, "force": force})
-    if recipe.engine.kind != "vllm":
+    divided = recipe.engine.tensor_parallel > 1 or os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
+    if recipe.engine.kind != "vllm" or divided:
         return None
-    out, threads = Path(mkdtemp(prefix="flywheel-")), threads_of(ranks, recipe)
+    out, threads = Path(mkdtemp(prefix="flywheel-")), training_threads(ranks, recipe)
     asked, log = {"recipe": recipe, "out": out}, out / "rehearsal.log"
     length = int(speeds["prompt"] + speeds["solution"])
     speeds |= call(f"{stages}:train", asked | {"length": length}, threads=threads, log=log)

@@ -20,7 +20,7 @@ from flywheel.models.engine import Engine, Sampling
 from flywheel.models.prm import Prm, label_ids
 from flywheel.models.prompts import Prompts
 from flywheel.models.steps import Reader
-from flywheel.models.weights import MAX_LORA_RANK, check_length, check_targets, judge_fault, load_tokenizer
+from flywheel.models.weights import MAX_LORA_RANK, check_heads, check_length, check_targets, judge_fault, load_tokenizer
 from flywheel.problems.grading import Grader, load_function, preflight_of
 from flywheel.recipe import Recipe
 from flywheel.records import Grade, ModelRef, Problem, Question, Role, Solution, Split
@@ -57,6 +57,7 @@ def preflight(recipe: Recipe, ranks: int = 1) -> list[str]:
         bin_words(tokenizer, recipe.calibrate.bins if recipe.head else 0)
         check_length(recipe.model.base, recipe.engine.max_model_len)
         check_targets(recipe.model)
+        check_heads(recipe.model.base, recipe.engine.tensor_parallel)
         fault = judge_fault(recipe.model.base)
     except (ValueError, re.error) as error:
         raise UserError(str(error)) from None

@@ -88,10 +88,12 @@ def train(ctx: Context) -> dict:
     examples = {"examples": len(found.fit), "validation_examples": len(found.check)}
     if why := missing(found, spec):
         return {"model": "policy_0", **examples, "refused": True, "why": why}
-    report = train_prm(found.fit, found.check, labels, job(ctx, spec, "best", Role.PRM))
+    pool, right = judged(ctx, found.held)
+    scored = [example(prompts, problems[s.question_id], s, (0.0,) * len(s.steps)) for s in pool]
+    report = train_prm(found.fit, found.check, labels, job(ctx, spec, "best", Role.PRM), scored)
     if ctx.rank:
         return {}
-    figures = quality(ctx, prompts, problems, found.held, labels)
+    figures = quality(report.held, right, [s.question_id for s in pool], spec.aggregate)
     ours, bare = figures["auc_within_question"], figures["auc_within_question_base"]
     refused = {}
     if ours is not None and ours < 0.5:  # None: no held-out question has both right and wrong solutions
@@ -116,26 +118,29 @@ def train(ctx: Context) -> dict:
     }
 
 
-def quality(
-    ctx: Context, prompts: Prompts, problems: dict[str, Problem], held: set[str], labels: tuple[int, int]
-) -> dict:
-    """AUC and calibration of the PRM and of the un-finetuned base on the samples of held-out questions."""
-    from flywheel.training.scores import calibration, score_all, within_question_auc
-
+def judged(ctx: Context, held: set[str]) -> tuple[list[Solution], list[bool]]:
+    """The samples of the held-out questions that have a verdict, and whether each is right."""
     verdicts = {g.solution_id: g.verdict for g in ctx.read(Grade, "sample") if g.question_id in held}
     decided = (Verdict.CORRECT, Verdict.INCORRECT)
     pool = [s for s in ctx.read(Solution, "sample") if s.question_id in held and verdicts[s.id] in decided]
-    scored = [example(prompts, problems[s.question_id], s, (0.0,) * len(s.steps)) for s in pool]
-    right, questions = [verdicts[s.id] is Verdict.CORRECT for s in pool], [s.question_id for s in pool]
+    return pool, [verdicts[s.id] is Verdict.CORRECT for s in pool]
+
+
+def quality(held: list[list[Sequence[float]]], right: list[bool], questions: list[str], chosen: str) -> dict:
+    """AUC and calibration of the PRM and of the un-finetuned base on the samples of held-out questions.
+
+    held: the step values of these samples by either; chosen: the recipe's aggregate of them.
+    """
+    from flywheel.training.scores import calibration, within_question_auc
+
     figures: dict = {"auc_questions": len(set(questions)), "auc_pairs": pairs(questions, right)}
-    for name, adapter in (("", str(ctx.dir / "adapter")), ("_base", None)):
-        values = score_all(ctx.recipe.model.base, adapter, scored, labels, ledger=ctx.ledger, purpose="validate")
-        scores = {how: [aggregate(v, how) for v in values] for how in ("last", "min", "product", "mean", "odds")}
+    for name, values in zip(("", "_base"), held or [[], []], strict=True):
         for how in ("last", "min", "product"):
-            figures[f"auc_within_question_{how}{name}"] = within_question_auc(scores[how], right, questions)
-        chosen = scores[ctx.recipe.prm.aggregate]
-        figures[f"auc_within_question{name}"] = within_question_auc(chosen, right, questions)
-        figures[f"calibration{name}"] = calibration(chosen, [float(r) for r in right])
+            scores = [aggregate(v, how) for v in values]
+            figures[f"auc_within_question_{how}{name}"] = within_question_auc(scores, right, questions)
+        scores = [aggregate(v, chosen) for v in values]
+        figures[f"auc_within_question{name}"] = within_question_auc(scores, right, questions)
+        figures[f"calibration{name}"] = calibration(scores, [float(r) for r in right])
     return figures
 
 

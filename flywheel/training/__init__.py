@@ -15,24 +15,34 @@ def train_sft(train: Sequence[Example], validation: Sequence[Example], job: Job)
     last complete checkpoint; after the end, it returns the same report. Charges `job.ledger` the
     training tokens of every epoch, and validation as scored tokens.
     Raises TrainingError for malformed examples, examples longer than `spec.max_length`, a batch size
-    not divisible by the number of ranks, a non-finite loss, or a device too small for one sequence.
+    not divisible by the number of ranks, a non-finite loss, or a device too small for one sequence; OutOfMemory if
+    memory ran out on one of several ranks.
     """
-    from flywheel.training.trainer import SftTrainer, fit
+    from flywheel.training.losses import SftTrainer
+    from flywheel.training.trainer import fit
 
     return fit(SftTrainer, *_checked(train, validation, job), job)
 
 
 def train_prm(
-    train: Sequence[PrmExample], validation: Sequence[PrmExample], labels: tuple[int, int], job: Job
+    train: Sequence[PrmExample],
+    validation: Sequence[PrmExample],
+    labels: tuple[int, int],
+    job: Job,
+    held: Sequence[PrmExample] = (),
 ) -> TrainReport:
     """Train the PRM so that P(labels[0]) / (P(labels[0]) + P(labels[1])) at each read predicts its value.
 
     `labels`: the token ids of the good and the bad label. The loss is soft binary cross-entropy (Snell
     et al. 2024, appendix D), a weighted mean over all reads of the global batch. Otherwise as `train_sft`.
-    """
-    from flywheel.training.trainer import PrmTrainer, fit
 
-    return fit(PrmTrainer, *_checked(train, validation, job), job, labels)
+    `held`: examples of any length that the trained PRM judges at the end, see `TrainReport.held`; their values are not
+    read. Charges them twice as scored tokens.
+    """
+    from flywheel.training.losses import PrmTrainer
+    from flywheel.training.trainer import fit
+
+    return fit(PrmTrainer, *_checked(train, validation, job), job, labels, rows("held-out", held))
 
 
 def _checked(train: Sequence, validation: Sequence, job: Job) -> tuple[list[dict], list[dict]]:

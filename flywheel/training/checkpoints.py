@@ -13,7 +13,7 @@ import hashlib
 import logging
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -64,7 +64,8 @@ class TrainReport:
 
     `curve`: {step, loss, eval_loss}, None where not measured; step 0 is the model before training.
     `train_loss`: the last training loss of the curve. `best`: the checkpoint in `adapter/`.
-    `checkpoints`: those kept on disk. `tokens`: of all ranks and epochs, without padding.
+    `checkpoints`: those kept on disk. `tokens`: of all ranks and epochs, without padding. `held`: for the PRM, the
+    values of the held-out examples by `adapter/` and by the base alone, in their order; empty without such examples.
     """
 
     steps: int
@@ -77,6 +78,7 @@ class TrainReport:
     seconds: float
     parameters_trained: int
     parameters: int  # base and adapter
+    held: list[list[Sequence[float]]] = field(default_factory=list)
 
 
 def points(steps: int, count: int) -> list[int]:

@@ -7,13 +7,17 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from flywheel.errors import UserError
+from flywheel.errors import StartAgain, UserError
 
 WINDOW = 16  # batches whose examples are sorted by length together: little padding, yet batches stay random
 
 
 class TrainingError(UserError):
     """Training cannot continue; the message says why and what to change."""
+
+
+class OutOfMemory(TrainingError, StartAgain):
+    """A rank ran out of memory; started again on all ranks, the training goes on with a smaller micro batch."""
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from accelerate.utils import gather_object
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -78,6 +79,27 @@ def dtype(base: str) -> str:
     return "bfloat16" if size > LARGE and has_bfloat16() else "float32"
 
 
+@torch.no_grad()
+def values_of(
+    model, rows: list[dict], labels: tuple[int, int], batch_size: int, device, rank: int = 0, world: int = 1
+) -> list[tuple[float, ...]]:
+    """The values in [0, 1] at each row's reads, in the order of `rows`. `world` ranks share the rows; all call it.
+
+    All ranks make equally many passes: a model that is divided among them (ZeRO-3) gathers its weights in each.
+    """
+    model.eval()
+    collate, found = PrmCollator(pad=0), []
+    ranked = sorted(range(len(rows)), key=lambda index: len(rows[index]["input_ids"]))
+    for start in range(0, len(ranked), batch_size * world):
+        several = ranked[start : start + batch_size * world]
+        indices = several[rank::world] or several[:1]
+        batch = {name: tensor.to(device) for name, tensor in collate([rows[index] for index in indices]).items()}
+        for index, scores in zip(indices, label_margins(model, batch, labels).sigmoid().tolist()):
+            found.append((index, tuple(scores[: len(rows[index]["reads"])])))
+    values = dict(gather_object(found) if world > 1 else found)
+    return [values[index] for index in range(len(rows))]
+
+
 def forward_values(
     base: str, adapter: str | None, rows: list[dict], labels: tuple[int, int], batch_size: int
 ) -> tuple[list[tuple[float, ...]], int]:
@@ -86,17 +108,7 @@ def forward_values(
     model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype(base), use_safetensors=True).to(device)
     if adapter:
         model = PeftModel.from_pretrained(model, adapter).to(device)
-    model.eval()
-    values: list[tuple[float, ...]] = [()] * len(rows)
-    collate = PrmCollator(pad=0)
-    ranked = sorted(range(len(rows)), key=lambda index: len(rows[index]["input_ids"]))
-    with torch.inference_mode():
-        for start in range(0, len(ranked), batch_size):
-            indices = ranked[start : start + batch_size]
-            batch = {name: tensor.to(device) for name, tensor in collate([rows[index] for index in indices]).items()}
-            for index, scores in zip(indices, label_margins(model, batch, labels).sigmoid().tolist()):
-                values[index] = tuple(scores[: len(rows[index]["reads"])])
-    return values, sum(p.numel() for p in model.parameters())
+    return values_of(model, rows, labels, batch_size, device), sum(p.numel() for p in model.parameters())
 
 
 def score_all(

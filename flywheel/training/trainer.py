@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import ctypes
 import math
+import os
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from accelerate import PartialState
@@ -17,11 +20,9 @@ from accelerate.utils import broadcast_object_list
 from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset
 from peft import LoraConfig, load_peft_weights, set_peft_model_state_dict
-from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
+from torch.utils.cpp_extension import get_default_build_root
 from transformers import AutoTokenizer, PrinterCallback, TrainerCallback
-from transformers.trainer_utils import EvalLoopOutput
-from trl import SFTConfig, SFTTrainer
-from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+from trl import SFTConfig
 
 from flywheel.ledger import pairs
 from flywheel.models.weights import attention_width
@@ -38,106 +39,12 @@ from flywheel.training.checkpoints import (
     resume_point,
     save_point,
 )
-from flywheel.training.examples import TrainingError, order, share
-from flywheel.training.scores import PrmCollator, dtype, label_margins, on_cpu
+from flywheel.training.examples import OutOfMemory, TrainingError, order, share
+from flywheel.training.jit import clear_stale_locks
+from flywheel.training.losses import SftTrainer
+from flywheel.training.scores import dtype, on_cpu
 
 LOGS_PER_EVAL = 4
-
-
-class SftTrainer(SFTTrainer):
-    """TRL's loss, summed over the global batch and divided by its number of trained tokens."""
-
-    loss_is_scaled_for_ga = True  # already divided by the items of all micro batches: do not divide by their number
-
-    def items(self, batch: dict) -> torch.Tensor:
-        """The denominator of the loss, a scalar: the number of predicted tokens in the batch."""
-        return batch["labels"][:, 1:].ne(-100).sum()
-
-    @staticmethod
-    def collator(pad: int):
-        return DataCollatorForLanguageModeling(pad_token_id=pad)
-
-    @staticmethod
-    def filler(row: dict) -> dict:
-        """A copy of the row that contributes no loss, to fill up the last validation batches."""
-        return {**row, "labels": [-100] * len(row["labels"])}
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """On a CPU, logits at the trained positions only.
-
-        TRL's chunked head saves memory, which is what a GPU lacks. With 135M parameters on two CPU cores it took a
-        third of a step, for entropy and accuracy too, which nobody reads.
-        """
-        if not on_cpu():
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        labels = inputs["labels"][:, 1:]
-        at = labels.ne(-100).any(0).nonzero().squeeze(1)
-        texts = {key: inputs[key] for key in ("input_ids", "attention_mask")}
-        logits = model(**texts, logits_to_keep=at, use_cache=False).logits
-        loss = cross_entropy(logits.flatten(0, 1).float(), labels[:, at].flatten(), reduction="sum")
-        return loss * self.accelerator.num_processes / num_items_in_batch
-
-    def _get_num_items_in_batch(self, batch_samples, device):
-        count = torch.stack([self.items(batch) for batch in batch_samples]).sum().to(device)
-        return self.accelerator.reduce(count, "sum")
-
-    def evaluation_loop(
-        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
-    ):
-        """The exact mean loss over all items of all ranks; the stock loop averages the means of batches."""
-        model = self.model_wrapped
-        model.eval()
-        sums = torch.zeros(2, device=self.args.device)
-        for batch in dataloader:
-            batch = self._prepare_inputs(batch)
-            with torch.no_grad():
-                loss = self.compute_loss(model, batch, num_items_in_batch=1)
-            sums += torch.stack([loss.float() / self.accelerator.num_processes, self.items(batch).float()])
-        loss, items = self.accelerator.reduce(sums, "sum").tolist()
-        metrics = {f"{metric_key_prefix}_loss": loss / items}
-        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(dataloader.dataset))
-
-    def log(self, logs, start_time=None):
-        for key, name in (("loss", "training"), ("eval_loss", "validation")):
-            if not math.isfinite(logs.get(key, 0.0)):
-                raise TrainingError(
-                    f"the {name} loss is {logs[key]} at step {self.state.global_step}: "
-                    f"lower the learning rate (now {self.args.learning_rate:g})"
-                )
-        super().log(logs, start_time)
-
-    def floating_point_ops(self, inputs):
-        """Not needed: the ledger counts FLOPs. The stock count takes 14 ms per micro batch with 24 layers."""
-        return 0
-
-    def create_model_card(self, *args, **kwargs):
-        """Disabled for checkpoints: `flywheel.export` writes the model card."""
-
-    def _send_telemetry(self):
-        """Disabled."""
-
-
-class PrmTrainer(SftTrainer):
-    """Soft binary cross-entropy at the read positions, on the logits of two label tokens."""
-
-    label_tokens: tuple[int, int]
-
-    def items(self, batch: dict) -> torch.Tensor:
-        return batch["weights"].sum()
-
-    @staticmethod
-    def collator(pad: int):
-        return PrmCollator(pad)
-
-    @staticmethod
-    def filler(row: dict) -> dict:
-        return {**row, "weights": [0.0] * len(row["weights"])}
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        margins = label_margins(model, inputs, self.label_tokens)
-        loss = binary_cross_entropy_with_logits(margins, inputs["values"], weight=inputs["weights"], reduction="sum")
-        # the ranks' gradients are averaged, while `num_items_in_batch` counts all ranks' items
-        return loss * self.accelerator.num_processes / num_items_in_batch
 
 
 class Schedule(TrainerCallback):
@@ -237,34 +144,34 @@ def keep_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, -1)
 
 
+def with_deepspeed() -> bool:
+    """Whether the launcher was told to train with DeepSpeed."""
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+
+
 def _out_of_memory(error: RuntimeError) -> bool:
     """Whether `error` is an out-of-memory error; on a CPU torch has no type for it, only the message."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-def _train(trainer: SftTrainer, resume: str | None, job: Job, micro: int, world: int) -> bool:
-    """Train; returns False if memory ran out and a smaller micro batch was written to disk for the next try.
+def _make_room(error: RuntimeError, job: Job, micro: int, world: int) -> None:
+    """If memory ran out, write a smaller micro batch to disk for the next try; else raises `error` again.
 
-    Raises TrainingError if there is no smaller one, or if there are several ranks, because the others
-    wait in a collective operation that this one will not join.
+    Raises TrainingError if there is no smaller one, and OutOfMemory if there are several ranks, since the others wait
+    in a collective operation that this one will not join, or DeepSpeed, which starts only once in a process.
     """
-    try:
-        trainer.train(resume_from_checkpoint=resume)
-        return True
-    except RuntimeError as error:
-        if not _out_of_memory(error):
-            raise
-        failed, batch = f"out of memory at a micro batch of {micro}", job.spec.batch_size
-        smaller = next((size for size in range(micro // 2, 0, -1) if batch % size == 0), None)
-        if smaller is None:
-            section = {"policy": "distill"}.get(job.role, job.role)
-            raise TrainingError(f"{failed}: lower {section}.max_length, or train on a larger device") from error
-        onward = f"on with {smaller}, the batch stays {batch}"
-        write_json(job.out / ROOM, smaller)
-        if world > 1:
-            raise TrainingError(f"{failed}: the same command goes {onward}") from error
-    print(f"{job.role}: {failed}; going {onward}", flush=True)
-    return False
+    if not _out_of_memory(error):
+        raise error
+    failed, batch = f"out of memory at a micro batch of {micro}", job.spec.batch_size
+    smaller = next((size for size in range(micro // 2, 0, -1) if batch % size == 0), None)
+    if smaller is None:
+        section = {"policy": "distill"}.get(job.role, job.role)
+        raise TrainingError(f"{failed}: lower {section}.max_length, or train on a larger device") from error
+    line = f"{job.role}: {failed}; going on with {smaller}, the batch stays {batch}"
+    write_json(job.out / ROOM, smaller)
+    if world > 1 or with_deepspeed():
+        raise OutOfMemory(line) from error
+    print(line, flush=True)
 
 
 def _report(trainer: SftTrainer, schedule: Schedule, epochs_per_step: float, tokens: int) -> TrainReport:
@@ -286,10 +193,18 @@ def _report(trainer: SftTrainer, schedule: Schedule, epochs_per_step: float, tok
 
 
 def fit(
-    kind: type[SftTrainer], train: list[dict], validation: list[dict], job: Job, labels: tuple[int, int] | None = None
+    kind: type[SftTrainer],
+    train: list[dict],
+    validation: list[dict],
+    job: Job,
+    labels: tuple[int, int] | None = None,
+    held: Sequence[dict] = (),
 ) -> TrainReport:
     """Implements `train_sft` and `train_prm`; takes rows that were checked by `rows`."""
     job = replace(job, seed=job.seed % 2**31)
+    if with_deepspeed():
+        root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+        clear_stale_locks(root, os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get("WORLD_SIZE"))
     spec, ranks = job.spec, PartialState(cpu=on_cpu())
     if on_cpu():
         keep_memory()
@@ -304,7 +219,7 @@ def fit(
     settings = spec.model_dump(exclude={"micro_batch_size"}, exclude_none=True)
     zero = args.deepspeed_plugin  # its checkpoints are sharded by rank
     mark = {
-        "fingerprint": digest(train, validation, job.model.model_dump(), settings, job.seed, job.keep, labels),
+        "fingerprint": digest(train, validation, job.model.model_dump(), settings, job.seed, job.keep, labels, held),
         "sharding": zero and f"ZeRO-{zero.zero_stage} on {world} processes",
     }
     report, resume, spent = broadcast_object_list([*resume_point(job.out, mark)] if main else [None] * 3)
@@ -314,20 +229,31 @@ def fit(
         trainer.label_tokens = labels
         schedule = Schedule(job, steps, bool(validation), mark, ranks, spent)
         trainer.add_callback(schedule)
-        if not _train(trainer, resume, job, micro, world):
-            del trainer
+        try:
+            trainer.train(resume_from_checkpoint=resume)
+            if main:
+                report = _report(trainer, schedule, epochs_per_step, sum(lengths[index] for index in indices))
+            (report,) = broadcast_object_list([report])
+            if held:  # rank 0 has chosen the adapter and written it
+                report = replace(report, held=trainer.held_values(held, str(job.out / "adapter")))
+        except RuntimeError as error:
+            _make_room(error, job, micro, world)
+            del trainer, schedule, error
             clear_device_cache(garbage_collection=True)
-            return fit(kind, train, validation, job, labels)
-        if main:
-            report = _report(trainer, schedule, epochs_per_step, sum(lengths[index] for index in indices))
-        (report,) = broadcast_object_list([report])
+            return fit(kind, train, validation, job, labels, held)
     if main:
         conclude(job, report, mark["fingerprint"])
         size = {"parameters": report.parameters, "attention": attention_width(job.model.base)}
         attended = sum(pairs(0, lengths[index]) for index in indices)
         trained = report.parameters_trained
         job.ledger.train(job.role, "train", trained=trained, tokens=report.tokens, attended=attended, **size)
-        times, held = sum(p["eval_loss"] is not None for p in report.curve), [len(r["input_ids"]) for r in validation]
-        attended = times * sum(pairs(0, length) for length in held)
-        job.ledger.charge(job.role, "validate", scored=times * sum(held), attended=attended, **size)
+        times = sum(p["eval_loss"] is not None for p in report.curve)
+        for examples, passes, parameters in (
+            (validation, times, report.parameters),
+            (held, 1, report.parameters),
+            (held, 1, report.parameters - trained),
+        ):
+            read = [len(row["input_ids"]) for row in examples]
+            attended, size["parameters"] = passes * sum(pairs(0, length) for length in read), parameters
+            job.ledger.charge(job.role, "validate", scored=passes * sum(read), attended=attended, **size)
     return report

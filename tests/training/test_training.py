@@ -59,7 +59,7 @@ def interrupt(*args):
 
 def watch_resumes(patch) -> list[str | None]:
     """What every training from now on resumes from."""
-    from flywheel.training.trainer import SftTrainer
+    from flywheel.training.losses import SftTrainer
 
     seen, train = [], SftTrainer.train
 
@@ -202,7 +202,7 @@ def test_accumulation_changes_nothing(base, tmp_path, kind):
 
 
 def test_on_a_cpu_the_logits_of_trained_positions_train_as_trl_does(base, tmp_path, monkeypatch):
-    from flywheel.training.trainer import SFTTrainer, SftTrainer
+    from flywheel.training.losses import SFTTrainer, SftTrainer
 
     ours = lab.run(job(base, tmp_path / "ours"), Ledger("t", 1))
     monkeypatch.setattr(SftTrainer, "compute_loss", SFTTrainer.compute_loss)
@@ -400,6 +400,29 @@ def test_score_all_reads_every_step_in_one_pass_in_the_order_given(base):
             p = math.exp(-soft_bce(base, None, [PrmExample(alone.tokens, (read,), (1.0,))]))
             assert score == pytest.approx(p, abs=1e-5)
     assert ledger.tokens() == sum(len(e.tokens) for e in examples)
+
+
+def test_a_trained_prm_and_its_base_judge_held_out_examples_at_the_end(base, tmp_path, monkeypatch):
+    """As a fresh model with the chosen adapter would; a training that ended before it told them tells the same."""
+    from flywheel.training.losses import PrmTrainer
+
+    examples, ledger = lab.prm_examples(21, 5), Ledger("t", 1)
+    asked = (lab.prm_examples(100, 0), lab.prm_examples(21, 1), lab.LABELS)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(PrmTrainer, "held_values", interrupt)
+        train_prm(*asked, make_job(base, tmp_path, "best", "prm"), examples)
+    job = make_job(base, tmp_path, "best", "prm")
+    report = train_prm(*asked, job, examples)
+    for values, adapter in zip(report.held, (report.best.path, None), strict=True):
+        fresh = score_all(base, adapter, examples, lab.LABELS, ledger=ledger)
+        assert [pytest.approx(scores, abs=1e-5) for scores in fresh] == values
+    assert report.held[0] != report.held[1]
+    assert train_prm(*asked, make_job(base, tmp_path, "best", "prm"), examples).held == [
+        [list(scores) for scores in values] for values in report.held
+    ]
+    validated = sum(p["eval_loss"] is not None for p in report.curve) * sum(len(e.tokens) for e in asked[1])
+    [scored] = [row["scored"] for row in job.ledger.rows() if row["purpose"] == "validate"]
+    assert scored == validated + ledger.rows()[0]["scored"]
 
 
 @pytest.mark.parametrize(

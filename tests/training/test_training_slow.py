@@ -1,4 +1,4 @@
-"""One model, not two: the same training under `accelerate launch` on one rank, two ranks and ZeRO-2."""
+"""One model, not two: the same training under `accelerate launch` on one rank, two ranks, ZeRO-2 and ZeRO-3."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def base(tmp_path_factory) -> str:
 def alone(request, base, tmp_path_factory):
     """(job, its one rank's report, folder) of the training in one CPU process."""
     folder = tmp_path_factory.mktemp(request.param)
-    work = job(base, folder / "out", request.param)
+    work = {**job(base, folder / "out", request.param), "held": 11}
     (found,) = ranks("cpu", work, folder / "cpu")
     assert found["world"] == 1
     return work, found, folder
@@ -65,8 +65,9 @@ def alone(request, base, tmp_path_factory):
 
 @pytest.mark.parametrize(
     "config, micro, tolerance",
-    [("cpu_2", 16, 1e-5), ("cpu_2", 4, 1e-5), ("zero2_cpu_2", 16, 1e-4), ("zero2_cpu_2", 4, 1e-4)],
-)
+    [("cpu_2", 16, 1e-5), ("cpu_2", 4, 1e-5), ("zero2_cpu_2", 16, 1e-4), ("zero2_cpu_2", 4, 1e-4),
+     ("zero3_cpu_2", 16, 1e-4), ("zero3_cpu_2", 4, 1e-4)],
+)  # fmt: skip
 def test_two_processes_train_one_model(alone, config, micro, tolerance):
     work, one, folder = alone
     out = folder / f"{config}_{micro}"
@@ -83,8 +84,21 @@ def test_two_processes_train_one_model(alone, config, micro, tolerance):
             "step": b["step"],
             **{name: b[name] and pytest.approx(b[name], abs=1e-4) for name in ("loss", "eval_loss")},
         }
+    for ours, theirs in zip(two["held"], one_report["held"], strict=True):  # of the adapter, of the base
+        assert [pytest.approx(values, abs=1e-3) for values in theirs] == ours
+    assert len(two["held"]) == (2 if work["kind"] == "prm" else 0)
     spent = [{k: v for k, v in row.items() if k != "seconds"} for row in found[0]["rows"]]
     assert spent == [{k: v for k, v in row.items() if k != "seconds"} for row in one["rows"]]
+
+
+@pytest.mark.parametrize("config", ["cpu_2", "zero3_cpu_2"])
+def test_a_training_on_several_ranks_may_begin_with_another_adapter(alone, config):
+    """`start: policy`: with a learning rate of almost nothing it stays what it was, so it had been loaded whole."""
+    work, one, folder = alone
+    out, spec = folder / f"start_{config}", {**work["spec"], "epochs": 1, "learning_rate": 1e-9}
+    found = ranks(config, {**work, "out": str(out / "out"), "spec": spec, "start": str(folder / "out/adapter")}, out)
+    assert apart(folder / "out/adapter", out / "out/adapter") < 1e-6
+    assert found[0]["report"]["curve"][0]["eval_loss"] == pytest.approx(one["report"]["best"]["eval_loss"], abs=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -96,8 +110,10 @@ def whole(base, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize(
-    "config, after", [("cpu", "cpu_2"), ("cpu_2", "cpu"), ("zero2_cpu_2", "zero2_cpu_2"), ("zero2_cpu_2", "cpu")]
-)
+    "config, after",
+    [("cpu", "cpu_2"), ("cpu_2", "cpu"), ("zero2_cpu_2", "zero2_cpu_2"), ("zero2_cpu_2", "cpu"),
+     ("zero3_cpu_2", "zero3_cpu_2")],
+)  # fmt: skip
 def test_killed_with_sigkill_it_goes_on_even_with_other_ranks(base, whole, tmp_path, config, after):
     work = job(base, tmp_path / "out", epochs=12, evals=8)
     process = launch(config, work, tmp_path / "first")
@@ -112,7 +128,7 @@ def test_killed_with_sigkill_it_goes_on_even_with_other_ranks(base, whole, tmp_p
 
     found = ranks(after, work, tmp_path / "second")
     log = (tmp_path / "second/log").read_text()
-    assert ("starts again" in log) == (config.startswith("zero2") and after != config)
+    assert ("starts again" in log) == (config.startswith("zero") and after != config)
     assert found[0]["report"]["steps"] == 75
     assert apart(tmp_path / "out/adapter", whole) < 1e-4
 
@@ -123,7 +139,7 @@ def test_out_of_memory_on_ranks_ends_all_and_the_same_command_goes_on(base, tmp_
     first = launch("cpu_2", work, tmp_path / "first")
     assert first.wait(timeout=240) != 0
     assert (
-        "out of memory at a micro batch of 8: the same command goes on with 4, the batch stays 16"
+        "out of memory at a micro batch of 8; going on with 4, the batch stays 16"
         in (tmp_path / "first/log").read_text()
     )
     ranks("cpu_2", work, tmp_path / "second")

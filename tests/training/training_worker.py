@@ -1,6 +1,6 @@
 """One rank of a small training, for tests that start it under `accelerate launch`.
 
-python training_worker.py JOB.json: {kind, base, out, spec, seed, keep, report}. Every rank
+python training_worker.py JOB.json: {kind, base, out, spec, seed, keep, start, held, report}. Every rank
 writes REPORT.RANK: its rank, the world size, its report and its ledger rows.
 """
 
@@ -76,7 +76,8 @@ def run(work: dict, ledger: Ledger) -> TrainReport:
     role = {"prm": "prm", "sft": "policy"}[work["kind"]]
     job = Job(model, spec, out, work.get("seed", 0), keep, role, ledger, work.get("start"))
     if work["kind"] == "prm":
-        return train_prm(prm_examples(100, 0), prm_examples(21, 1), LABELS, job)
+        held = prm_examples(work.get("held", 0), 2)
+        return train_prm(prm_examples(100, 0), prm_examples(21, 1), LABELS, job, held)
     return train_sft(sft_examples(100, 0), sft_examples(21, 1), job)
 
 
@@ -84,7 +85,7 @@ def small_device(room: int) -> None:
     """From the second step on this rank has no memory for micro batches of more than `room`."""
     import torch
 
-    from flywheel.training.trainer import SftTrainer
+    from flywheel.training.losses import SftTrainer
 
     usual, steps = SftTrainer.training_step, []
 
