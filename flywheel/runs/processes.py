@@ -44,6 +44,8 @@ def threads_alone(ranks: Ranks, recipe: Recipe) -> int:
 
 
 def workers(recipe: Recipe, threads: int) -> int:
+    if recipe.engine.kind == "server":
+        return 1  # one process keeps servers busy
     return min(threads, recipe.engine.workers or default_workers(recipe.model.base, threads))
 
 
