@@ -238,4 +238,4 @@ async def _fault(spec: EngineSpec, url: str, base: str) -> str | None:
             await check_adapters(server)
             await device._send(_body([0], asked, None), asked, server)
         except (*FAULTS, EngineDied) as error:
-            return first_line(error)
+            return first_line(error).removeprefix(f"engine.servers: {url} ")
