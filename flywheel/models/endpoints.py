@@ -138,6 +138,7 @@ class Endpoints:
         try:
             while True:
                 server.session = server.session or session()
+                server.again.clear()
                 try:
                     await (self._look(server) if server.lives else self.admit(server))
                 except FAULTS as error:
@@ -145,7 +146,6 @@ class Endpoints:
                     await server.session.close()  # what still waits for its answer is asked elsewhere
                     server.session = None
                 self._judge()
-                server.again.clear()
                 with suppress(TimeoutError):
                     async with asyncio.timeout(EVERY):
                         await server.again.wait()
