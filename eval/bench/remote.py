@@ -2,9 +2,9 @@
 
     python -m eval.bench.remote data/chain/seed_model --requests 256 --repeats 5
 
-The same requests in turns, after one uncounted turn each: answered whole, and with a `Sampling.done` that is asked after
-each token, as by solutions that end with their answer, and so streamed. Prints JSON: tokens/s of each, and the median, least and greatest
-ratio server / process.
+The same requests in turns, after one uncounted turn each: answered whole, and streamed because a `Sampling.done` is
+asked after each token, as by solutions that end with their answer. Prints JSON: tokens/s of each, and the median, least
+and greatest ratio server / process.
 """
 
 from __future__ import annotations

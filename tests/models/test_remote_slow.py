@@ -75,23 +75,23 @@ def all_greedy_and_scored(backend, ledger, roles):
     prompts = [[*prompt, 4, 2, 5] for prompt in PROMPTS[:12]]
     found = {}
     for role in roles:
-        drawn = [draw(backend, role, prompts, **options) for options in wanted]
-        score = backend.engine(role).score
-        read = backend.run(prompts, lambda p: score(p, [2, 5, len(p)], LABELS, purpose="verify"))
-        found[role] = drawn, read
+        engine = backend.engine(role)
+        drawn = [
+            backend.run(prompts, lambda p: engine.generate(p, Sampling(24, 0.0, **options), purpose="sample"))
+            for options in wanted
+        ]
+        found[role] = drawn, backend.run(prompts, lambda p: engine.score(p, [2, 5, len(p)], LABELS, purpose="verify"))
     return found, ledger.take()
 
 
 @pytest.mark.slow
 def test_two_servers_of_vllm_answer_as_an_engine_in_this_process_and_one_is_killed(tmp_path, capfd):
     base = micro.model(tmp_path / "base")
-    adapters = [
-        micro.adapter(base, tmp_path / name, seed=seed) for seed, name in enumerate(("prm", "reviser"), start=1)
-    ]
+    prm, reviser = (micro.adapter(base, tmp_path / str(seed), seed=seed) for seed in (1, 2))
     models = {
         Role.POLICY: ModelRef("policy_0", base),
-        Role.PRM: ModelRef("prm_1", base, adapters[0], labels=LABELS),
-        Role.REVISER: ModelRef("reviser_1", base, adapters[1]),
+        Role.PRM: ModelRef("prm_1", base, prm, labels=LABELS),
+        Role.REVISER: ModelRef("reviser_1", base, reviser),
     }
     servers = [VllmServer(base, seed, tmp_path / f"{seed}.log") for seed in (1, 2)]
     try:
@@ -119,8 +119,7 @@ def test_two_servers_of_vllm_answer_as_an_engine_in_this_process_and_one_is_kill
         prompts, answered = PROMPTS * 10, []
 
         async def work(prompt):
-            sampling = Sampling(60, 1.0)
-            drawn = await backend.engine(Role.REVISER).generate(prompt, sampling, purpose="sample", n=2)
+            drawn = await backend.engine(Role.REVISER).generate(prompt, Sampling(60), purpose="sample", n=2)
             answered.append(prompt)
             if len(answered) == 40:
                 await asyncio.to_thread(servers[0].kill)
