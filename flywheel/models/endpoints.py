@@ -114,7 +114,8 @@ class Endpoints:
         self._loop, self._lived, self._over = asyncio.get_running_loop(), time.monotonic(), ""
         # the lowest places first, so that all endpoints are equally full
         self._offered: asyncio.PriorityQueue[tuple[int, int]] = asyncio.PriorityQueue()
-        self.servers = [Server(url, list(range(self._max_running))) for url in self._urls]
+        faults = {server.url: server.fault for server in self.servers}
+        self.servers = [Server(url, list(range(self._max_running)), fault=faults.get(url)) for url in self._urls]
         self._watchers = [asyncio.ensure_future(self._watch(server)) for server in self.servers]
 
     async def _take(self) -> tuple[Server, int]:
@@ -141,7 +142,7 @@ class Endpoints:
                 server.again.clear()
                 try:
                     await (self._look(server) if server.lives else self.admit(server))
-                except FAULTS as error:
+                except Exception as error:  # of an answer that makes no sense too: unwatched, a server is never used
                     self._leave_out(server, error)
                     await server.session.close()  # what still waits for its answer is asked elsewhere
                     server.session = None
@@ -160,13 +161,17 @@ class Endpoints:
 
     async def admit(self, server: Server) -> None:
         """Check what `server` serves, load the adapters, and offer its places. Raises FAULTS."""
-        models = {card["id"]: card for card in (await server.get("/v1/models"))["data"]}
+        answer = await server.get("/v1/models")
+        try:
+            models = {card["id"]: card for card in answer["data"]}
+        except (KeyError, TypeError):
+            raise Refused("is no server of vLLM") from None
         server.base = next((name for name, card in models.items() if is_base(card, self.base)), "")
         if not server.base:
             raise Refused(
                 f"serves {', '.join(models)}, not {self.base}; if it does, add --served-model-name {self.base}"
             )
-        if (longest := models[server.base]["max_model_len"]) < self.max_model_len:
+        if (longest := models[server.base].get("max_model_len") or 0) < self.max_model_len:
             raise Refused(
                 f"takes {longest} tokens, engine.max_model_len is {self.max_model_len}:"
                 f" start it with --max-model-len {self.max_model_len}"
@@ -174,18 +179,18 @@ class Endpoints:
         for name, path in self.adapters.items():
             if name not in models:
                 await load(server, name, path)
-        if server.fault:
+        if server.fault and not isinstance(server.fault, Missing):
             log.warning("engine.servers: %s is used again", server.url)
         server.lives, server.fault = True, None
         while server.places:
             self._give(server, server.places.pop())
 
     def _leave_out(self, server: Server, error: Exception) -> None:
-        if server.lives:
-            log.warning("engine.servers: %s is left out: %s", server.url, first_line(error))
-        server.lives, server.fault = False, error
         if isinstance(error, Missing):
             server.again.set()
+        elif server.lives or server.fault is None:
+            log.warning("engine.servers: %s is left out: %s", server.url, first_line(error))
+        server.lives, server.fault = False, error
 
     def _judge(self) -> None:
         """End the requests that wait if no endpoint can be hoped for."""
@@ -200,17 +205,16 @@ class Endpoints:
             self._offered.put_nowait((-1, -1))
 
     async def unload(self) -> None:
-        """Unload the adapters wherever they can have been loaded. A server that does not answer is only logged."""
-        for known in self.servers:
-            if not known.base:
-                continue
-            async with session() as known.session:
+        """Unload the adapters from the servers that lived at last."""
+        await asyncio.gather(*(self._unload(server) for server in self.servers if server.lives))
+
+    async def _unload(self, server: Server) -> None:
+        async with session() as server.session:
+            try:
                 for name in self.adapters:
-                    try:
-                        await known.post("/v1/unload_lora_adapter", {"lora_name": name}, ANSWER)
-                    except FAULTS as error:
-                        log.info("engine.servers: %s: %s was not unloaded: %s", known.url, name, first_line(error))
-                        break
+                    await server.post("/v1/unload_lora_adapter", {"lora_name": name}, ANSWER)
+            except FAULTS as error:
+                log.warning("engine.servers: %s keeps adapters of the run: %s", server.url, first_line(error))
 
 
 def session() -> aiohttp.ClientSession:
