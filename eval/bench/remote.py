@@ -30,7 +30,7 @@ from flywheel.records import ModelRef, Role
 def measure(base: str, requests: int, samples: int, max_tokens: int, repeats: int, running: int) -> dict:
     """The figures that `main` prints, for `requests` prompts with `samples` samples each."""
     models, port = {Role.POLICY: ModelRef("policy_0", base)}, free_port()
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", base, "--port", str(port)]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", base, "--port", str(port)]
     flags = "--dtype float32 --max-model-len 512 --block-size 32 --enforce-eager --no-enable-chunked-prefill"
     command += [*flags.split(), "--max-num-seqs", str(running), "--kv-cache-memory-bytes", str(256 << 20)]
     specs = {
