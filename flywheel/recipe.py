@@ -130,8 +130,11 @@ class ModelSpec(Spec):
 
 
 class EngineSpec(Spec):
-    # `vllm`, or module:function of another engine (see `flywheel.models.backend.open_backend`)
-    kind: Annotated[str, Field(pattern=r"^(vllm|[\w.]+:\w+)$")] = "vllm"
+    # `vllm` in this process, `server` for those of `servers`, or module:function of another engine (see
+    # `flywheel.models.backend.open_backend`)
+    kind: Annotated[str, Field(pattern=r"^(vllm|server|[\w.]+:\w+)$")] = "vllm"
+    # `http://host:port` of every `vllm serve` (docs/gpus_and_nodes.md); may change during a run
+    servers: list[Annotated[str, Field(pattern=r"^https?://[^/]+$")]] = []
     # How LoRA adapters are served. merged: each is merged into the base, one engine per model; runtime: one engine
     # serves the base with all its adapters; auto: merged on a CPU, runtime on a GPU.
     adapters: Literal["auto", "merged", "runtime"] = "auto"
@@ -139,7 +142,7 @@ class EngineSpec(Spec):
     max_model_len: Positive = 1024
     kv_cache_mb: Positive = 256  # KV cache per engine; only on a CPU
     gpu_memory: Share = 0.9  # fraction of the GPU's memory for all engines together
-    max_running: Positive = 256  # sequences decoded concurrently
+    max_running: Positive = 256  # sequences decoded concurrently; of servers: on each, for each rank
     chunk: Positive = 50  # questions per shard: a kill loses at most this much work per process
     # sampling processes per rank; 0: one per core on a CPU with a small model, else one
     workers: Annotated[int, Field(ge=0)] = 0
@@ -327,6 +330,10 @@ class Recipe(Spec):
             yield "prompts.again: missing, the text between two attempts; only with prompts.chat it can be left out"
         if self.engine.tensor_parallel > 1 and self.engine.workers > 1:
             yield "engine.workers: 1 with engine.tensor_parallel; the devices hold one engine"
+        if (self.engine.kind == "server") != bool(self.engine.servers):
+            yield "engine.servers: the addresses of engine.kind server, which needs them and which alone has them"
+        if self.engine.kind == "server" and self.engine.adapters == "merged":
+            yield "engine.adapters: a server has adapters at run time only; leave the key out"
         if self.sample.max_tokens >= self.engine.max_model_len:
             yield "sample.max_tokens: must be below engine.max_model_len"
         largest = {s.kind: 0 for s in self.calibrate.strategies}

@@ -37,6 +37,7 @@ class Output:
     """One finished sequence. `tokens`: all generated tokens, EOS included.
 
     `cached`: number of prompt tokens that the prefix cache served. `values`: one per read of a `Scoring`.
+    `spare`: tokens that were made after `tokens` in vain, and are charged too.
     """
 
     tokens: tuple[int, ...]
@@ -44,6 +45,7 @@ class Output:
     eos: bool
     cached: int = 0
     values: tuple[float, ...] = ()
+    spare: int = 0
 
 
 class Device(Protocol):
@@ -123,14 +125,15 @@ class ServedModel:
 
     def _charge(self, purpose: str, outputs: Sequence[Output], given: Sequence[int], kind: str) -> None:
         """given: by output, the tokens of the request, which are charged as `kind`: prompt or scored."""
+        made = [len(out.tokens) + out.spare for out in outputs]
         self.ledger.charge(
             self.role.partition(":")[0],  # the key `prm:base` is another model with the role `prm`
             purpose,
             parameters=self.parameters,
-            generated=sum(len(out.tokens) for out in outputs),
+            generated=sum(made),
             cached=sum(out.cached for out in outputs),
             attention=self.attention,
-            attended=sum(pairs(out.cached, count + len(out.tokens)) for out, count in zip(outputs, given)),
+            attended=sum(pairs(out.cached, count + new) for out, count, new in zip(outputs, given, made)),
             **{kind: sum(given)},
         )
 

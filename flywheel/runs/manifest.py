@@ -28,8 +28,8 @@ SCRATCH = ("trainer",)  # a training's checkpoints to resume from: not part of t
 MODEL_FILES = (".json", ".safetensors", ".model", ".txt", ".jinja", ".bpe", ".spm", ".tiktoken", ".vocab")
 UNLISTED = (MANIFEST, FINGERPRINT, "claims.lock")
 APART = "prm.published"  # of the stages that read `prm`, only those that name it read it: train_prm does not
-# fingerprints hold the contents of these files, not their paths
-PATHS = ("model.base", "problems.path", "prm.published.model")
+# fingerprints hold the contents of these files, not their paths; and where servers run changes no result
+PATHS = ("model.base", "problems.path", "prm.published.model", "engine.servers")
 
 
 class Changed(UserError):

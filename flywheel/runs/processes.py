@@ -57,8 +57,8 @@ def training_threads(ranks: Ranks, recipe: Recipe) -> int:
 
 
 def workers(recipe: Recipe, threads: int) -> int:
-    if recipe.engine.tensor_parallel > 1:
-        return 1
+    if recipe.engine.tensor_parallel > 1 or recipe.engine.kind == "server":
+        return 1  # one process keeps servers busy
     return min(threads, recipe.engine.workers or default_workers(recipe.model.base, threads))
 
 

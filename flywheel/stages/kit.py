@@ -79,6 +79,12 @@ def preflight(recipe: Recipe, ranks: int = 1) -> list[str]:
             " which is slower than as a classifier",
             flush=True,
         )
+    if recipe.engine.kind == "server":
+        from flywheel.models import remote
+
+        remote.preflight(
+            recipe.engine, [recipe.model.base, *([rival.model] if (rival := recipe.prm.published) else [])]
+        )
     if recipe.engine.kind == "vllm" and not ON_GPU:
         from flywheel.models.vllm_cpu import emulated  # it imports torch
 
