@@ -24,6 +24,7 @@ test-slow: setup
 chaos: setup
 	$(BIN)/python tests/chaos/kills.py --kills 100
 	$(BIN)/python tests/chaos/real.py --kills 10
+	$(BIN)/python tests/chaos/hosts.py
 
 lint: setup
 	$(BIN)/ruff check $(CODE)
