@@ -88,7 +88,7 @@ def draw(
 ) -> Path:
     """Complete the shards in `folder(run, round) / title` for the first `count` questions of `split`; returns it.
 
-    A killed study continues from its finished shards; several processes may share one study.
+    A killed study continues from its finished shards. Of two processes at one study both draw every chunk.
     """
     stage = Stage(
         title,

@@ -9,9 +9,10 @@ import math
 import multiprocessing
 import os
 import shutil
+import time
 import types
 import typing
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from enum import Enum
@@ -96,6 +97,27 @@ def read_json(path: Path) -> Any:
         return None
     except ValueError:
         raise Damaged(f"{path}: not JSON; it was altered or cut short") from None
+
+
+def names_in(folder: Path) -> list[str]:
+    """The names in `folder`; empty if there is none.
+
+    Opening a folder asks the server of an NFS what is in it; until then a name that this host once looked up in vain
+    may stay absent for a minute.
+    """
+    try:
+        return os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def wait_for_names(folder: Path, names: Collection[str], seconds: float = 10.0) -> None:
+    """Wait until `folder` holds `names`, which another host may have written just now. Raises Damaged."""
+    end = time.monotonic() + seconds
+    while missing := set(names).difference(names_in(folder)):
+        if time.monotonic() > end:
+            raise Damaged(f"{folder / min(missing)}: missing; delete {folder.parent} to redo the stage")
+        time.sleep(0.2)
 
 
 def sha256(path: Path) -> str:

@@ -127,7 +127,7 @@ class Loop:
         unreported = {scheduled.round for scheduled in plan if not self.reported(scheduled.round).is_file()}
         rounds = sorted({scheduled.round for scheduled in todo} | unreported)
         if not rounds:
-            self.launch.dismiss()
+            self.dismiss()
             return self.nothing_to_do(len(plan))
         isolate.start_server(threads_of(self.ranks, self.recipe), self.preload)
         failed = []
@@ -137,13 +137,19 @@ class Loop:
                     self.lead_stage(scheduled, sources)
             if not self.after_round(round):
                 failed.append(round)
-        self.launch.dismiss()
+        self.dismiss()
         print(f"{self.run} is at the end of round {self.args.round}", flush=True)
         if failed:
             raise UserError(
                 f"the stages are done, but not the report of round {failed[0]}; the same command makes it again"
             )
         return 0
+
+    def dismiss(self) -> None:
+        """Tell the other ranks to end, and wait for them: they would fail if rank 0, and its store, were gone."""
+        self.launch.order(do="end")
+        self.launch.wait_for_all()
+        self.launch.stop()
 
     def check_model(self) -> Collection[str]:
         """Call `preflight` in a process of its own; returns the ids of questions to leave out.
@@ -288,7 +294,8 @@ class Loop:
             except StartAgain as error:
                 self.launch.start_again(str(error))
             self.launch.done()
-        self.launch.leave()
+        self.launch.done()  # rank 0 waits for this before it ends
+        self.launch.stop()
         return 0
 
     # ---- all ranks ----
@@ -313,6 +320,7 @@ class Loop:
         rank = self.ranks.rank
         if rank == 0:
             print(f"flywheel: {line}", file=sys.stderr, flush=True)
-        said = self.launch is not None and self.launch.fail(line)
-        if rank and not said and rank == max(1, rank - self.ranks.local_rank):
+        if self.launch:
+            self.launch.fail(line)
+        if rank and not (self.launch and self.launch.told) and rank == max(1, rank - self.ranks.local_rank):
             print(f"flywheel: {line}", file=sys.stderr, flush=True)

@@ -16,7 +16,7 @@ from flywheel.problems import gym
 from flywheel.problems.sources import digest
 from flywheel.recipe import Recipe
 from flywheel.runs import shards
-from flywheel.runs.files import Damaged, read_json, read_rows, sha256, write_json
+from flywheel.runs.files import Damaged, names_in, read_json, read_rows, sha256, write_json
 from flywheel.runs.hub import is_name
 from flywheel.runs.shards import shard_dirs
 from flywheel.runs.stage import At, Scheduled
@@ -181,7 +181,7 @@ def check_recipe(run: Path, recipe: Recipe) -> None:
 def load(run: Path, round: int, stage: str) -> dict[str, Any] | None:
     """None while the stage is not finished. Raises Damaged, and Changed for a stage of another version's run."""
     path = stage_dir(run, round, stage) / MANIFEST
-    found = read_json(path)
+    found = read_json(path) if MANIFEST in names_in(path.parent) else None
     if found is not None and found.get("format") != FORMAT:
         raise Changed(f"{path}: of format {found.get('format')}, made by another version; this one reads {FORMAT}")
     return found

@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -25,7 +26,7 @@ from typing import Any
 
 from flywheel.errors import StartAgain, UserError
 
-SILENCE = 50.0  # seconds without a sign of life after which a rank or the store is gone; seen within a minute
+SILENCE = 45.0  # seconds without a sign of life after which a rank or the store is gone; seen within a minute
 BEAT = 1.0
 POLL = 0.1
 LAST_WORDS = 5.0  # seconds that a rank waits for the others to hear why it ends
@@ -96,25 +97,16 @@ class Launch:
     def __init__(self, ranks: Ranks):
         self.ranks, self.count, self.have, self.numbers = ranks, 0, [], itertools.count()
         self.failure = ""  # why this launch is over
+        self.told = False  # rank 0 has printed why
         self.anew = (0, "")  # the order whose stage has to start again, and why
-        self.told = 0  # the last order of which this rank knows that, and is to say it no more
+        self.restarted = 0  # the last order of which this rank has heard that
         self.lost = False  # rank 0 or the store is gone: nobody hears what this rank would say
         self.over = threading.Event()
-        if ranks.world == 1:
-            return
-        env = os.environ
-        if not {"MASTER_ADDR", "MASTER_PORT"} <= env.keys():
-            raise UserError("WORLD_SIZE is set, but not MASTER_ADDR and MASTER_PORT: use accelerate launch")
-        self.address = f"{env['MASTER_ADDR']}:{env['MASTER_PORT']}"
-        self.restart = int(env.get("TORCHELASTIC_RESTART_COUNT", 0))
-        self.store = self._ask(connect(ranks, f"flywheel/{env.get('TORCHELASTIC_RUN_ID', '')}"))
-        self._ask(self.store.set, f"start_{self.restart}", "")
-        self.thread = threading.Thread(target=self._beat, daemon=True)
-        self.thread.start()
-
-    def _key(self, name: str) -> str:
-        """After an elastic restart of the ranks no key of the earlier ones is read."""
-        return f"{self.restart}/{name}"
+        if ranks.world > 1:
+            self.restart = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+            self.base, self.store = self._ask(connector(ranks, self.restart))
+            self.thread = threading.Thread(target=self._beat, daemon=True)
+            self.thread.start()
 
     def _ask(self, call: Callable[..., Any], *args: Any) -> Any:
         """What a call of the store returns.
@@ -135,19 +127,19 @@ class Launch:
             return answer.result(SILENCE)
         except (TimeoutError, RuntimeError) as error:  # torch's DistError is a RuntimeError
             self.lost = True
+            where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             why = (str(error).splitlines() or [f"silent for {SILENCE:.0f} s"])[0]
             raise LaunchFailed(
-                f"rank 0 is gone or cannot be reached: the launch's store at {self.address} does not answer ({why});"
+                f"rank 0 is gone or cannot be reached: the launch's store at {where} does not answer ({why});"
                 " the same command continues"
             ) from None
 
-    def _count(self, name: str, more: int = 0) -> int:
-        """A counter of this launch after adding `more`; 0 if it is new."""
-        return self._ask(self.store.add, self._key(name), more)
+    def _count(self, key: str, more: int = 0) -> int:
+        """A counter after adding `more`; 0 if it is new."""
+        return self._ask(self.store.add, key, more)
 
-    def _read(self, name: str) -> Any:
-        """The value of a key of this launch, or None."""
-        key = self._key(name)
+    def _read(self, key: str) -> Any:
+        """The value of a key, or None."""
         return json.loads(self._ask(self.store.get, key)) if self._ask(self.store.check, [key]) else None
 
     # ---- heartbeats ----
@@ -164,18 +156,18 @@ class Launch:
     def _look(self, seen: dict[int, tuple[int, float]]) -> None:
         """Give a sign of life, and look for those of others. Raises LaunchFailed."""
         self._count(f"beat_{self.ranks.rank}", 1)
-        if failed := self._read("failed"):
-            rank, line = failed
-            raise LaunchFailed(f"rank {rank}: {line}" if rank and self.ranks.rank == 0 else line)
+        if line := self._read("over" if self.ranks.rank else "failed"):
+            self.told = self.ranks.rank > 0
+            raise LaunchFailed(line)
         if line := self._read(f"again_{(at := self.count)}"):
             self.anew = (at, line)
-        if self._ask(self.store.check, [f"start_{self.restart + 1}"]):
+        if self._ask(self.base.check, [f"start_{self.restart + 1}"]):
             raise LaunchFailed("the launcher started the ranks of another host again")
         for r in seen:
             count, now = self._count(f"beat_{r}"), time.monotonic()
             if count != seen[r][0]:
                 seen[r] = count, now
-            elif count >= 0 and now - seen[r][1] > SILENCE:
+            elif now - seen[r][1] > SILENCE:
                 self.lost = r == 0
                 how = "is gone: no sign of life" if count else "did not come"
                 raise LaunchFailed(f"rank {r} {how} within {SILENCE:.0f} s; the same command continues")
@@ -188,14 +180,20 @@ class Launch:
         if self.failure:
             raise LaunchFailed(self.failure)
         at, line = self.anew
-        if at == self.count > self.told:
+        if at == self.count > self.restarted:
             raise StartAgain(line)
 
     def start_again(self, line: str) -> None:
         """Tell all ranks that the current order's stage has to start again: they end their part of it."""
-        self.told = self.count
+        self.restarted = self.count
         if self.ranks.world > 1:
-            self._ask(self.store.compare_set, self._key(f"again_{self.count}"), "", json.dumps(line))
+            self._ask(self.store.compare_set, f"again_{self.count}", "", json.dumps(line))
+
+    def stop(self) -> None:
+        """End the heartbeats: a thread that comes back from the store while Python ends would abort the process."""
+        self.over.set()
+        if self.ranks.world > 1:
+            self.thread.join(BEAT)
 
     # ---- rank 0 ----
 
@@ -203,17 +201,11 @@ class Launch:
         """Give the next order to all other ranks. `have`: the stage's shards that exist, which nobody shall draw."""
         self.count, self.numbers, self.have = self.count + 1, itertools.count(), what.get("have", [])
         if self.ranks.world > 1:
-            self._ask(self.store.set, self._key(f"order_{self.count}"), json.dumps(what))
+            self._ask(self.store.set, f"order_{self.count}", json.dumps(what))
 
     def all_done(self) -> bool:
         """Whether every other rank has carried out the last order."""
         return self.ranks.world == 1 or self._count(f"done_{self.count}") == self.ranks.world - 1
-
-    def dismiss(self) -> None:
-        """Let the other ranks end, and wait for them: they would fail if rank 0, and its store, were gone."""
-        self.order(do="end")
-        self.wait_for_all()
-        self._stop()
 
     def wait_for_all(self) -> None:
         while not self.all_done():
@@ -234,12 +226,6 @@ class Launch:
     def done(self) -> None:
         self._count(f"done_{self.count}", 1)
 
-    def leave(self) -> None:
-        """Carry out the order to end."""
-        self._count(f"beat_{self.ranks.rank}", -(1 << 40))  # its silence means nothing from now on
-        self.done()
-        self._stop()
-
     # ---- all ----
 
     def draw(self) -> int:
@@ -250,50 +236,44 @@ class Launch:
             index += finished <= index
         return index
 
-    def fail(self, line: str) -> bool:
-        """Tell the other ranks that this one failed, so that all stop; returns whether rank 0 has printed why.
+    def fail(self, line: str) -> None:
+        """Tell the other ranks that this one failed, so that all stop. Rank 0 must have printed the line before.
 
-        Rank 0 prints first, and stays until the others have heard it: its end may be the store's.
+        It stays until the others can have heard it, for its end may be the store's. They wait until they are `told`.
         """
-        if self.ranks.world == 1 or self.lost:
-            return False
-        end = time.monotonic() + LAST_WORDS
-        said, wanted = ("heard", self.ranks.world - 1) if self.ranks.rank == 0 else ("said", 1)
-        try:
-            self._ask(self.store.compare_set, self._key("failed"), "", json.dumps([self.ranks.rank, line]))
-            if self.ranks.rank == 0:
-                self._count("said", 1)
-            while (reached := self._count(said) >= wanted) is False and time.monotonic() < end:
-                time.sleep(POLL)
-            if self.ranks.rank:
-                self._count("heard", 1)
-        except LaunchFailed:
-            return False
-        finally:
-            self._stop()
-        return reached
-
-    def _stop(self) -> None:
-        """End the heartbeats: a thread that comes back from the store while Python ends would abort the process."""
-        self.over.set()
-        if self.ranks.world > 1:
-            self.thread.join(BEAT)
+        first = self.ranks.rank == 0
+        end = time.monotonic() + (2 * BEAT if first else LAST_WORDS)
+        with suppress(LaunchFailed):  # nobody hears it then
+            if self.ranks.world > 1 and not self.lost and not self.told:
+                key, said = ("over", line) if first else ("failed", f"rank {self.ranks.rank}: {line}")
+                self._ask(self.store.compare_set, key, "", json.dumps(said))
+                while not self.told and time.monotonic() < end:
+                    time.sleep(POLL)
+        self.stop()
 
 
-def connect(ranks: Ranks, prefix: str) -> Callable[[], Any]:
-    """A function that connects to the launch's TCPStore.
+def connector(ranks: Ranks, restart: int) -> Callable[[], tuple[Any, Any]]:
+    """A function that connects to the launch's TCPStore; it returns one with the keys of the whole launch, and one with
+    those since the launcher started the ranks for the `restart`-th time again, so that no older key is believed.
 
     The launcher's agent hosts it if torch elastic says so, else rank 0 does, at MASTER_ADDR:MASTER_PORT.
     """
     env = os.environ
-    before = env.get("TORCH_CPP_LOG_LEVEL")
-    env["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # read at the import: a lost connection is one line of ours, not many of C++
+    if not {"MASTER_ADDR", "MASTER_PORT"} <= env.keys():
+        raise UserError("WORLD_SIZE is set, but not MASTER_ADDR and MASTER_PORT: use accelerate launch")
+    env.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost connection is one line of ours, not many of C++
     from torch.distributed import PrefixStore, TCPStore
 
-    env.pop("TORCH_CPP_LOG_LEVEL") if before is None else env.update(TORCH_CPP_LOG_LEVEL=before)
     hosts = ranks.rank == 0 and env.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     how = {"is_master": hosts, "wait_for_workers": False, "timeout": timedelta(seconds=SILENCE)}
-    return lambda: PrefixStore(prefix, TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), **how))
+
+    def connect() -> tuple[Any, Any]:
+        store = TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), **how)
+        base = PrefixStore(f"flywheel/{env.get('TORCHELASTIC_RUN_ID', '')}", store)
+        base.set(f"start_{restart}", "")
+        return base, PrefixStore(f"{restart}", base)
+
+    return connect
 
 
 def free_port() -> int:

@@ -18,7 +18,7 @@ from flywheel.ledger import Ledger
 from flywheel.recipe import Recipe, load
 from flywheel.records import ModelRef, Problem, Role, Split
 from flywheel.runs import manifest
-from flywheel.runs.files import read_json, read_rows, read_table
+from flywheel.runs.files import read_json, read_rows, read_table, wait_for_names
 from flywheel.runs.shards import Shards, shard_dirs
 from flywheel.runs.stage import At, Stage
 
@@ -234,10 +234,15 @@ class Context(Run):
         return self._input(stage, round)["figures"]
 
     def read(self, cls: type[R], stage: str, round: int | None = None) -> Iterator[R]:
-        """Records of an input stage (or of this one, in `finish`), in the order of its items."""
+        """Records of an input stage (or of this one, in `finish`), in the order of its items.
+
+        Raises Damaged if a shard that the input's manifest names is missing.
+        """
         at = self.round if round is None else round
         if (at, stage) != (self.round, self.stage.name):
-            self._input(stage, at)
+            files = self._input(stage, at)["files"]
+            shards = {name.split("/")[1] for name in files if name.startswith("shards/")}
+            wait_for_names(self.path(stage, at) / "shards", shards)
         return super().read(cls, stage, at)
 
     def _input(self, stage: str, round: int | None) -> dict[str, Any]:

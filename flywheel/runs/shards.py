@@ -31,7 +31,8 @@ class Shards:
         return self.dir / f"{index:05d}"
 
     def done(self) -> list[int]:
-        return [i for i in range(len(self.chunks)) if self.path(i).is_dir()]
+        """From a listing: NFS keeps a name that was looked up in vain absent for half a minute."""
+        return [int(path.name) for path in shard_dirs(self.dir.parent)]
 
     def _check(self) -> None:
         """Raises Damaged if an existing shard has other items than its chunk has now, or altered files."""

@@ -1,4 +1,4 @@
-"""Kill runs at random moments, resume them, and compare: python tests/chaos/kills.py [--kills 100] [--seed 0]
+"""Kill runs at random moments, resume them, and compare: python tests/chaos/kills.py [--kills 100] [--ranks 1 2 4]
 
 The loop is the real one (launch, ranks, stage processes, shards, manifests, trainer checkpoints) over the toy
 stages, whose records are the same every time. After each kill every process of the run must be gone,
@@ -57,41 +57,13 @@ def family(project: Project) -> set[int]:
 
 
 def start(project: Project, world: int, launcher: bool = False) -> list[subprocess.Popen]:
-    """The ranks of one launch, or `accelerate launch` of one."""
+    """The ranks of one launch, or `accelerate launch` of them."""
     if launcher:
-        env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-        path = os.pathsep.join([str(HERE.parent), str(HERE)])
-        command = [
-            sys.executable,
-            "-m",
-            "accelerate.commands.launch",
-            "--cpu",
-            "--num_processes",
-            "1",
-            "--num_machines",
-            "1",
-            "--mixed_precision",
-            "no",
-            "--dynamo_backend",
-            "no",
-            str(HERE / "toy_run.py"),
-            "--recipe",
-            str(project.root / "toy.yaml"),
-            "--runs",
-            str(project.runs),
-            "--round",
-            ROUND,
-        ]
-        out = subprocess.DEVNULL
-        return [
-            subprocess.Popen(
-                command,
-                cwd=project.root,
-                stdout=out,
-                stderr=out,
-                env={**env, "PYTHONPATH": path, "TOY_LOG": str(project.log), "TOY_SLEEP": "0.05"},
-            )
-        ]
+        # a single process by accelerate's simple launcher, several by torch elastic
+        how = HERE.parent / "accelerate_configs" / ("cpu.yaml" if world == 1 else "cpu_2.yaml")
+        wrapper = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(how)]
+        wrapper += ["--num_processes", str(world), "--no_python"]
+        return [project.start("--round", ROUND, wrapper=wrapper, TOY_SLEEP=0.05)]
     if world == 1:
         return [project.start("--round", ROUND, TOY_SLEEP=0.05)]
     group = {
@@ -99,7 +71,7 @@ def start(project: Project, world: int, launcher: bool = False) -> list[subproce
         "LOCAL_WORLD_SIZE": world,
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": free_port(),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TOY_SILENCE": 30,
     }
     return [
         project.start("--round", ROUND, RANK=r, LOCAL_RANK=r, TOY_RANK=r, TOY_SLEEP=0.05, **group) for r in range(world)
@@ -167,13 +139,15 @@ def ended(processes: list[subprocess.Popen], seconds: float) -> bool:
     return True
 
 
-def one_run(rng: random.Random, case: str, folder: Path, wanted: dict[str, bytes], tally: Tally) -> None:
-    """One run, killed once (twice where it is killed while resuming), and resumed to its end."""
+def one_run(
+    rng: random.Random, case: str, folder: Path, wanted: dict[str, bytes], tally: Tally, ranks: list[int]
+) -> None:
+    """One run, killed once (twice where it is killed while resuming), and resumed to its end by some of `ranks`."""
     project = Project(folder)
     kept: dict[str, tuple[int, int]] = {}
     worlds = []
     for attempt in range(2 if case == "SIGKILL while resuming" else 1):
-        world = rng.choice([1, 1, 2, 3])
+        world = rng.choice(ranks)
         worlds.append(world)
         processes = start(project, world, launcher="launcher" in case)
         wait_for_work(project, processes, rng.randrange(1, 40) if attempt == 0 else rng.randrange(1, 6))
@@ -201,7 +175,7 @@ def one_run(rng: random.Random, case: str, folder: Path, wanted: dict[str, bytes
             tally.lost += 1
             tally.faults.append(f"{case}: a finished shard was touched")
         kept = now
-    world = rng.choice([1, 2, 3])
+    world = rng.choice(ranks)
     worlds.append(world)
     processes = start(project, world)
     if not ended(processes, PATIENCE) or any(p.returncode for p in processes):
@@ -227,6 +201,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], metavar="N", help="one is drawn a launch")
     args = parser.parse_args()
     started, tallies, done = time.monotonic(), {case: Tally() for case in CASES}, 0
     with tempfile.TemporaryDirectory(prefix="chaos-") as scratch:
@@ -237,7 +212,7 @@ def main() -> int:
         while done < args.kills:
             case = CASES[done % len(CASES)]
             rng = random.Random(f"{args.seed}/{done}")
-            one_run(rng, case, Path(scratch, f"run{done}"), wanted, tallies[case])
+            one_run(rng, case, Path(scratch, f"run{done}"), wanted, tallies[case], args.ranks)
             tallies[case].tries += 1
             done += 1
     print(f"{'case':36s} {'tries':>5s} {'lost':>5s} {'hung':>5s} {'leaked':>6s} {'redone':>6s} {'missed':>6s} of kills")

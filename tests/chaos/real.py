@@ -1,4 +1,4 @@
-"""Kill a real round, vLLM and TRL, at random moments: python tests/chaos/real.py [--kills 10] [--seed 0]
+"""Kill a real round, vLLM and TRL, at random moments: python tests/chaos/real.py [--kills 10] [--ranks 1]
 
 Micro rounds (those of tests/stages/test_round.py), killed about once a stage. After each kill every process of the run
 must be gone by itself and no finished shard touched; then it is started again, and at last left to end. At the end
@@ -31,8 +31,12 @@ PATIENCE = 900.0  # seconds
 ORPHAN = 10.0
 
 
-def start(runs: Path, mark: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "flywheel.iterate", "--runs", str(runs), "--name", "micro", "--round", "1"]
+def start(runs: Path, mark: str, ranks: int) -> subprocess.Popen:
+    command = [sys.executable, "-m"]
+    if ranks > 1:
+        config = ROOT / "accelerate_configs" / "cpu_2.yaml"
+        command += ["accelerate.commands.launch", "--config_file", str(config), "--num_processes", str(ranks), "-m"]
+    command += ["flywheel.iterate", "--runs", str(runs), "--name", "micro", "--round", "1"]
     for item in SMALL:
         command += ["--set", item]
     return subprocess.Popen(
@@ -88,14 +92,14 @@ def whole(run: Path) -> list[str]:
     return faults
 
 
-def killed(run: Path, rng: random.Random, kills: int, cases: Counter, faults: list[str], mark: str) -> None:
+def killed(run: Path, rng: random.Random, kills: int, cases: Counter, faults: list[str], mark: str, ranks: int) -> None:
     """One run, killed up to `kills` times, about once a stage, and resumed to its end."""
     kept: dict[str, tuple[int, int]] = {}
     process = None
     for kill in range(1, kills + 1):
         before = manifests(run)
         if process is None:
-            process = start(run.parent, f"{mark}-{kill}")
+            process = start(run.parent, f"{mark}-{kill}", ranks)
             alive = f"{mark}-{kill}"
         end = time.monotonic() + PATIENCE
         while process.poll() is None and manifests(run) <= before and time.monotonic() < end:
@@ -130,7 +134,7 @@ def killed(run: Path, rng: random.Random, kills: int, cases: Counter, faults: li
             faults.append(f"{case}: a finished shard was touched")
         kept = now
         print(f"{case}: {manifests(run)} stages finished, {len(kept)} files of shards", flush=True)
-    code = (process or start(run.parent, f"{mark}-end")).wait(PATIENCE)
+    code = (process or start(run.parent, f"{mark}-end", ranks)).wait(PATIENCE)
     if code:
         faults.append(f"the resumed round ended with {code}")
     if not kept.items() <= stamps(run).items():
@@ -142,12 +146,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--ranks", type=int, default=1, help="that `accelerate launch` starts, if more than one")
     args = parser.parse_args()
     rng, faults, cases, same, rows = random.Random(args.seed), [], Counter(), [], 0
     with tempfile.TemporaryDirectory(prefix="chaos-") as scratch:
         alone = Path(scratch, "alone", "micro")
         begun = time.monotonic()
-        if start(alone.parent, f"{os.getpid()}-alone").wait(PATIENCE):
+        if start(alone.parent, f"{os.getpid()}-alone", args.ranks).wait(PATIENCE):
             raise SystemExit("the undisturbed round failed")
         seconds = time.monotonic() - begun
         runs = 0
@@ -155,7 +160,7 @@ def main() -> int:
             left := args.kills - sum(n for case, n in cases.items() if case.startswith("SIG"))
         ) > 0 and runs < args.kills:
             run = Path(scratch, f"killed_{runs}", "micro")
-            killed(run, rng, left, cases, faults, f"{os.getpid()}-{runs}")
+            killed(run, rng, left, cases, faults, f"{os.getpid()}-{runs}", args.ranks)
             rows += sum(len(read_rows(path)) for path in run.rglob("*.parquet"))  # raises for a table that is not whole
             same.append(harvest(run) == harvest(alone))
             runs += 1

@@ -442,7 +442,7 @@ def start_ranks(project: Project, *argv: str, world: int = 2, **env: object) -> 
         "LOCAL_WORLD_SIZE": world,
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": free_port(),
-        "TOY_SILENCE": 10,
+        "TOY_SILENCE": 15,
     }
     return [project.start(*argv, RANK=r, LOCAL_RANK=r, TOY_RANK=r, **group, **env) for r in range(world)]
 
@@ -482,16 +482,16 @@ def test_a_rank_that_fails_stops_all_and_rank_0_says_why(project):
     ranks = start_ranks(project, "--round", "1", TOY_SLEEP=0.2)
     wait_for(lambda: project.logged("sample:1"))
     ranks[1].terminate()
-    out, err = ranks[0].communicate(timeout=20)
+    out, err = ranks[0].communicate(timeout=60)
     assert ranks[0].returncode == 1 and "rank 1: stopped by SIGTERM" in one_line(err)
-    assert ranks[1].wait(10) == 143
+    assert ranks[1].wait(30) == 143
 
 
 def test_the_other_ranks_stop_when_rank_0_is_gone(project):
     ranks = start_ranks(project, "--round", "1", TOY_SLEEP=1)
     wait_for(lambda: project.logged("evaluate:0"))
     ranks[0].kill()
-    assert ranks[1].wait(10) == 1
+    assert ranks[1].wait(30) == 1
     for process in ranks:
         process.communicate()
 
@@ -502,8 +502,8 @@ def test_rank_0_stops_when_another_rank_is_gone(project, finished, when):
     ranks = start_ranks(project, "--round", "1", TOY_SLEEP=0.3)
     wait_for(lambda: any(rank == "1" for _, rank, _ in project.logged(when)))
     ranks[1].kill()
-    out, err = ranks[0].communicate(timeout=20)
-    assert ranks[0].returncode == 1 and "rank 1 is gone; the same command continues" in one_line(err)
+    out, err = ranks[0].communicate(timeout=60)
+    assert ranks[0].returncode == 1 and "rank 1 is gone: no sign of life within 15 s; the same" in one_line(err)
     ranks[1].communicate()
     ranks = start_ranks(project, "--round", "2")
     assert [process.communicate(timeout=60) and process.returncode for process in ranks] == [0, 0]
@@ -515,8 +515,7 @@ def test_a_rank_that_lags_behind_is_waited_for(project):
     wait_for(lambda: any(rank == "1" for _, rank, _ in project.logged("evaluate:0")))
     ranks[1].send_signal(signal.SIGSTOP)
     try:
-        wait_for((project.run_dir / "round_0" / "reported").is_file)
-        time.sleep(1)
+        time.sleep(5)
         assert ranks[0].poll() is None, "rank 0 went, and left rank 1 to believe it dead"
     finally:
         ranks[1].send_signal(signal.SIGCONT)
