@@ -35,12 +35,16 @@ class Shards:
         return self.dir / f"{index:05d}"
 
     def done(self) -> list[int]:
-        return [i for i in range(len(self.chunks)) if self.path(i).is_dir()]
+        there = set(os.listdir(self.dir))  # one look for all chunks: this is asked at every chunk
+        return [i for i in range(len(self.chunks)) if self.path(i).name in there]
 
     def _check(self) -> None:
-        """Raises Damaged if an existing shard has other items than its chunk has now, or altered files."""
+        """Raises Damaged if an existing shard has other items than its chunk has now, or files of another size.
+
+        The launch's rank 0 has compared their contents before.
+        """
         for path in shard_dirs(self.dir.parent):
-            shard, index = check_shard(path), int(path.name)
+            shard, index = check_shard(path, contents=False), int(path.name)
             if index >= len(self.chunks) or shard.get("items") != list(self.chunks[index]):
                 raise Damaged(
                     f"{path}: holds other items than this stage has now; delete {self.dir.parent} to redo the stage"
@@ -127,12 +131,15 @@ def check_files(directory: Path, files: dict[str, dict], mend: str, contents: bo
             raise Damaged(f"{path}: is not what was written (sha256); {mend}")
 
 
-def check_shard(path: Path) -> dict:
-    """The contents of a shard's `shard.json`, after checking all its files. Raises Damaged."""
+def check_shard(path: Path, contents: bool = True) -> dict:
+    """What a shard's `shard.json` holds, after checking all its files, with `contents` their checksums too.
+
+    Raises Damaged.
+    """
     shard, mend = read_json(path / "shard.json"), f"delete {path} to make this chunk again"
     if not isinstance(shard, dict):
         raise Damaged(f"{path / 'shard.json'}: missing; {mend}")
-    check_files(path, shard.get("files", {}), mend)
+    check_files(path, shard.get("files", {}), mend, contents)
     return shard
 
 
