@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 R = TypeVar("R")
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=4)
 def _recent(path: Path) -> pa.Table:
     """A shard's table, kept because questions that are asked for one after another are often in one shard."""
     return read_arrow(path)

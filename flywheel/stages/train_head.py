@@ -16,6 +16,7 @@ from flywheel.runs.stage import Input, Stage
 from flywheel.search.head import bin_words
 from flywheel.stages.kit import prompts_and_reader
 from flywheel.stages.shared import difficulties, examples, job
+from flywheel.training.stored import FOLDER
 
 
 def train(ctx: Context) -> dict:
@@ -30,12 +31,13 @@ def train(ctx: Context) -> dict:
     bins = {q: found.quantile_bin for q, found in difficulties(ctx).items()}
     held = set(random.Random(ctx.seed("held out")).sample(sorted(bins), max(1, len(bins) // 10)))
     rows = ((p.id, prompts.solve(p.question), (words[bins[p.id] - 1],)) for p in problems)
-    fit, check, too_long = examples(rows, held, spec.max_length)
-    figures = {"examples": len(fit), "validation_examples": len(check), "too_long": too_long}
-    if not fit or not check:
+    made = examples(ctx.dir / FOLDER, ctx.rank, rows, spec.max_length)
+    fit, check = made.split(held)
+    figures = {"examples": len(fit), "validation_examples": len(check), "too_long": made.figures["too_long"]}
+    if not len(fit) or not len(check):
         return {"trained": False, **figures, "why": "too few questions to train and validate a head"}
     report = train_sft(fit, check, job(ctx, spec, "best", Role.HEAD))
-    loss, blind = report.best.eval_loss, unseen_loss([e.tokens[-1] for e in fit], [e.tokens[-1] for e in check])
+    loss, blind = report.best.eval_loss, unseen_loss(*([row["input_ids"][-1] for row in part] for part in (fit, check)))
     refused = {} if loss < blind else {"why": f"held-out loss {loss:.3f}, {blind:.3f} without seeing the question"}
     return {
         "trained": not refused,
