@@ -14,29 +14,28 @@ from flywheel.runs.run import Context
 from flywheel.runs.stage import Input, Stage
 from flywheel.stages.kit import prompts_and_reader
 from flywheel.stages.shared import examples, harvested, job
-from flywheel.training.stored import FOLDER
+from flywheel.training.stored import FOLDER, Stored
+
+
+def made_examples(ctx: Context) -> Stored:
+    """The harvests as examples; the number of their rows by round is the figure `by_round`."""
+    (prompts, reader), spec = prompts_and_reader(ctx), ctx.recipe.distill
+    rounds, kept = range(1, ctx.round + 1), Counter()
+
+    def texts() -> Iterator[tuple[str, Sequence[int], Sequence[int]]]:
+        for row in harvested(ctx, rounds):
+            kept[row.round] += 1
+            prompt = prompts.solve(Question(row.question_id, row.question))
+            yield row.question_id, prompt, (*row.tokens, reader.eos)
+
+    counts = lambda: {"by_round": [kept[r] for r in rounds]}  # noqa: E731
+    return examples(ctx.dir / FOLDER, ctx.rank, texts(), spec.max_length, counts)
 
 
 def train(ctx: Context) -> dict:
     from flywheel.training import train_sft
 
-    prompts, reader = prompts_and_reader(ctx)
-    spec = ctx.recipe.distill
-    kept: Counter[int] = Counter()
-
-    def texts() -> Iterator[tuple[str, Sequence[int], Sequence[int]]]:
-        for row in harvested(ctx, range(1, ctx.round + 1)):
-            kept[row.round] += 1
-            question = Question(row.question_id, row.question)
-            yield row.question_id, prompts.solve(question), (*row.tokens, reader.eos)
-
-    made = examples(
-        ctx.dir / FOLDER,
-        ctx.rank,
-        texts(),
-        spec.max_length,
-        lambda: {"by_round": [kept[r] for r in range(1, ctx.round + 1)]},
-    )
+    spec, made = ctx.recipe.distill, made_examples(ctx)
     questions = made.figures["questions"]
     if not questions:
         found = sum(ctx.figures("harvest", r)["verified"] for r in range(1, ctx.round + 1))

@@ -16,7 +16,16 @@ from flywheel.runs.stage import Input, Stage
 from flywheel.search.head import bin_words
 from flywheel.stages.kit import prompts_and_reader
 from flywheel.stages.shared import difficulties, examples, job
-from flywheel.training.stored import FOLDER
+from flywheel.training.stored import FOLDER, Stored
+
+
+def made_examples(ctx: Context) -> Stored:
+    """Each question's prompt with its quantile bin's word."""
+    prompts, _ = prompts_and_reader(ctx)
+    words = bin_words(prompts.tokenizer, ctx.recipe.calibrate.bins)
+    problems, bins = ctx.problems(Split.TRAIN, Split.CALIBRATE), difficulties(ctx)
+    rows = ((p.id, prompts.solve(p.question), (words[bins[p.id].quantile_bin - 1],)) for p in problems)
+    return examples(ctx.dir / FOLDER, ctx.rank, rows, ctx.recipe.head.max_length)
 
 
 def train(ctx: Context) -> dict:
@@ -25,13 +34,9 @@ def train(ctx: Context) -> dict:
     spec = ctx.recipe.head
     if spec is None:
         return {"trained": False, "why": "the recipe has no head"}
-    prompts, _ = prompts_and_reader(ctx)
-    words = bin_words(prompts.tokenizer, ctx.recipe.calibrate.bins)
-    problems = ctx.problems(Split.TRAIN, Split.CALIBRATE)
-    bins = {q: found.quantile_bin for q, found in difficulties(ctx).items()}
-    held = set(random.Random(ctx.seed("held out")).sample(sorted(bins), max(1, len(bins) // 10)))
-    rows = ((p.id, prompts.solve(p.question), (words[bins[p.id] - 1],)) for p in problems)
-    made = examples(ctx.dir / FOLDER, ctx.rank, rows, spec.max_length)
+    made = made_examples(ctx)
+    questions = made.figures["questions"]
+    held = set(random.Random(ctx.seed("held out")).sample(questions, max(1, len(questions) // 10)))
     fit, check = made.split(held)
     figures = {"examples": len(fit), "validation_examples": len(check), "too_long": made.figures["too_long"]}
     if not len(fit) or not len(check):

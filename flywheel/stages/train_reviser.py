@@ -16,7 +16,7 @@ from flywheel.runs.run import Context
 from flywheel.runs.stage import Input, Stage
 from flywheel.stages.kit import prompts_and_reader
 from flywheel.stages.shared import closed, examples, ids, job, sampled, trace
-from flywheel.training.stored import FOLDER
+from flywheel.training.stored import FOLDER, Stored
 
 
 def trajectories(ctx: Context) -> Iterator[Trajectory]:
@@ -43,27 +43,26 @@ def history(target: Solution, wrong: list[Solution], count: int, rng: random.Ran
     return [*others, nearest]
 
 
-def train(ctx: Context) -> dict:
-    from flywheel.training import train_sft
-
-    prompts, reader = prompts_and_reader(ctx)
-    spec = ctx.recipe.reviser
-    problems = {p.id: p for p in ctx.problems(Split.TRAIN)}
+def made_examples(ctx: Context) -> Stored:
+    """The trajectories as examples; their number by incorrect attempts is the figure `by_incorrect_attempts`."""
+    (prompts, reader), spec = prompts_and_reader(ctx), ctx.recipe.reviser
+    problems = {p.id: p.question for p in ctx.problems(Split.TRAIN)}
     incorrect: Counter[int] = Counter()
 
     def texts() -> Iterator[tuple[str, Sequence[int], Sequence[int]]]:
         for row in trajectories(ctx):
-            incorrect[len(row.attempts) - 1] += 1
-            question = problems[row.question_id].question
-            yield row.question_id, prompts.revise(question, row.attempts[:-1]), closed(row.attempts[-1], reader.eos)
+            *before, last = row.attempts
+            incorrect[len(before)] += 1
+            yield row.question_id, prompts.revise(problems[row.question_id], before), closed(last, reader.eos)
 
-    made = examples(
-        ctx.dir / FOLDER,
-        ctx.rank,
-        texts(),
-        spec.max_length,
-        lambda: {"by_incorrect_attempts": [incorrect[k] for k in range(spec.context + 1)]},
-    )
+    counts = lambda: {"by_incorrect_attempts": [incorrect[k] for k in range(spec.context + 1)]}  # noqa: E731
+    return examples(ctx.dir / FOLDER, ctx.rank, texts(), spec.max_length, counts)
+
+
+def train(ctx: Context) -> dict:
+    from flywheel.training import train_sft
+
+    spec, made = ctx.recipe.reviser, made_examples(ctx)
     questions, too_long = made.figures["questions"], made.figures["too_long"]
     held = set(random.Random(ctx.seed("held out")).sample(questions, min(len(questions), max(1, len(questions) // 10))))
     fit, check = made.split(held)
