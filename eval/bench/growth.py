@@ -41,7 +41,8 @@ from flywheel.training.stored import contents, lengths
 
 STEPS = 12  # of a solution
 SPLITS = ("train", "calibrate", "validation", "test")
-WORDS = "+3 +5 +8 +11 +17 -2 -6 -9 -13 *2 *3 *5 *7 *10".split()  # of questions; the seed model's tokenizer has them
+# of questions; the seed model's tokenizer has them
+WORDS = ["+3", "+5", "+8", "+11", "+17", "-2", "-6", "-9", "-13", "*2", "*3", "*5", "*7", "*10"]
 METHODS = 16  # of the search stage
 MADE = {"train_prm": None, "train_reviser": train_reviser, "train_head": train_head, "distill": distill}
 
@@ -284,7 +285,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=300, help="of a solution")
     parser.add_argument("--folder", help="where the runs are written (default: the folder for temporary files)")
     args = parser.parse_args()
-    multiprocessing.set_forkserver_preload(["eval.bench.growth", "torch", "datasets", "pyarrow.parquet"])
+    multiprocessing.set_forkserver_preload(
+        ["__main__", "torch", "transformers.models.auto.tokenization_auto", "datasets"]
+    )
     table: dict[str, dict[int, dict]] = {}
     for size, stage, found in measured(args.sizes, args.samples, args.tokens, args.folder):
         table.setdefault(stage, {})[size] = found
