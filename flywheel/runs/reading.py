@@ -40,19 +40,19 @@ class Written:
         for shard, asked in self._asked(questions):
             if (path := _path(shard, cls)).is_file():  # a chunk may yield no such record
                 table = read_arrow(path, columns)
-                yield table if asked is None else table.filter(_among("question_id", asked))
+                yield table if asked is None else table.filter(where("question_id", asked))
 
     def records(
-        self, cls: type[R], questions: Iterable[str] | None = None, where: pc.Expression | None = None
+        self, cls: type[R], questions: Iterable[str] | None = None, among: pc.Expression | None = None
     ) -> Iterator[R]:
         """The records of class `cls` in the order of the stage's items, one shard of them in memory.
 
-        questions: of these alone; no other shard is opened. where: of these, the rows that it selects. Raises Damaged.
+        questions: of these alone; no other shard is opened. among: of these, the rows that it selects. Raises Damaged.
         """
         for shard, asked in self._asked(questions):
             if (path := _path(shard, cls)).is_file():
-                table = read_arrow(path) if asked is None else _recent(path).filter(_among("question_id", asked))
-                yield from to_records(table if where is None else table.filter(where), cls, path)
+                table = read_arrow(path) if asked is None else _recent(path).filter(where("question_id", asked))
+                yield from to_records(table if among is None else table.filter(among), cls, path)
 
     def groups(self, questions: Iterable[str] | None = None) -> Iterator[list[str]]:
         """The questions (all, or those asked for) shard by shard."""
@@ -92,7 +92,8 @@ def _path(shard: Path, cls: type) -> Path:
     return shard / f"{cls.__name__}.parquet"
 
 
-def _among(column: str, values: Iterable[str]) -> pc.Expression:
+def where(column: str, values: Iterable[str]) -> pc.Expression:
+    """Selects the rows whose `column` has one of `values`."""
     import pyarrow as pa
     import pyarrow.compute as pc
 

@@ -69,12 +69,14 @@ def verified(ctx: Context) -> Iterator[tuple[str, list[Solution]]]:
 
     Questions that only the search solved come last, so the order is that of the first right solution in SOURCES.
     """
-    solved = {q for q, counts in tallies(ctx, "sample", ctx.round).items() if counts[Verdict.CORRECT]}
-    questions = sorted(ids(ctx, Split.TRAIN), key=lambda q: q not in solved)  # stable
-    for question in questions:
-        found = (judged(ctx, stage, ctx.round, questions=[question], right=True) for stage in SOURCES)
-        if right := [solution for one in found for _, group in one for solution, _ in group]:
-            yield question, right
+    train, counts = ids(ctx, Split.TRAIN), tallies(ctx, "sample", ctx.round)
+    solved, rest = ([q for q in train if bool(counts[q][Verdict.CORRECT]) is there] for there in (True, False))
+    for questions in (solved, rest):
+        for asked in ctx.written("sample").groups(questions):
+            found = [dict(judged(ctx, stage, ctx.round, questions=asked, right=True)) for stage in SOURCES]
+            for question in asked:
+                if right := [solution for one in found for solution, _ in one.get(question, ())]:
+                    yield question, right
 
 
 def finish(ctx: Context) -> dict:

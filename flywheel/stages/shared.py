@@ -15,6 +15,7 @@ from flywheel.problems.grading import answer_key
 from flywheel.recipe import TrainSpec
 from flywheel.records import Difficulty, Finish, Grade, Harvested, ModelRef, Role, Solution, Split, Verdict
 from flywheel.runs.files import stream_table
+from flywheel.runs.reading import where
 from flywheel.runs.run import Context, Run
 from flywheel.runs.stage import Input
 from flywheel.training import Example, Job
@@ -56,13 +57,11 @@ def tallies(
 
     Only columns are read, shard by shard. `purpose`: of the solutions that count; None: all.
     """
-    import pyarrow.compute as pc
-
     found: dict[str, Counter[Verdict]] = {}
     columns = ["question_id", "verdict", "purpose"]
     for table in run.written(stage, round).tables(Grade, columns, questions):
         if purpose is not None:
-            table = table.filter(pc.field("purpose") == purpose)
+            table = table.filter(where("purpose", [purpose]))
         grouped = table.group_by(columns[:2], use_threads=False)  # in the order of the rows
         for row in grouped.aggregate([([], "count_all")]).to_pylist():
             found.setdefault(row["question_id"], Counter())[Verdict(row["verdict"])] = row["count_all"]
@@ -90,9 +89,6 @@ def judged(
     purpose: of the solutions; None: all. questions: these alone, and no shard without one is opened. right: the correct
     solutions alone. A question without any is left out.
     """
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
     written = run.written(stage, round)
     for asked in written.groups(questions):
         verdicts = {
@@ -100,8 +96,7 @@ def judged(
             for grade in written.records(Grade, asked)
             if purpose in (None, grade.purpose) and (grade.correct or not right)
         }
-        where = pc.field("id").isin(pa.array(list(verdicts), pa.string()))
-        groups = by_question(written.records(Solution, asked, where))
+        groups = by_question(written.records(Solution, asked, where("id", verdicts)))
         yield from ((question, [(s, verdicts[s.id]) for s in group]) for question, group in groups.items())
 
 

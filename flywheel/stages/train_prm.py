@@ -6,13 +6,13 @@ import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import TYPE_CHECKING
 
 from flywheel.models.prm import aggregate, encode, label_ids
 from flywheel.models.prompts import Prompts
 from flywheel.recipe import PrmSpec
 from flywheel.records import Grade, Problem, Role, Solution, Split, StepValues, Verdict
+from flywheel.runs.reading import where
 from flywheel.runs.run import Context
 from flywheel.runs.stage import Input, Stage
 from flywheel.stages.kit import prompts_and_reader
@@ -60,20 +60,23 @@ class Labels:
         self.silent = self.too_long = 0
 
     def examples(self) -> Iterator[tuple[str, PrmExample]]:
-        """(question id, example) in the order of the labels, a question's solutions in memory at a time."""
+        """(question id, example) in the order of the labels; of one shard's labels the solutions are in memory."""
         spec, rollouts = self.ctx.recipe.prm, self.ctx.recipe.label.rollouts
-        for question, rows in groupby(self.ctx.read(StepValues, "label"), key=lambda row: row.question_id):
-            solutions = {s.id: s for s in self.ctx.read(Solution, "sample", questions=[question])}
+        for questions in self.ctx.written("label").groups():
+            rows = list(self.ctx.read(StepValues, "label", questions=questions))
+            wanted = where("id", (row.solution_id for row in rows))
+            solutions = {s.id: s for s in self.ctx.written("sample").records(Solution, questions, wanted)}
             for row in rows:
-                values, weights = targets(row.values, self.rates[question], self.target, rollouts)
+                rate, question = self.rates[row.question_id], self.problems[row.question_id]
+                values, weights = targets(row.values, rate, self.target, rollouts)
                 if not sum(weights):
                     self.silent += 1
                     continue
-                made = example(self.prompts, self.problems[question], solutions[row.solution_id], values, weights)
+                made = example(self.prompts, question, solutions[row.solution_id], values, weights)
                 if len(made.tokens) > spec.max_length:
                     self.too_long += 1
                 else:
-                    yield question, made
+                    yield row.question_id, made
 
 
 def labelled(ctx: Context, prompts: Prompts, problems: dict[str, Problem]) -> Labelled:

@@ -15,15 +15,15 @@ from flywheel.records import Role, Solution, Split, Trajectory, Verdict
 from flywheel.runs.run import Context
 from flywheel.runs.stage import Input, Stage
 from flywheel.stages.kit import prompts_and_reader
-from flywheel.stages.shared import closed, examples, ids, job, sampled, trace
+from flywheel.stages.shared import closed, examples, ids, job, judged, trace
 from flywheel.training.stored import FOLDER, Stored
 
 
 def trajectories(ctx: Context) -> Iterator[Trajectory]:
     """At most `reviser.trajectories` per question, from its first `reviser.samples` samples."""
     spec = ctx.recipe.reviser
-    for question in ids(ctx, Split.TRAIN):
-        group = sampled(ctx, question)[: spec.samples]
+    for question, group in judged(ctx, "sample", ctx.round, questions=ids(ctx, Split.TRAIN)):
+        group = group[: spec.samples]
         wrong = list({trace(s): s for s, verdict in group if verdict is Verdict.INCORRECT}.values())
         right = [s for s, verdict in group if verdict is Verdict.CORRECT]
         rng = random.Random(ctx.seed(question))
