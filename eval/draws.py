@@ -9,7 +9,8 @@ from pathlib import Path
 from eval.shared import add_runs, folder
 from flywheel.errors import UserError
 from flywheel.runs.files import read_json, sha256, write_json
-from flywheel.runs.run import Run, records
+from flywheel.runs.reading import records
+from flywheel.runs.run import Run
 from flywheel.runs.shards import shard_dirs
 from flywheel.search.strategies import AnyStrategy
 

@@ -18,7 +18,8 @@ from flywheel.models.prm import aggregate, label_ids
 from flywheel.models.published import preflight as check_published
 from flywheel.recipe import PrmSpec, PublishedSpec, TrainSpec, parse
 from flywheel.records import Answered, Grade, ModelRef, Question, Role, Solution, Split, Step
-from flywheel.runs.run import Context, Run, records
+from flywheel.runs.reading import records
+from flywheel.runs.run import Context, Run
 from flywheel.runs.stage import Input, Stage
 from flywheel.runs.worker import fill
 from flywheel.search.revise import Revise

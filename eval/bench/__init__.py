@@ -1,1 +1,1 @@
-"""Speed benchmarks: the engine's scheduler, the search, the server, trainings, the grader."""
+"""Speed benchmarks: the engine's scheduler, the search, the server, trainings, the grader, and growing data."""

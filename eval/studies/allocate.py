@@ -27,7 +27,8 @@ from eval.draws import Drawn, add_sizes, check_origin, check_sizes, titles
 from eval.shared import folder
 from flywheel.errors import UserError
 from flywheel.measure.stats import bootstrap_mean, paired_gain
-from flywheel.runs.run import Run, records
+from flywheel.runs.reading import records
+from flywheel.runs.run import Run
 from flywheel.search.adaptive import Adaptive, certainty, votes
 from flywheel.stages.shared import by_question
 

@@ -30,7 +30,7 @@ from flywheel.runs.run import Run
 from flywheel.stages import train_prm
 from flywheel.stages.kit import prompts_and_reader
 from flywheel.stages.shared import test_grades, test_solutions
-from flywheel.stages.train_prm import Labelled, example, labelled
+from flywheel.stages.train_prm import Labelled, Labels, example
 from flywheel.training import PrmExample
 
 DRAWS = 32
@@ -55,7 +55,10 @@ class Judged:
 
 def labels_of(run: Run, round: int) -> Labelled:
     problems = {p.id: p for p in run.problems(Split.TRAIN)}
-    return labelled(as_stage(run, round, train_prm.STAGE), prompts_and_reader(run)[0], problems)
+    labels = Labels(as_stage(run, round, train_prm.STAGE), prompts_and_reader(run)[0], problems)
+    made = [example for _, example in labels.examples()]
+    parts = ([e for e in made if (e.question_id in labels.held) is held] for held in (False, True))
+    return Labelled(labels.target, labels.held, *parts)
 
 
 def alike(parts: Sequence[list[PrmExample]]) -> list[list[PrmExample]]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from flywheel.stages.kit import prompts_and_reader
 from flywheel.stages.shared import closed, examples
 from flywheel.stages.train_reviser import trajectories
 from flywheel.training import train_sft
+from flywheel.training.stored import FOLDER
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,7 +68,8 @@ def train(run: Run, rows: Sequence[Trajectory], out: Path) -> str:
         (t.question_id, prompts.revise(problems[t.question_id], t.attempts[:-1]), closed(t.attempts[-1], reader.eos))
         for t in rows
     )
-    fit, check, _ = examples(texts, held, spec.max_length)
+    shutil.rmtree(out / FOLDER, ignore_errors=True)  # of another call of this study
+    fit, check = examples(out / FOLDER, 0, texts, spec.max_length).split(held)
     train_sft(fit, check, job(run, out, spec, "last", Role.REVISER))
     return str(out / "adapter")
 
@@ -76,7 +79,7 @@ def play(run: Run, round: int, attempts: int, count: int) -> tuple[list[int], di
     shown = run.recipe.reviser.context
     made, right = chains(run, round, Split.TRAIN, Revise(shown + 1, 3, "majority"))
     on_policy = [t for chain in made if (t := first_right(chain, right, shown))]
-    data = alike({"off_policy": trajectories(as_stage(run, round, train_reviser.STAGE)), "on_policy": on_policy})
+    data = alike({"off_policy": list(trajectories(as_stage(run, round, train_reviser.STAGE))), "on_policy": on_policy})
     lengths = [len(t.attempts) - 1 for t in data["on_policy"]]
     if len(lengths) < 2:
         raise UserError(f"{run.root}: {len(lengths)} trajectories are too few to train a reviser on")

@@ -23,7 +23,8 @@ from flywheel.measure.bins import quantile_bins
 from flywheel.measure.stats import bootstrap_mean
 from flywheel.records import Grade, ModelRef, Role, Solution
 from flywheel.runs.files import read_rows
-from flywheel.runs.run import Context, Run, records
+from flywheel.runs.reading import records
+from flywheel.runs.run import Context, Run
 from flywheel.runs.shards import shard_dirs
 from flywheel.stages.kit import Kit
 from flywheel.stages.shared import by_question

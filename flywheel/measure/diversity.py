@@ -7,20 +7,17 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from flywheel.records import Solution
 
 
-def diversity(samples: Mapping[str, Sequence[Solution]], correct: Mapping[str, bool]) -> dict[str, float]:
-    """Means over the questions; `samples`: solutions by question, `correct`: by solution id.
+def diversity(samples: Sequence[tuple[Solution, bool]]) -> dict[str, float]:
+    """Figures of one question; `samples`: its solutions, each with whether it is right.
 
     distinct_right: different right texts, white space aside. answer_entropy: of the distribution of answers, in nats; 0
     if all samples give the same one. Solutions without an answer count as one answer.
     """
-    right, entropy = 0, 0.0
-    for solutions in samples.values():
-        right += len({" ".join(s.text.split()) for s in solutions if correct[s.id]})
-        shares = [count / len(solutions) for count in Counter(s.answer for s in solutions).values()]
-        entropy -= math.fsum(share * math.log(share) for share in shares)
-    return {"distinct_right": right / len(samples), "answer_entropy": entropy / len(samples)}
+    right = len({" ".join(s.text.split()) for s, correct in samples if correct})
+    shares = [count / len(samples) for count in Counter(s.answer for s, _ in samples).values()]
+    return {"distinct_right": right, "answer_entropy": -math.fsum(share * math.log(share) for share in shares)}

@@ -36,18 +36,24 @@ class Health:
     truncated: float
 
 
-def health(solutions: Sequence[Solution]) -> Health:
+def health(solutions: Iterable[Solution]) -> Health:
     """The figures of `solutions`; entropy is 1 for a single question. Raises ValueError if there are no solutions."""
-    if not solutions:
+    counts: Counter[int] = Counter()  # by hash: the texts themselves may be more than memory holds
+    questions: set[str] = set()
+    tokens = repeated = truncated = 0
+    for s in solutions:
+        counts[hash(s.text)] += 1
+        questions.add(s.question_id)
+        tokens, repeated = tokens + len(s.tokens), repeated + repeats(s)
+        truncated += s.finish is Finish.LENGTH
+    if not (n := counts.total()):
         raise ValueError("health: no solutions")
-    n, questions = len(solutions), len({s.question_id for s in solutions})
-    counts = Counter(s.text for s in solutions)
     entropy = sum(c / n * math.log(n / c) for c in counts.values())
     return Health(
-        entropy=entropy / math.log(questions) if questions > 1 else 1.0,
-        tokens=sum(len(s.tokens) for s in solutions) / n,
-        repeated=sum(repeats(s) for s in solutions) / n,
-        truncated=sum(s.finish is Finish.LENGTH for s in solutions) / n,
+        entropy=entropy / math.log(len(questions)) if len(questions) > 1 else 1.0,
+        tokens=tokens / n,
+        repeated=repeated / n,
+        truncated=truncated / n,
     )
 
 

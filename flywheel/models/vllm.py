@@ -184,6 +184,8 @@ class VllmDevice:
     text; the V1 runner of its CPU build takes one request for each.
     """
 
+    one_pass = False
+
     def __init__(
         self,
         engine: LLMEngine,
@@ -192,8 +194,9 @@ class VllmDevice:
         adapters: Mapping[str, LoRARequest] | None = None,
     ):
         self.llm, self.name, self.run_seed, self.adapters = engine, name, run_seed, adapters or {}
-        self.one_pass = engine.vllm_config.use_v2_model_runner
-        if engine.vllm_config.parallel_config.tensor_parallel_size > 1:  # its workers sample, in processes of their own
+        self.one_pass = self.one_pass or engine.vllm_config.use_v2_model_runner
+        several = engine.vllm_config.parallel_config.tensor_parallel_size > 1
+        if several:  # its workers sample, in processes of their own
             run_seed.elsewhere.append(lambda seed: engine.collective_rpc(vllm_cpu.seed_worker, args=(seed,)))
         self._waiting: dict[str, tuple[asyncio.Future[Output], Sampling | Scoring]] = {}
         self._made: dict[str, list[int]] = {}  # the tokens so far, of requests with `Sampling.done`
@@ -301,11 +304,12 @@ class VllmJudge(VllmDevice):
     own_classes: the model is a published classifier of all tokens instead, whose second class is the good one.
     """
 
+    one_pass = True
+
     def __init__(
         self, engine: LLMEngine, name: str, run_seed: vllm_cpu.RunSeed, labels: Labels, own_classes: bool = False
     ):
         super().__init__(engine, name, run_seed)
-        self.one_pass = True
         self._labels, self._good, self._last = labels, int(own_classes), not own_classes
 
     def _vllm_params(self, request: Sampling | Scoring) -> PoolingParams:

@@ -26,24 +26,26 @@ class Near:
 def near(problems: Mapping[Split, Sequence[Problem]]) -> list[Near]:
     """Test questions that share at least the fraction NEAR of their word n-grams with a question of another split.
 
-    Sorted by descending share. Case and punctuation are ignored; a question of fewer than WORDS words has no n-gram
-    and is never listed.
+    Sorted by descending share; of several equally near questions the first counts. Case and punctuation are ignored; a
+    question of fewer than WORDS words has no n-gram and is never listed. Memory grows with the test questions alone,
+    time with all.
     """
-    holders: dict[tuple[str, ...], list[str]] = {}  # n-gram -> ids of the questions that contain it
-    for split in (s for s in Split if s is not Split.TEST):
-        for problem in problems.get(split, ()):
-            for run in _runs(problem.question.text):
-                holders.setdefault(run, []).append(problem.question.id)
-    found = []
-    for problem in problems.get(Split.TEST, ()):
-        mine = _runs(problem.question.text)
-        shared = Counter(id for run in mine for id in holders.get(run, ()))
-        for other, count in shared.most_common(1):
-            if count >= NEAR * len(mine):
-                found.append(Near(problem.question.id, other, count / len(mine)))
+    tests = {problem.id: _runs(problem.question.text) for problem in problems.get(Split.TEST, ())}
+    holders: dict[int, list[str]] = {}  # n-gram -> ids of the test questions that contain it
+    for id, runs in tests.items():
+        for run in runs:
+            holders.setdefault(run, []).append(id)
+    best: dict[str, tuple[int, str]] = {}  # test question -> (n-grams shared, the question that shares most)
+    for other in (p for split in Split if split is not Split.TEST for p in problems.get(split, ())):
+        shared = Counter(id for run in _runs(other.question.text) & holders.keys() for id in holders[run])
+        for id, count in shared.items():
+            if count >= NEAR * len(tests[id]) and count > best.get(id, (0, ""))[0]:
+                best[id] = count, other.id
+    found = [Near(id, other, count / len(tests[id])) for id, (count, other) in best.items()]
     return sorted(found, key=lambda n: (-n.share, n.question_id))
 
 
-def _runs(text: str) -> set[tuple[str, ...]]:
+def _runs(text: str) -> set[int]:
+    """The text's word n-grams, by hash: 64 bits do not collide in a problem set."""
     words = re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold())
-    return {tuple(words[i : i + WORDS]) for i in range(len(words) - WORDS + 1)}
+    return set(map(hash, zip(*(words[i:] for i in range(WORDS)))))

@@ -14,13 +14,13 @@ from pathlib import Path
 
 from flywheel.measure.bins import fixed_bin
 from flywheel.problems import gym
-from flywheel.records import Grade, Harvested, Problem, Solution, Split, StepValues
+from flywheel.records import Harvested, Problem, Split, StepValues
 from flywheel.report import pictures
 from flywheel.report.summary import summary
 from flywheel.report.tables import difference, figures, interval_of, remarks
-from flywheel.runs.files import read_table
+from flywheel.runs.files import stream_table
 from flywheel.runs.run import Run
-from flywheel.stages.shared import pass_rates, spaced, trace
+from flywheel.stages.shared import judged, rate, spaced, tallies, trace
 
 SHOWN = 4  # distinct solutions of a question and round
 TEMPLATE = "page.html.jinja"
@@ -85,15 +85,17 @@ def tested(run: Run, count: int) -> list[Asked]:
 
 def trained(run: Run, count: int) -> list[Asked]:
     """The first `count` training questions whose solutions got step values, with what was harvested of them."""
-    looks, labelled = [], set()
-    for r in sorted(r for r, stage in run.manifests if stage == "label"):
-        rows = list(run.read(StepValues, "label", r))
-        values = {row.solution_id: row.values for row in rows}
-        labelled |= {row.question_id for row in rows}
-        path = run.harvest(r)
-        kept = {(row.question_id, spaced(row.solution)) for row in read_table(path, Harvested)} if path else set()
+    rounds = sorted(r for r, stage in run.manifests if stage == "label")
+    tables = [table for r in rounds for table in run.written("label", r).tables(StepValues, ["question_id"])]
+    labelled = {question for table in tables for question in table["question_id"].to_pylist()}
+    problems = [p for p in run.problems(Split.TRAIN) if p.id in labelled][:count]
+    shown, looks = {p.id for p in problems}, []
+    for r in rounds:
+        values = {row.solution_id: row.values for row in run.read(StepValues, "label", r) if row.question_id in shown}
+        rows = stream_table(path, Harvested) if (path := run.harvest(r)) else ()
+        kept = {(row.question_id, spaced(row.solution)) for row in rows if row.question_id in shown}
         looks.append((r, "sample", "sample", values, kept))
-    return browse(run, [p for p in run.problems(Split.TRAIN) if p.id in labelled][:count], looks)
+    return browse(run, problems, looks)
 
 
 def browse(run: Run, problems: Iterable[Problem], looks: list[tuple]) -> list[Asked]:
@@ -104,14 +106,11 @@ def browse(run: Run, problems: Iterable[Problem], looks: list[tuple]) -> list[As
     gold = gym.plain if run.recipe.problems.format == "reasoning_gym" else str
     out = {p.id: Asked(p.id, p.question.text, gold(p.answer), str(p.split), p.level) for p in problems}
     for r, stage, purpose, values, kept in looks:
-        grades = [g for g in run.read(Grade, stage, r) if g.question_id in out and g.purpose == purpose]
-        rates, verdicts = pass_rates(grades), {g.solution_id: g.verdict for g in grades}
+        rates = {q: rate(verdicts) for q, verdicts in tallies(run, stage, r, purpose, out).items()}
         groups: dict[str, dict[str, Shown]] = defaultdict(dict)
-        for s in run.read(Solution, stage, r):
-            if s.question_id not in out or s.purpose != purpose:
-                continue
+        for s, verdict in (pair for _, group in judged(run, stage, r, purpose, out) for pair in group):
             text = trace(s)
-            shown = groups[s.question_id].setdefault(text, Shown([], s.answer, str(verdicts[s.id])))
+            shown = groups[s.question_id].setdefault(text, Shown([], s.answer, str(verdict)))
             if s.id in values or not shown.steps:
                 known = [*values.get(s.id, ()), *[None] * len(s.steps)]
                 shown.steps = [(step.text, worth) for step, worth in zip(s.steps, known)] or [("", None)]

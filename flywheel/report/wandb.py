@@ -13,13 +13,14 @@ import secrets
 import shutil
 import sys
 from collections.abc import Iterator
+from heapq import nsmallest
 from pathlib import Path
 from threading import Thread
 
 from flywheel.errors import UserError
 from flywheel.ledger import total
 from flywheel.report.summary import summary
-from flywheel.runs.files import write_file
+from flywheel.runs.files import ROWS, opened, write_file
 from flywheel.runs.manifest import PATHS
 from flywheel.runs.run import Run
 
@@ -162,14 +163,15 @@ def _samples(run: Run, round: int) -> list[dict]:
     """Up to SAMPLES harvested solutions, those with most votes from each bin."""
     if (path := run.harvest(round)) is None:
         return []
-    import pyarrow.parquet as pq
-
-    table = pq.ParquetFile(path).read(columns=["bin", "votes", "question", "solution", "answer"]).to_pylist()
     by_bin: dict[int, list[dict]] = {}
-    for row in sorted(table, key=lambda row: (row["bin"], -row["votes"], row["question"])):
-        by_bin.setdefault(row["bin"], []).append(row)
+    with opened(path) as file:
+        for batch in file.iter_batches(ROWS, columns=["bin", "votes", "question", "solution", "answer"]):
+            for row in batch.to_pylist():
+                by_bin.setdefault(row["bin"], []).append(row)
+            for bin, rows in by_bin.items():
+                by_bin[bin] = nsmallest(SAMPLES, rows, key=lambda row: (-row["votes"], row["question"]))
     share = -(-SAMPLES // max(1, len(by_bin)))
-    return [row for group in by_bin.values() for row in group[:share]][:SAMPLES]
+    return [row for bin in sorted(by_bin) for row in by_bin[bin][:share]][:SAMPLES]
 
 
 def _is_number(value: object) -> bool:

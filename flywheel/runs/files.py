@@ -17,12 +17,14 @@ from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from functools import cache
+from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from flywheel.errors import UserError
 
 R = TypeVar("R")
+ROWS = 4096  # of a long table that are in memory at a time
 
 
 class Damaged(UserError):
@@ -54,16 +56,26 @@ def write_synced(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def write_file(path: Path, data: bytes) -> None:
-    """Replace the contents of `path` by `data` atomically. Raises OSError."""
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that takes the place of `path` when the block ends, and is removed when it fails."""
     scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        write_synced(scratch, data)
+        with open(scratch, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
         fence()
         os.replace(scratch, path)
     finally:
         scratch.unlink(missing_ok=True)
     sync_dir(path.parent)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Replace the contents of `path` by `data` atomically. Raises OSError."""
+    with replacing(path) as file:
+        file.write(data)
 
 
 @contextmanager
@@ -195,6 +207,10 @@ def encode(cls: type[R], records: Sequence[R]) -> bytes:
 
     Raises TypeError if a field's value does not match its annotation.
     """
+    return _bytes(_table(cls, records))
+
+
+def _table(cls: type[R], records: Sequence[R]):
     import pyarrow as pa
     from pydantic_core import PydanticSerializationError
 
@@ -205,7 +221,7 @@ def encode(cls: type[R], records: Sequence[R]) -> bytes:
         raise TypeError(f"a {cls.__name__} does not hold what it declares: {error}") from None
     for row in rows if as_json else ():
         row.update((name, json.dumps(row[name])) for name in as_json)
-    return _bytes(pa.Table.from_pylist(rows, schema))
+    return pa.Table.from_pylist(rows, schema)
 
 
 def _bytes(table) -> bytes:
@@ -223,19 +239,39 @@ def encode_ledger(rows: list[dict]) -> bytes:
 
 
 def write_table(path: Path, records: Iterable[object]) -> None:
-    """Write records of one class to `path` atomically."""
+    """Write records of one class to `path` atomically, at most ROWS of them in memory."""
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
-    records = list(records)
-    write_file(Path(path), encode(type(records[0]), records) if records else _bytes(pa.table({})))
+    records = iter(records)
+    part = list(islice(records, ROWS))
+    table = _table(type(part[0]), part) if part else pa.table({})
+    with replacing(Path(path)) as file, pq.ParquetWriter(file, table.schema, compression="zstd") as out:
+        out.write_table(table)
+        while part := list(islice(records, ROWS)):
+            out.write_table(_table(type(part[0]), part))
 
 
 def read_table(path: Path, cls: type[R]) -> list[R]:
     """The records of a parquet file. Raises Damaged, naming file, row and field."""
+    return list(stream_table(path, cls))
+
+
+def stream_table(path: Path, cls: type[R]) -> Iterator[R]:
+    """As `read_table`, with at most ROWS records in memory."""
+    at = 0
+    with opened(path) as file:
+        for batch in file.iter_batches(ROWS):
+            yield from to_records(batch, cls, path, at)
+            at += len(batch)
+
+
+def to_records(table, cls: type[R], path: Path, at: int = 0) -> list[R]:
+    """Records from an arrow table that was read from `path`, its first row number `at`. Raises Damaged."""
     from pydantic import ValidationError
 
     _, adapter, as_json = _layout(cls)
-    rows = read_rows(path)
+    rows = table.to_pylist()
     try:
         for row in rows if as_json else ():
             row.update((name, json.loads(row[name])) for name in as_json)
@@ -245,18 +281,30 @@ def read_table(path: Path, cls: type[R]) -> list[R]:
     except ValidationError as error:
         fault = error.errors()[0]
         row, *where = fault["loc"]
-        raise Damaged(f"{path}: row {row}: {cls.__name__}.{'.'.join(map(str, where))}: {fault['msg']}") from None
+        raise Damaged(f"{path}: row {at + row}: {cls.__name__}.{'.'.join(map(str, where))}: {fault['msg']}") from None
 
 
-def read_rows(path: Path) -> list[dict]:
-    """The rows of any parquet file as dicts. Raises Damaged."""
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """The parquet file at `path`. Raises Damaged, also for what is found while it is read."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         with pq.ParquetFile(path) as file:  # not read_table: a path such as `a=b` must not become a column
-            return file.read().to_pylist()
+            yield file
     except FileNotFoundError:
         raise Damaged(f"{path}: missing") from None
     except (pa.ArrowInvalid, OSError) as error:
         raise Damaged(f"{path}: not a parquet file, or cut short: {str(error).splitlines()[0]}") from None
+
+
+def read_arrow(path: Path, columns: Sequence[str] | None = None):
+    """A parquet file, or some of its columns, as an arrow table. Raises Damaged."""
+    with opened(path) as file:
+        return file.read(columns)
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The rows of any parquet file as dicts. Raises Damaged."""
+    return read_arrow(path).to_pylist()

@@ -29,7 +29,7 @@ from flywheel.runs.processes import Tell, call_alone, check_devices, processes, 
 from flywheel.runs.ranks import Launch, Ranks, free_port, lock
 from flywheel.runs.rehearsal import rehearse
 from flywheel.runs.run import SKIPPED, Run
-from flywheel.runs.shards import shard_dirs
+from flywheel.runs.shards import check_shard, shard_dirs
 from flywheel.runs.stage import Scheduled, Stage, schedule
 from flywheel.runs.terminal import Progress, brief
 
@@ -229,6 +229,8 @@ class Loop:
         directory = stage_dir(self.run, *scheduled.at)
         for at in scheduled.reads:
             manifest.check_files(stage_dir(self.run, *at), manifest.load(self.run, *at), contents=True)
+        for shard in shard_dirs(directory):  # here once, for all processes of all ranks
+            check_shard(shard)
         made_from = manifest.fingerprint(self.run, self.recipe, sources, scheduled)
         directory.mkdir(parents=True, exist_ok=True)
         write_json(directory / manifest.FINGERPRINT, made_from)

@@ -23,7 +23,8 @@ from flywheel.runs.stage import At, Scheduled
 
 FORMAT = 2  # of records, shards and manifests; a run of another format cannot be continued
 MANIFEST, FINGERPRINT = "manifest.json", "fingerprint.json"
-SCRATCH = ("trainer",)  # a training's checkpoints to resume from: not part of the stage's result
+# a training's checkpoints to resume from, and the examples that it made of other stages: not part of its result
+SCRATCH = ("trainer", "examples")
 # weights, config, tokenizer, chat template
 MODEL_FILES = (".json", ".safetensors", ".model", ".txt", ".jinja", ".bpe", ".spm", ".tiktoken", ".vocab")
 UNLISTED = (MANIFEST, FINGERPRINT, "claims.lock")
@@ -194,9 +195,12 @@ def seal(
     directory = stage_dir(run, *scheduled.at)
     files = {str(p.relative_to(directory)): p for p in _listed(directory)}
     counts: dict[str, int] = {}
+    sums: dict[Path, str] = {}  # taken when the shards were written; the next stage compares them with the files
     for shard in shard_dirs(directory):
-        for kind, count in read_json(shard / "shard.json")["counts"].items():
+        about = read_json(shard / "shard.json")
+        for kind, count in about["counts"].items():
             counts[kind] = counts.get(kind, 0) + count
+        sums |= {shard / name: listed["sha256"] for name, listed in about["files"].items()}
     ledgers = [path for path in files.values() if path.name.startswith("ledger") and path.suffix == ".parquet"]
     manifest = {
         "format": FORMAT,
@@ -209,7 +213,10 @@ def seal(
         "seconds": round(seconds, 3),
         "ranks": ranks,
         "figures": figures,
-        "files": {name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for name, path in files.items()},
+        "files": {
+            name: {"bytes": path.stat().st_size, "sha256": sums.get(path) or sha256(path)}
+            for name, path in files.items()
+        },
         "fingerprint": made_from,
     }
     write_json(directory / MANIFEST, manifest)

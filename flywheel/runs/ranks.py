@@ -99,7 +99,7 @@ class Launch:
         self.failure = ""  # why this launch is over
         self.told = False  # rank 0 has printed why
         self.anew = (0, "")  # the order whose stage has to start again, and why
-        self.begun_anew = 0  # the last order of which this rank knows that, and is to say it no more
+        self.restarted = 0  # the last order of which this rank has heard that
         self.lost = False  # rank 0 or the store is gone: nobody hears what this rank would say
         self.over = threading.Event()
         if ranks.world > 1:
@@ -180,12 +180,12 @@ class Launch:
         if self.failure:
             raise LaunchFailed(self.failure)
         at, line = self.anew
-        if at == self.count > self.begun_anew:
+        if at == self.count > self.restarted:
             raise StartAgain(line)
 
     def start_again(self, line: str) -> None:
         """Tell all ranks that the current order's stage has to start again: they end their part of it."""
-        self.begun_anew = self.count
+        self.restarted = self.count
         if self.ranks.world > 1:
             self._ask(self.store.compare_set, f"again_{self.count}", "", json.dumps(line))
 

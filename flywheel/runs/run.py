@@ -7,7 +7,7 @@ import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
@@ -18,21 +18,16 @@ from flywheel.ledger import Ledger
 from flywheel.recipe import Recipe, load
 from flywheel.records import ModelRef, Problem, Role, Split
 from flywheel.runs import manifest
-from flywheel.runs.files import read_json, read_rows, read_table, wait_for_names
-from flywheel.runs.shards import Shards, shard_dirs
+from flywheel.runs.files import read_json, read_rows, wait_for_names
+from flywheel.runs.named import Named
+from flywheel.runs.reading import Written
+from flywheel.runs.shards import Shards
 from flywheel.runs.stage import At, Stage
 
 R = TypeVar("R")
 BEAT = 3.0  # seconds
 POLL = 0.05
 SKIPPED = "skipped_questions.json"  # ids of the questions that `problems.skip_long` left out when the run began
-
-
-def records(directory: Path, cls: type[R]) -> Iterator[R]:
-    """The records of class `cls` in the shards of `directory`, in the order of the items."""
-    for shard in shard_dirs(directory):
-        if (table := shard / f"{cls.__name__}.parquet").is_file():  # a chunk may yield no such record
-            yield from read_table(table, cls)
 
 
 class Run:
@@ -48,6 +43,7 @@ class Run:
             raise UserError(f"{root}: not a run (no recipe.yaml in it)")
         self._recipe = recipe or load(self.root / "recipe.yaml")
         self.skipped = frozenset((read_json(self.root / SKIPPED) or ()) if skipped is None else skipped)
+        self._written: dict[At, Written] = {}
 
     @property
     def recipe(self) -> Recipe:
@@ -89,9 +85,13 @@ class Run:
         """A stage's figures; empty if it is not finished."""
         return (self.manifest(stage, round) or {}).get("figures") or {}
 
-    def read(self, cls: type[R], stage: str, round: int) -> Iterator[R]:
-        """The records of class `cls` that a stage wrote, in the order of its items."""
-        return records(self.path(stage, round), cls)
+    def written(self, stage: str, round: int) -> Written:
+        """What a stage wrote; to be asked for some questions only if all its shards are there."""
+        return self._written.setdefault((round, stage), Written(self.path(stage, round)))
+
+    def read(self, cls: type[R], stage: str, round: int, questions: Iterable[str] | None = None) -> Iterator[R]:
+        """The records of class `cls` that a stage wrote, in the order of its items; `questions`: of these alone."""
+        return self.written(stage, round).records(cls, questions)
 
     @cached_property
     def ledger_rows(self) -> list[dict]:
@@ -194,6 +194,7 @@ class Context(Run):
         self.ledger = Ledger(stage.name, round)
         self.verdicts: Counter[str] = Counter()  # on the solutions that were graded for the current chunk
         self.dir = self.path(stage.name)
+        self._inputs: dict[At, dict[str, Any]] = {}
         self._tell, self._ask = tell, ask
         self.draw = partial(ask, "draw") if ask else None  # the number of the next chunk of this launch
         self._before = self._chunk = self._items = 0  # items in finished chunks, in the current chunk, in the stage
@@ -233,25 +234,33 @@ class Context(Run):
         """The figures of an input stage. Raises UserError if it is not finished."""
         return self._input(stage, round)["figures"]
 
-    def read(self, cls: type[R], stage: str, round: int | None = None) -> Iterator[R]:
-        """Records of an input stage (or of this one, in `finish`), in the order of its items.
+    def written(self, stage: str, round: int | None = None) -> Written:
+        """What an input stage (or this one, in `finish`) wrote.
 
         Raises Damaged if a shard that the input's manifest names is missing.
         """
         at = self.round if round is None else round
         if (at, stage) != (self.round, self.stage.name):
-            files = self._input(stage, at)["files"]
-            shards = {name.split("/")[1] for name in files if name.startswith("shards/")}
-            wait_for_names(self.path(stage, at) / "shards", shards)
-        return super().read(cls, stage, at)
+            self._input(stage, at)
+        return super().written(stage, at)
+
+    def read(
+        self, cls: type[R], stage: str, round: int | None = None, questions: Iterable[str] | None = None
+    ) -> Iterator[R]:
+        """As `Run.read`, of an input stage (or of this one, in `finish`)."""
+        return super().read(cls, stage, self.round if round is None else round, questions)
 
     def _input(self, stage: str, round: int | None) -> dict[str, Any]:
         at = (self.round if round is None else round, stage)
         if at not in self.stage.reads(self.round):
             raise ValueError(f"stage {self.stage.name} does not name {manifest.name_of(at)} among its inputs")
-        if (found := self.manifest(stage, at[0])) is None:
-            raise UserError(f"{manifest.name_of(at)} is not finished, and {self.stage.name} needs it")
-        return found
+        if at not in self._inputs:  # kept: the manifest of a large stage takes long to read
+            if (found := self.manifest(stage, at[0])) is None:
+                raise UserError(f"{manifest.name_of(at)} is not finished, and {self.stage.name} needs it")
+            shards = {name.split("/")[1] for name in found["files"] if name.startswith("shards/")}
+            wait_for_names(self.path(stage, at[0]) / "shards", shards)
+            self._inputs[at] = found
+        return self._inputs[at]
 
     def wait_for_others(self) -> None:
         """On rank 0: until every other process of the stage has written all that it drew, and ended."""
@@ -297,23 +306,3 @@ class Context(Run):
         self._items = sum(map(len, shards.chunks))
         self._before, self._chunk = sum(len(shards.chunks[i]) for i in shards.done()), chunk
         self._say(self._before, self._items, {})
-
-
-class Named:
-    """A recipe or section limited to the keys that a stage declares, so that its fingerprint covers all it reads.
-
-    Reading any other key raises ValueError (a bug in the stage). `model.base` and `problems.path` may always be read,
-    because the contents of their files are in every fingerprint.
-    """
-
-    def __init__(self, spec: Any, stage: Stage, prefix: str = ""):
-        self._spec, self._stage, self._prefix = spec, stage, prefix
-
-    def __getattr__(self, key: str) -> Any:
-        value, path = getattr(self._spec, key), f"{self._prefix}{key}"
-        named = (*self._stage.sections, *manifest.PATHS, "seed")
-        if any(path == section or path.startswith(f"{section}.") for section in named):
-            return value
-        if any(section.startswith(f"{path}.") for section in named):
-            return Named(value, self._stage, f"{path}.")
-        raise ValueError(f"stage {self._stage.name} reads the recipe's {path} but does not name it among its sections")

@@ -35,12 +35,15 @@ class Shards:
         return [int(path.name) for path in shard_dirs(self.dir.parent)]
 
     def _check(self) -> None:
-        """Raises Damaged if an existing shard has other items than its chunk has now, or altered files."""
-        for path in shard_dirs(self.dir.parent):
-            self._check_one(path)
+        """Raises Damaged if an existing shard has other items than its chunk has now, or files of another size.
 
-    def _check_one(self, path: Path) -> None:
-        shard, index = check_shard(path), int(path.name)
+        The launch's rank 0 has compared their contents before.
+        """
+        for path in shard_dirs(self.dir.parent):
+            self._check_one(path, contents=False)
+
+    def _check_one(self, path: Path, contents: bool = True) -> None:
+        shard, index = check_shard(path, contents), int(path.name)
         if index >= len(self.chunks) or shard.get("items") != list(self.chunks[index]):
             raise Damaged(
                 f"{path}: holds other items than this stage has now; delete {self.dir.parent} to redo the stage"
@@ -110,12 +113,15 @@ def check_files(directory: Path, files: dict[str, dict], mend: str, contents: bo
             raise Damaged(f"{path}: is not what was written (sha256); {mend}")
 
 
-def check_shard(path: Path) -> dict:
-    """The contents of a shard's `shard.json`, after checking all its files. Raises Damaged."""
+def check_shard(path: Path, contents: bool = True) -> dict:
+    """What a shard's `shard.json` holds, after checking all its files, with `contents` their checksums too.
+
+    Raises Damaged.
+    """
     shard, mend = read_json(path / "shard.json"), f"delete {path} to make this chunk again"
     if not isinstance(shard, dict):
         raise Damaged(f"{path / 'shard.json'}: missing; {mend}")
-    check_files(path, shard.get("files", {}), mend)
+    check_files(path, shard.get("files", {}), mend, contents)
     return shard
 
 

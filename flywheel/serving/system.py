@@ -17,7 +17,8 @@ from flywheel.measure.bins import quantile_bins
 from flywheel.records import Grade, ModelRef, Role, SampleScores, Split
 from flywheel.runs.files import read_json, sha256, write_json
 from flywheel.runs.manifest import MANIFEST
-from flywheel.runs.run import Context, Run, records
+from flywheel.runs.reading import records
+from flywheel.runs.run import Context, Run
 from flywheel.runs.shards import shard_dirs
 from flywheel.runs.stage import Input, Stage
 from flywheel.runs.worker import fill

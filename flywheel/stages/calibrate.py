@@ -125,9 +125,8 @@ def probe_edges(recipe: Recipe, drawn: Iterable[SampleScores]) -> list[float]:
 
 def known_traces(ctx: Context, question: str) -> Counter[str]:
     """Votes by verified trace, from the first `sample.per_question` samples: what a training question has, too."""
-    solutions, verdicts = sampled(ctx)
-    first = solutions[question][: ctx.recipe.sample.per_question]
-    return Counter(trace(s) for s in first if verdicts[s.id] is Verdict.CORRECT)
+    first = sampled(ctx, question)[: ctx.recipe.sample.per_question]
+    return Counter(trace(s) for s, verdict in first if verdict is Verdict.CORRECT)
 
 
 def finish(ctx: Context) -> dict:

@@ -13,20 +13,12 @@ from collections.abc import Iterator, Sequence
 from flywheel.measure.bins import fixed_bins, migration, migration_null
 from flywheel.measure.diversity import diversity
 from flywheel.measure.stats import paired_gain
-from flywheel.records import Role, Split
+from flywheel.records import Role, Split, Verdict
 from flywheel.runs.run import Context
 from flywheel.runs.stage import Input, Stage
 from flywheel.search.select import majority
 from flywheel.stages.kit import Kit, kit
-from flywheel.stages.shared import (
-    answer_is_right,
-    ids,
-    interval,
-    test_grades,
-    test_rates,
-    test_solutions,
-    verdict_counts,
-)
+from flywheel.stages.shared import answer_is_right, ids, interval, judged, rate, tallies, test_rates, verdict_counts
 
 
 def work(ctx: Context, kit: Kit, questions: Sequence[str]) -> Iterator[object]:
@@ -39,9 +31,8 @@ def work(ctx: Context, kit: Kit, questions: Sequence[str]) -> Iterator[object]:
 
 def finish(ctx: Context) -> dict:
     edges, count = ctx.recipe.calibrate.edges, ctx.recipe.calibrate.bins
-    solutions, grades = test_solutions(ctx, ctx.round), test_grades(ctx, ctx.round)
-    questions = sorted(grades)
-    now = test_rates(ctx, ctx.round)
+    verdicts = tallies(ctx, "evaluate", ctx.round, "evaluate")
+    questions, now = sorted(verdicts), {q: rate(counts) for q, counts in verdicts.items()}
     k = ctx.recipe.evaluate.samples
     policy: dict = {"name": ctx.model(Role.POLICY, ctx.round).name, "n": len(questions), "samples": k}
 
@@ -51,15 +42,16 @@ def finish(ctx: Context) -> dict:
     put("pass@1", [now[q] for q in questions], policy)
     greedy = test_rates(ctx, ctx.round, "greedy")
     put("greedy@1", [greedy[q] for q in questions], policy)
-    put(f"pass@{k}", [float(any(g.correct for g in grades[q])) for q in questions], policy)
-    correct = {g.solution_id: g.correct for group in grades.values() for g in group}
-    put(
-        f"majority@{k}",
-        [answer_is_right(majority([s.answer for s in solutions[q]]), solutions[q], correct) for q in questions],
-        policy,
-    )
-    policy |= diversity(solutions, correct)
-    policy["verdicts"] = verdict_counts([g for group in grades.values() for g in group])
+    put(f"pass@{k}", [float(verdicts[q][Verdict.CORRECT] > 0) for q in questions], policy)
+    voted, spread = {}, []
+    for q, group in judged(ctx, "evaluate", ctx.round, "evaluate"):
+        samples = [(s, verdict is Verdict.CORRECT) for s, verdict in group]
+        solutions, correct = [s for s, _ in samples], {s.id: right for s, right in samples}
+        voted[q] = answer_is_right(majority([s.answer for s in solutions]), solutions, correct)
+        spread.append(diversity(samples))
+    put(f"majority@{k}", [voted[q] for q in questions], policy)
+    policy |= {name: sum(one[name] for one in spread) / len(spread) for name in spread[0]}
+    policy["verdicts"] = verdict_counts(verdicts.values())
 
     seed = ctx.seed("bootstrap") % 2**31
     start_bins = fixed_bins(test_rates(ctx, 0, "bin"), edges)

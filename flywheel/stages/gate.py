@@ -11,11 +11,11 @@ from collections.abc import Iterator, Sequence
 
 from flywheel.measure import health
 from flywheel.measure.stats import paired_gain
-from flywheel.records import Grade, ModelRef, Role, Solution, Split
+from flywheel.records import ModelRef, Role, Solution, Split, Verdict
 from flywheel.runs.run import Context
 from flywheel.runs.stage import Input, Stage
 from flywheel.stages.kit import Kit, kit
-from flywheel.stages.shared import LAST_POLICY, by_question, ids, pass_rates
+from flywheel.stages.shared import LAST_POLICY, ids, rate, tallies
 
 
 def candidate(ctx: Context) -> ModelRef:
@@ -37,17 +37,16 @@ def finish(ctx: Context) -> dict:
     before = ctx.model(Role.POLICY, ctx.round - 1).name
     if not ctx.figures("distill")["trained"]:
         return {"passed": False, "why": ctx.figures("distill")["why"], "policy": before}
-    groups = {"before": by_question(ctx.read(Grade, "sample")), "after": by_question(ctx.read(Grade, "gate"))}
-    questions = sorted(groups["after"])
-    rates = {side: pass_rates(g for q in questions for g in group[q]) for side, group in groups.items()}
-    mean = {side: [rates[side][q] for q in questions] for side in groups}
-    reached = {side: [float(any(g.correct for g in group[q])) for q in questions] for side, group in groups.items()}
+    after = tallies(ctx, "gate", ctx.round)
+    questions = sorted(after)
+    groups = {"before": tallies(ctx, "sample", ctx.round, questions=questions), "after": after}
+    mean = {side: [rate(group[q]) for q in questions] for side, group in groups.items()}
+    reached = {side: [float(group[q][Verdict.CORRECT] > 0) for q in questions] for side, group in groups.items()}
     gain = paired_gain(mean["before"], mean["after"], seed=ctx.seed("bootstrap") % 2**31)
     reach = paired_gain(reached["before"], reached["after"], seed=ctx.seed("bootstrap") % 2**31)
     k = ctx.recipe.sample.calibrate
-    asked = set(questions)
     before_health, after_health = (
-        health.health([s for s in ctx.read(Solution, stage) if s.question_id in asked]) for stage in ("sample", "gate")
+        health.health(ctx.read(Solution, stage, questions=questions)) for stage in ("sample", "gate")
     )
     faults = health.faults(after_health, before_health)
     passed = gain[1] > 0 and reach[2] >= 0 and not faults

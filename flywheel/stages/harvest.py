@@ -7,12 +7,14 @@ gain, so that late rounds would leave hard questions alone: `harvest.extra` give
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
+from itertools import compress
+from typing import NamedTuple
 
 from flywheel.problems.grading import load_function
 from flywheel.recipe import HarvestSpec
-from flywheel.records import Grade, Harvested, Role, Solution, Split, Verdict
-from flywheel.runs.files import write_table
+from flywheel.records import Harvested, Role, Solution, Split, Verdict
+from flywheel.runs.files import stream_table, write_table
 from flywheel.runs.run import Context
 from flywheel.runs.stage import Input, Stage
 from flywheel.search.best_of_n import BestOfN
@@ -21,12 +23,13 @@ from flywheel.search.strategy import Strategy
 from flywheel.stages.kit import Kit, kit
 from flywheel.stages.shared import (
     LAST_POLICY,
-    by_question,
     difficulties,
     ids,
+    judged,
     model_names,
     sampled,
     search_models,
+    tallies,
     trace,
     votes,
 )
@@ -42,8 +45,7 @@ def work(ctx: Context, kit: Kit, questions: Sequence[str]) -> Iterator[object]:
     def strategy(question: str) -> Strategy:
         return plan.strategy(bins[question].quantile_bin, budget)
 
-    samples, verdicts = sampled(ctx)
-    right = {q: [s for s in samples[q] if verdicts[s.id] is Verdict.CORRECT] for q in questions}
+    right = {q: [s for s, verdict in sampled(ctx, q) if verdict is Verdict.CORRECT] for q in questions}
     made: dict[str, Solution] = {}
     for record in kit.search_all(questions, searcher, strategy, f"r{ctx.round}/harvest"):
         if isinstance(record, Solution):
@@ -62,34 +64,57 @@ def most_votes(spec: HarvestSpec, right: Sequence[Solution]) -> int:
     return max(votes(right).values(), default=0) if spec.vote == "trace" else len({s.draw for s in right})
 
 
+def verified(ctx: Context) -> Iterator[tuple[str, list[Solution]]]:
+    """The right solutions of each training question that has one, those of the sample stage first.
+
+    Questions that only the search solved come last, so the order is that of the first right solution in SOURCES.
+    """
+    train, counts = ids(ctx, Split.TRAIN), tallies(ctx, "sample", ctx.round)
+    solved, rest = ([q for q in train if bool(counts[q][Verdict.CORRECT]) is there] for there in (True, False))
+    for questions in (solved, rest):
+        for asked in ctx.written("sample").groups(questions):
+            found = [dict(judged(ctx, stage, ctx.round, questions=asked, right=True)) for stage in SOURCES]
+            for question in asked:
+                if right := [solution for one in found for solution, _ in one.get(question, ())]:
+                    yield question, right
+
+
 def finish(ctx: Context) -> dict:
     spec, bins = ctx.recipe.harvest, difficulties(ctx)
     problems = {p.id: p for p in ctx.problems(Split.TRAIN)}
-    correct = {g.solution_id for stage in SOURCES for g in ctx.read(Grade, stage) if g.correct}
-    solutions = {s: [x for x in ctx.read(Solution, s) if x.question_id in problems] for s in SOURCES}
-    right = [s for group in solutions.values() for s in group if s.id in correct]
-    rows: list[Harvested] = []
-    once = 0
-    for question, group in by_question(right).items():
-        first: dict[str, Solution] = {}
-        for solution in group:
-            first.setdefault(trace(solution), solution)
-        text, bin = problems[question].question.text, bins[question].fixed_bin
-        drawn = len({s.draw for s in group})  # all give the right answer
-        for found, count in votes(group).most_common(spec.keep):
-            if (count if spec.vote == "trace" else drawn) < spec.min_votes:
-                once += 1
-                continue
-            s = first[found]
-            rows.append(Harvested(question, text, s.text, s.answer, bin, ctx.round, count, s.tokens))
-    kept = balanced(rows, spec.balance)
-    write_table(ctx.dir / "harvest.parquet", kept)
+    every: list[Row] = []  # of all rows, what `balanced` looks at; the rows themselves are on disk
+    right = once = 0
+
+    def rows() -> Iterator[Harvested]:
+        nonlocal right, once
+        for question, group in verified(ctx):
+            right += len(group)
+            first: dict[str, Solution] = {}
+            for solution in group:
+                first.setdefault(trace(solution), solution)
+            text, bin = problems[question].question.text, bins[question].fixed_bin
+            drawn = len({s.draw for s in group})  # all give the right answer
+            for found, count in votes(group).most_common(spec.keep):
+                if (count if spec.vote == "trace" else drawn) < spec.min_votes:
+                    once += 1
+                    continue
+                s = first[found]
+                every.append(Row(question, bin, count))
+                yield Harvested(question, text, s.text, s.answer, bin, ctx.round, count, s.tokens)
+
+    scratch = ctx.dir / ".rows.parquet"
+    write_table(scratch, rows())
+    chosen = balanced(every, spec.balance)
+    write_table(ctx.dir / "harvest.parquet", compress(stream_table(scratch, Harvested), chosen))
+    scratch.unlink()
+    kept = list(compress(every, chosen))
+    drawn = {stage: solutions_of(ctx, stage, problems) for stage in SOURCES}
     figures = {
         "plan": f"harvest_{ctx.round}",
         "models": model_names(search_models(ctx)),
-        "candidates": sum(map(len, solutions.values())),
-        "candidates_by_stage": {stage: len(group) for stage, group in solutions.items()},
-        "verified": len(right),
+        "candidates": sum(drawn.values()),
+        "candidates_by_stage": drawn,
+        "verified": right,
         "too_few_votes": once,
         "kept": len(kept),
         "questions": len({r.question_id for r in kept}),
@@ -105,24 +130,41 @@ def finish(ctx: Context) -> dict:
         ],
     }
     if ctx.recipe.problems.step_checker:
-        right = load_function(ctx.recipe.problems.step_checker, "problems.step_checker")
-        figures["step_verified"] = sum(right(r.question, r.solution) for r in kept) / len(kept) if kept else None
+        sound = load_function(ctx.recipe.problems.step_checker, "problems.step_checker")
+        harvest = stream_table(ctx.dir / "harvest.parquet", Harvested)
+        figures["step_verified"] = sum(sound(r.question, r.solution) for r in harvest) / len(kept) if kept else None
     return figures
 
 
-def balanced(rows: list[Harvested], limit: float) -> list[Harvested]:
-    """Cap each bin at `limit` times the mean size of the non-empty bins, keeping the rows with most votes.
+def solutions_of(ctx: Context, stage: str, questions: Container[str]) -> int:
+    """The number of a stage's solutions of `questions`."""
+    tables = ctx.written(stage).tables(Solution, ["question_id"])
+    return sum(q in questions for table in tables for q in table["question_id"].to_pylist())
+
+
+class Row(NamedTuple):
+    """What decides whether a row of the harvest is kept."""
+
+    question_id: str
+    bin: int
+    votes: int
+
+
+def balanced(rows: Sequence[Row], limit: float) -> list[bool]:
+    """Whether each row is kept: each bin at most `limit` times the mean size of the non-empty bins, most votes first.
 
     Easy questions yield most verified solutions and would otherwise dominate the training set.
     """
-    by_bin: dict[int, list[Harvested]] = {}
-    for row in rows:
-        by_bin.setdefault(row.bin, []).append(row)
-    if not by_bin:
-        return []
-    most = int(limit * len(rows) / len(by_bin))
-    kept = {id(r) for group in by_bin.values() for r in sorted(group, key=lambda r: (-r.votes, r.question_id))[:most]}
-    return [r for r in rows if id(r) in kept]
+    by_bin: dict[int, list[int]] = {}
+    for place, row in enumerate(rows):
+        by_bin.setdefault(row.bin, []).append(place)
+    most = int(limit * len(rows) / max(1, len(by_bin)))
+    kept = {
+        place
+        for places in by_bin.values()
+        for place in sorted(places, key=lambda i: (-rows[i].votes, rows[i].question_id))[:most]
+    }
+    return [place in kept for place in range(len(rows))]
 
 
 STAGE = Stage(

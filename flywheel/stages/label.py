@@ -39,10 +39,8 @@ def chosen(ctx: Context, question: str) -> list[tuple[Solution, bool]]:
 
     Right and wrong solutions alternate while there are both, because the PRM has to tell them apart.
     """
-    groups, verdicts = sampled(ctx)
     distinct: dict[str, tuple[Solution, bool]] = {}
-    for solution in groups.get(question, []):
-        verdict = verdicts[solution.id]
+    for solution, verdict in sampled(ctx, question):
         if verdict in (Verdict.CORRECT, Verdict.INCORRECT):
             distinct.setdefault(trace(solution), (solution, verdict is Verdict.CORRECT))
     pool = list(distinct.values())
@@ -107,21 +105,24 @@ def work(ctx: Context, kit: Kit, questions: Sequence[str]) -> Iterator[object]:
 
 
 def finish(ctx: Context) -> dict:
-    rows = list(ctx.read(StepValues, "label"))
-    if len({row.question_id for row in rows}) < 2:
+    questions, solutions, steps, total, at_0, at_1 = set(), 0, 0, 0.0, 0, 0
+    for row in ctx.read(StepValues, "label"):
+        questions.add(row.question_id)
+        solutions, steps, total = solutions + 1, steps + len(row.values), sum(row.values, total)
+        at_0, at_1 = at_0 + row.values.count(0), at_1 + row.values.count(1)
+    if len(questions) < 2:
         raise UserError(
-            f"label: {len(rows)} of the sampled solutions have an answer that can be read, on fewer than two questions;"
+            f"label: {solutions} of the sampled solutions have an answer that can be read, on fewer than two questions;"
             " see prompts.answer, prompts.stop and sample.max_tokens"
         )
-    values = [v for row in rows for v in row.values]
     return {
         "policy": ctx.model(Role.POLICY, ctx.round - 1).name,
-        "questions": len({row.question_id for row in rows}),
-        "solutions": len(rows),
-        "steps": len(values),
-        "mean_value": sum(values) / len(values),
-        "values_at_0": sum(v == 0 for v in values) / len(values),
-        "values_at_1": sum(v == 1 for v in values) / len(values),
+        "questions": len(questions),
+        "solutions": solutions,
+        "steps": steps,
+        "mean_value": total / steps,
+        "values_at_0": at_0 / steps,
+        "values_at_1": at_1 / steps,
         "rollouts_a_prefix": ctx.recipe.label.rollouts,
     }
 

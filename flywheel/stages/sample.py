@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from flywheel.records import Grade, Role, Split
+from flywheel.records import Role, Split
 from flywheel.runs.run import Context
 from flywheel.runs.stage import Stage
 from flywheel.stages.kit import Kit, kit
-from flywheel.stages.shared import LAST_POLICY, difficulties, ids, verdict_counts
+from flywheel.stages.shared import LAST_POLICY, difficulties, ids, tallies, verdict_counts
 
 SPLITS = (Split.TRAIN, Split.CALIBRATE)
 
@@ -22,15 +22,15 @@ def work(ctx: Context, kit: Kit, questions: Sequence[str]) -> Iterator[object]:
 
 
 def finish(ctx: Context) -> dict:
-    grades = list(ctx.read(Grade, "sample"))
+    verdicts = verdict_counts(tallies(ctx, "sample", ctx.round).values())
     bins = difficulties(ctx)
     rates = {split: [bins[q].pass_at_1 for q in ids(ctx, split)] for split in SPLITS}
     fixed = Counter(bins[q].fixed_bin for q in ids(ctx, Split.TRAIN))
     return {
         "policy": ctx.model(Role.POLICY, ctx.round - 1).name,
         "questions": len(bins),
-        "solutions": len(grades),
-        "verdicts": verdict_counts(grades),
+        "solutions": sum(verdicts.values()),
+        "verdicts": verdicts,
         **{f"pass@1_{split}": sum(inside) / max(1, len(inside)) for split, inside in rates.items()},
         "quantile_bins": [
             {"bin": b, "questions": len(inside), "pass@1": [min(inside), max(inside)]}

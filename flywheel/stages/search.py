@@ -11,12 +11,24 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import pairwise
 
 from flywheel.ledger import metered
 from flywheel.measure.bins import quantile_bins
 from flywheel.models.prm import Prm, together
-from flywheel.records import Answered, Candidate, Grade, ModelRef, Outcome, Problem, Role, SampleScores, Solution, Split
+from flywheel.records import (
+    Answered,
+    Candidate,
+    ModelRef,
+    Outcome,
+    Problem,
+    Role,
+    SampleScores,
+    Solution,
+    Split,
+    Verdict,
+)
 from flywheel.runs.run import Context
 from flywheel.runs.stage import Input, Stage
 from flywheel.search.adaptive import Adaptive
@@ -33,10 +45,10 @@ from flywheel.stages.kit import PUBLISHED, Kit, kit, published_model
 from flywheel.stages.shared import (
     LAST_POLICY,
     answer_is_right,
-    by_question,
     head_model,
     ids,
     interval,
+    judged,
     model_names,
     search_models,
     test_grades,
@@ -182,8 +194,8 @@ class OneQuestion:
 
 def work(ctx: Context, kit: Kit, questions: Sequence[str]) -> Iterator[object]:
     searcher = kit.searcher(reviser=Role.REVISER in search_models(ctx), head=bool(head_model(ctx)))
-    samples, greedy = (test_solutions(ctx, ctx.round - 1, purpose) for purpose in ("evaluate", "greedy"))
-    sampled, once = (test_grades(ctx, ctx.round - 1, purpose) for purpose in ("evaluate", "greedy"))
+    samples, greedy = (test_solutions(ctx, ctx.round - 1, purpose, questions) for purpose in ("evaluate", "greedy"))
+    sampled, once = (test_grades(ctx, ctx.round - 1, purpose, questions) for purpose in ("evaluate", "greedy"))
     calibrated = ctx.figures("calibrate")
     plan = Plan.from_dict(calibrated["serve"])
     simplest = from_dict(calibrated["simplest"][str(ctx.recipe.evaluate.budget)])
@@ -215,21 +227,23 @@ def work(ctx: Context, kit: Kit, questions: Sequence[str]) -> Iterator[object]:
         yield from (fresh[s.id] for s in attempts)
 
 
+@lru_cache(maxsize=1)  # called for every chunk
 def oracle_bins(ctx: Context) -> dict[str, int]:
     """Quantile bins of the test questions by policy r-1's pass@1, which needs gold: oracle difficulty."""
     return quantile_bins(test_rates(ctx, ctx.round - 1), ctx.recipe.calibrate.bins)
 
 
 def finish(ctx: Context) -> dict:
-    rows = list(ctx.read(Answered, "search"))
+    answered: dict[str, dict[str, tuple[float, int]]] = {}
+    for row in ctx.read(Answered, "search"):
+        answered.setdefault(row.method, {})[row.question_id] = float(row.correct), row.tokens
     models = {**search_models(ctx), **head_model(ctx)}
     found: dict = {"models": {**model_names(models), "plan": f"serve_{ctx.round}"}}
     if rival := published_model(ctx):
         found["models"]["published"] = rival[PUBLISHED].name
-    for method in dict.fromkeys(row.method for row in rows):
-        mine = {row.question_id: row for row in rows if row.method == method}
-        found[method], found[f"{method}_ci"] = interval(ctx, [float(mine[q].correct) for q in sorted(mine)])
-        found[f"{method}_tokens"] = sum(row.tokens for row in mine.values()) / len(mine)
+    for method, mine in answered.items():
+        found[method], found[f"{method}_ci"] = interval(ctx, [mine[q][0] for q in sorted(mine)])
+        found[f"{method}_tokens"] = sum(tokens for _, tokens in mine.values()) / len(mine)
     return {"search": found, **reviser_figures(ctx)}
 
 
@@ -239,11 +253,11 @@ def reviser_figures(ctx: Context) -> dict:
     wrong_to_right, right_to_wrong: how often a revision changes the verdict on the attempt before it. `_fresh`: how
     often an independent first attempt at the same questions would have: a reviser that only draws again is level.
     """
-    correct = {g.solution_id: g.correct for g in ctx.read(Grade, "search")}
     curves: dict[str, dict[int, list[float]]] = {"revise": {}, "control": {}, "parallel": {}}
     names = ("right_to_wrong", "wrong_to_right")
     changed: dict[str, list[float]] = {f"{name}{end}": [] for name in names for end in ("", "_fresh")}
-    for group in by_question(ctx.read(Solution, "search")).values():
+    for _, pairs in judged(ctx, "search", ctx.round):
+        group, correct = [s for s, _ in pairs], {s.id: verdict is Verdict.CORRECT for s, verdict in pairs}
         for s in group:
             curves[s.purpose].setdefault(s.attempt, []).append(float(correct[s.id]))
         fresh = [correct[s.id] for s in group if s.purpose == "parallel"]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
+from hashlib import blake2b
+from pathlib import Path
 from typing import TypeVar
 
 from flywheel.measure.bins import fixed_bins, quantile_bins
@@ -12,10 +14,12 @@ from flywheel.measure.stats import bootstrap_mean
 from flywheel.problems.grading import answer_key
 from flywheel.recipe import TrainSpec
 from flywheel.records import Difficulty, Finish, Grade, Harvested, ModelRef, Role, Solution, Split, Verdict
-from flywheel.runs.files import read_table
+from flywheel.runs.files import stream_table
+from flywheel.runs.reading import where
 from flywheel.runs.run import Context, Run
 from flywheel.runs.stage import Input
 from flywheel.training import Example, Job
+from flywheel.training.stored import Stored, stored
 
 T = TypeVar("T")
 LAST_POLICY = (Input("gate", back=1, optional=True), Input("distill", back=1, optional=True))
@@ -35,29 +39,75 @@ def by_question(records: Iterable[T]) -> dict[str, list[T]]:
 # ---- grades and difficulty -------------------------------------------------------------
 
 
+def rate(verdicts: Mapping[Verdict, int]) -> float:
+    """The fraction of correct among the decided verdicts; 0.0 if all are undecided."""
+    decided = sum(verdicts.values()) - verdicts.get(Verdict.UNDECIDED, 0)
+    return verdicts.get(Verdict.CORRECT, 0) / decided if decided else 0.0
+
+
 def pass_rates(grades: Iterable[Grade]) -> dict[str, float]:
     """Fraction of correct solutions by question, leaving out undecided ones; 0.0 if all are undecided."""
-    rates = {}
-    for question, group in by_question(grades).items():
-        decided = [g.correct for g in group if g.verdict is not Verdict.UNDECIDED]
-        rates[question] = sum(decided) / len(decided) if decided else 0.0
-    return rates
+    return {question: rate(Counter(g.verdict for g in group)) for question, group in by_question(grades).items()}
 
 
-def verdict_counts(grades: Sequence[Grade]) -> dict[str, int]:
-    return {str(v): sum(g.verdict is v for g in grades) for v in Verdict}
+def tallies(
+    run: Run, stage: str, round: int, purpose: str | None = None, questions: Iterable[str] | None = None
+) -> dict[str, Counter[Verdict]]:
+    """How many solutions of each question got which verdict, in the order of the stage's items.
+
+    Only columns are read, shard by shard. `purpose`: of the solutions that count; None: all.
+    """
+    found: dict[str, Counter[Verdict]] = {}
+    columns = ["question_id", "verdict", "purpose"]
+    for table in run.written(stage, round).tables(Grade, columns, questions):
+        if purpose is not None:
+            table = table.filter(where("purpose", [purpose]))
+        grouped = table.group_by(columns[:2], use_threads=False)  # in the order of the rows
+        for row in grouped.aggregate([([], "count_all")]).to_pylist():
+            found.setdefault(row["question_id"], Counter())[Verdict(row["verdict"])] = row["count_all"]
+    return found
 
 
-@lru_cache(maxsize=1)  # called for every chunk
-def sampled(ctx: Context) -> tuple[dict[str, list[Solution]], dict[str, Verdict]]:
-    """The sample stage's solutions by question, and their verdicts by solution id."""
-    verdicts = {grade.solution_id: grade.verdict for grade in ctx.read(Grade, "sample")}
-    return by_question(ctx.read(Solution, "sample")), verdicts
+def verdict_counts(tallied: Iterable[Mapping[Verdict, int]]) -> dict[str, int]:
+    """The verdicts on all solutions, from those by question."""
+    total: Counter[Verdict] = Counter()
+    for verdicts in tallied:
+        total.update(verdicts)
+    return {str(v): total[v] for v in Verdict}
+
+
+def judged(
+    run: Run,
+    stage: str,
+    round: int,
+    purpose: str | None = None,
+    questions: Iterable[str] | None = None,
+    right: bool = False,
+) -> Iterator[tuple[str, list[tuple[Solution, Verdict]]]]:
+    """Each question's solutions with their verdicts, shard by shard, in the order of the stage's items.
+
+    purpose: of the solutions; None: all. questions: these alone, and no shard without one is opened. right: the correct
+    solutions alone. A question without any is left out.
+    """
+    written = run.written(stage, round)
+    for asked in written.groups(questions):
+        verdicts = {
+            grade.solution_id: grade.verdict
+            for grade in written.records(Grade, asked)
+            if purpose in (None, grade.purpose) and (grade.correct or not right)
+        }
+        groups = by_question(written.records(Solution, asked, where("id", verdicts)))
+        yield from ((question, [(s, verdicts[s.id]) for s in group]) for question, group in groups.items())
+
+
+def sampled(ctx: Context, question: str) -> list[tuple[Solution, Verdict]]:
+    """The sample stage's solutions of a question in the order of their draws, with their verdicts."""
+    return [pair for _, group in judged(ctx, "sample", ctx.round, questions=[question]) for pair in group]
 
 
 def sampled_rates(ctx: Context) -> dict[str, float]:
     """pass@1 of the last policy on the train and calibrate questions, from the sample stage."""
-    return pass_rates(ctx.read(Grade, "sample"))
+    return {question: rate(verdicts) for question, verdicts in tallies(ctx, "sample", ctx.round).items()}
 
 
 @lru_cache(maxsize=1)
@@ -76,18 +126,25 @@ def difficulties(ctx: Context) -> dict[str, Difficulty]:
     return {q: Difficulty(q, rate, quantile[q], fixed[q]) for q, rate in rates.items()}
 
 
-def test_grades(run: Run, round: int, purpose: str = "evaluate") -> dict[str, list[Grade]]:
-    """Grades of the test questions, by question. `purpose`: `evaluate`, `greedy`, or in round 0 also `bin`."""
-    return by_question(g for g in run.read(Grade, "evaluate", round) if g.purpose == purpose)
+def test_grades(
+    run: Run, round: int, purpose: str = "evaluate", questions: Iterable[str] | None = None
+) -> dict[str, list[Grade]]:
+    """Grades of the test questions (or of `questions` alone) by question.
+
+    `purpose`: `evaluate`, `greedy`, or in round 0 also `bin`.
+    """
+    return by_question(g for g in run.read(Grade, "evaluate", round, questions) if g.purpose == purpose)
 
 
 def test_rates(run: Run, round: int, purpose: str = "evaluate") -> dict[str, float]:
     """pass@1 by test question. `purpose` as in `test_grades`."""
-    return pass_rates(g for group in test_grades(run, round, purpose).values() for g in group)
+    return {question: rate(verdicts) for question, verdicts in tallies(run, "evaluate", round, purpose).items()}
 
 
-def test_solutions(run: Run, round: int, purpose: str = "evaluate") -> dict[str, list[Solution]]:
-    return by_question(s for s in run.read(Solution, "evaluate", round) if s.purpose == purpose)
+def test_solutions(
+    run: Run, round: int, purpose: str = "evaluate", questions: Iterable[str] | None = None
+) -> dict[str, list[Solution]]:
+    return by_question(s for s in run.read(Solution, "evaluate", round, questions) if s.purpose == purpose)
 
 
 def answer_is_right(answer: str | None, solutions: Iterable[Solution], correct: Mapping[str, bool]) -> float:
@@ -122,29 +179,41 @@ def votes(right: Iterable[Solution]) -> Counter[str]:
     return Counter(text for text, _ in dict.fromkeys((trace(s), s.draw) for s in right))
 
 
-def harvested(ctx: Context, rounds: range) -> list[Harvested]:
+def harvested(ctx: Context, rounds: range) -> Iterator[Harvested]:
     """The harvest of several rounds. A trace of a question is kept once, as its first round recorded it."""
-    seen: dict[tuple[str, str], Harvested] = {}
+    seen: set[bytes] = set()  # digests: the texts themselves may be more than memory holds
     for round in rounds:
-        for row in read_table(ctx.path("harvest", round) / "harvest.parquet", Harvested):
-            seen.setdefault((row.question_id, spaced(row.solution)), row)
-    return list(seen.values())
+        for row in stream_table(ctx.path("harvest", round) / "harvest.parquet", Harvested):
+            key = blake2b(f"{row.question_id}\0{spaced(row.solution)}".encode(), digest_size=16).digest()
+            if key not in seen:
+                seen.add(key)
+                yield row
 
 
 def examples(
-    rows: Iterable[tuple[str, Sequence[int], Sequence[int]]], held: set[str], longest: int
-) -> tuple[list[Example], list[Example], int]:
-    """Split (question id, prompt ids, target ids) into (training examples, validation examples, number too long).
+    folder: Path,
+    rank: int,
+    rows: Iterable[tuple[str, Sequence[int], Sequence[int]]],
+    longest: int,
+    figures: Callable[[], dict] = dict,
+) -> Stored:
+    """Store (question id, prompt ids, target ids) as training examples; see `stored`, as for the other arguments.
 
-    Questions in `held` validate. A row of more than `longest` tokens is left out and counted, never truncated.
+    A row of more than `longest` tokens is left out and counted as the figure `too_long`, never truncated. The figure
+    `questions`: the ids of all rows' questions, sorted.
     """
-    fit, check, too_long = [], [], 0
-    for question, prompt, target in rows:
-        if len(prompt) + len(target) > longest:
-            too_long += 1
-            continue
-        (check if question in held else fit).append(Example((*prompt, *target), len(prompt)))
-    return fit, check, too_long
+    questions, too_long = set(), 0
+
+    def fitting() -> Iterator[tuple[str, Example]]:
+        nonlocal too_long
+        for question, prompt, target in rows:
+            questions.add(question)
+            if len(prompt) + len(target) > longest:
+                too_long += 1
+            else:
+                yield question, Example((*prompt, *target), len(prompt))
+
+    return stored(folder, rank, fitting(), lambda: {"questions": sorted(questions), "too_long": too_long, **figures()})
 
 
 def closed(solution: Solution, eos: int) -> tuple[int, ...]:

@@ -16,6 +16,16 @@ from flywheel.runs.stage import Input, Stage
 from flywheel.search.head import bin_words
 from flywheel.stages.kit import prompts_and_reader
 from flywheel.stages.shared import difficulties, examples, job
+from flywheel.training.stored import FOLDER, Stored
+
+
+def made_examples(ctx: Context) -> Stored:
+    """Each question's prompt with its quantile bin's word."""
+    prompts, _ = prompts_and_reader(ctx)
+    words = bin_words(prompts.tokenizer, ctx.recipe.calibrate.bins)
+    problems, bins = ctx.problems(Split.TRAIN, Split.CALIBRATE), difficulties(ctx)
+    rows = ((p.id, prompts.solve(p.question), (words[bins[p.id].quantile_bin - 1],)) for p in problems)
+    return examples(ctx.dir / FOLDER, ctx.rank, rows, ctx.recipe.head.max_length)
 
 
 def train(ctx: Context) -> dict:
@@ -24,18 +34,15 @@ def train(ctx: Context) -> dict:
     spec = ctx.recipe.head
     if spec is None:
         return {"trained": False, "why": "the recipe has no head"}
-    prompts, _ = prompts_and_reader(ctx)
-    words = bin_words(prompts.tokenizer, ctx.recipe.calibrate.bins)
-    problems = ctx.problems(Split.TRAIN, Split.CALIBRATE)
-    bins = {q: found.quantile_bin for q, found in difficulties(ctx).items()}
-    held = set(random.Random(ctx.seed("held out")).sample(sorted(bins), max(1, len(bins) // 10)))
-    rows = ((p.id, prompts.solve(p.question), (words[bins[p.id] - 1],)) for p in problems)
-    fit, check, too_long = examples(rows, held, spec.max_length)
-    figures = {"examples": len(fit), "validation_examples": len(check), "too_long": too_long}
-    if not fit or not check:
+    made = made_examples(ctx)
+    questions = made.figures["questions"]
+    held = set(random.Random(ctx.seed("held out")).sample(questions, max(1, len(questions) // 10)))
+    fit, check = made.split(held)
+    figures = {"examples": len(fit), "validation_examples": len(check), "too_long": made.figures["too_long"]}
+    if not len(fit) or not len(check):
         return {"trained": False, **figures, "why": "too few questions to train and validate a head"}
     report = train_sft(fit, check, job(ctx, spec, "best", Role.HEAD))
-    loss, blind = report.best.eval_loss, unseen_loss([e.tokens[-1] for e in fit], [e.tokens[-1] for e in check])
+    loss, blind = report.best.eval_loss, unseen_loss(*([row["input_ids"][-1] for row in part] for part in (fit, check)))
     refused = {} if loss < blind else {"why": f"held-out loss {loss:.3f}, {blind:.3f} without seeing the question"}
     return {
         "trained": not refused,

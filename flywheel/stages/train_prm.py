@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from flywheel.models.prm import aggregate, encode, label_ids
 from flywheel.models.prompts import Prompts
 from flywheel.recipe import PrmSpec
 from flywheel.records import Grade, Problem, Role, Solution, Split, StepValues, Verdict
+from flywheel.runs.reading import where
 from flywheel.runs.run import Context
 from flywheel.runs.stage import Input, Stage
 from flywheel.stages.kit import prompts_and_reader
 from flywheel.stages.shared import job, sampled_rates
 from flywheel.training import PrmExample, train_prm
 from flywheel.training.examples import targets
+from flywheel.training.stored import FOLDER, lengths, stored
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 @dataclass
@@ -25,8 +31,8 @@ class Labelled:
 
     target: str
     held: set[str]
-    fit: list[PrmExample] = field(default_factory=list)
-    check: list[PrmExample] = field(default_factory=list)
+    fit: Sequence[PrmExample] | Dataset
+    check: Sequence[PrmExample] | Dataset
     silent: int = 0  # solutions left out because all their weights are 0 (only with target `progress`)
     too_long: int = 0  # solutions left out
 
@@ -37,28 +43,54 @@ def held_out(ctx: Context, questions: set[str]) -> set[str]:
     return set(random.Random(ctx.seed("held out")).sample(sorted(questions), count))
 
 
+class Labels:
+    """The round's labels: their target and validation questions, and the examples that they make.
+
+    `silent`, `too_long`: as in `Labelled`, counted while `examples` is drawn.
+    """
+
+    def __init__(self, ctx: Context, prompts: Prompts, problems: dict[str, Problem]):
+        self.ctx, self.prompts, self.problems = ctx, prompts, problems
+        self.rates = sampled_rates(ctx)
+        ids = ctx.written("label").tables(StepValues, ["question_id"])
+        questions = {question for table in ids for question in table["question_id"].unique().to_pylist()}
+        # `progress` is relative to the pass rate, so use `value` if no labelled question was ever answered right
+        self.target = ctx.recipe.prm.target if any(self.rates[question] for question in questions) else "value"
+        self.held = held_out(ctx, questions)
+        self.silent = self.too_long = 0
+
+    def examples(self) -> Iterator[tuple[str, PrmExample]]:
+        """(question id, example) in the order of the labels; of one shard's labels the solutions are in memory."""
+        spec, rollouts = self.ctx.recipe.prm, self.ctx.recipe.label.rollouts
+        for questions in self.ctx.written("label").groups():
+            rows = list(self.ctx.read(StepValues, "label", questions=questions))
+            wanted = where("id", (row.solution_id for row in rows))
+            solutions = {s.id: s for s in self.ctx.written("sample").records(Solution, questions, wanted)}
+            for row in rows:
+                rate, question = self.rates[row.question_id], self.problems[row.question_id]
+                values, weights = targets(row.values, rate, self.target, rollouts)
+                if not sum(weights):
+                    self.silent += 1
+                    continue
+                made = example(self.prompts, question, solutions[row.solution_id], values, weights)
+                if len(made.tokens) > spec.max_length:
+                    self.too_long += 1
+                else:
+                    yield row.question_id, made
+
+
 def labelled(ctx: Context, prompts: Prompts, problems: dict[str, Problem]) -> Labelled:
-    rows = list(ctx.read(StepValues, "label"))
-    questions, rates = {row.question_id for row in rows}, sampled_rates(ctx)
-    solutions = {s.id: s for s in ctx.read(Solution, "sample")}
-    # `progress` is relative to the pass rate, so use `value` if no labelled question was ever answered right
-    target = ctx.recipe.prm.target if any(rates[question] for question in questions) else "value"
-    out = Labelled(target, held_out(ctx, questions))
-    for row in rows:
-        values, weights = targets(row.values, rates[row.question_id], target, ctx.recipe.label.rollouts)
-        made = example(prompts, problems[row.question_id], solutions[row.solution_id], values, weights)
-        if not sum(weights):
-            out.silent += 1
-        elif len(made.tokens) > ctx.recipe.prm.max_length:
-            out.too_long += 1
-        else:
-            (out.check if row.question_id in out.held else out.fit).append(made)
-    return out
+    """The examples, stored by rank 0 in the stage's directory."""
+    labels = Labels(ctx, prompts, problems)
+    made = stored(
+        ctx.dir / FOLDER, ctx.rank, labels.examples(), lambda: {"silent": labels.silent, "too_long": labels.too_long}
+    )
+    return Labelled(labels.target, labels.held, *made.split(labels.held), **made.figures)
 
 
 def missing(found: Labelled, spec: PrmSpec) -> str | None:
     """One line that says what a training lacks, if it has fewer than `prm.min_examples`, or none to validate on."""
-    if len(found.fit) >= spec.min_examples and found.check:
+    if len(found.fit) >= spec.min_examples and len(found.check):
         return None
     return (
         f"{len(found.fit)} labelled solutions to train on (prm.min_examples {spec.min_examples}) and"
@@ -110,7 +142,7 @@ def train(ctx: Context) -> dict:
         "target": found.target,
         "silent": found.silent,
         "too_long": found.too_long,
-        "steps": sum(len(e.reads) for e in found.fit),
+        "steps": sum(lengths(found.fit, "reads")),
         "train_seconds": report.seconds,
         "best": {"step": report.best.step, "epoch": report.best.epoch, "eval_loss": report.best.eval_loss},
         "curve": report.curve,
@@ -120,9 +152,9 @@ def train(ctx: Context) -> dict:
 
 def judged(ctx: Context, held: set[str]) -> tuple[list[Solution], list[bool]]:
     """The samples of the held-out questions that have a verdict, and whether each is right."""
-    verdicts = {g.solution_id: g.verdict for g in ctx.read(Grade, "sample") if g.question_id in held}
+    verdicts = {g.solution_id: g.verdict for g in ctx.read(Grade, "sample", questions=held)}
     decided = (Verdict.CORRECT, Verdict.INCORRECT)
-    pool = [s for s in ctx.read(Solution, "sample") if s.question_id in held and verdicts[s.id] in decided]
+    pool = [s for s in ctx.read(Solution, "sample", questions=held) if verdicts[s.id] in decided]
     return pool, [verdicts[s.id] is Verdict.CORRECT for s in pool]
 
 

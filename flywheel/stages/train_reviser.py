@@ -7,30 +7,30 @@ the two are related; the loss is on the correct solution only.
 from __future__ import annotations
 
 import random
+from collections import Counter
+from collections.abc import Iterator, Sequence
 
 from flywheel.measure.stats import edit_distance
 from flywheel.records import Role, Solution, Split, Trajectory, Verdict
 from flywheel.runs.run import Context
 from flywheel.runs.stage import Input, Stage
 from flywheel.stages.kit import prompts_and_reader
-from flywheel.stages.shared import closed, examples, job, sampled, trace
+from flywheel.stages.shared import closed, examples, ids, job, judged, trace
+from flywheel.training.stored import FOLDER, Stored
 
 
-def trajectories(ctx: Context) -> list[Trajectory]:
+def trajectories(ctx: Context) -> Iterator[Trajectory]:
     """At most `reviser.trajectories` per question, from its first `reviser.samples` samples."""
     spec = ctx.recipe.reviser
-    groups, verdicts = sampled(ctx)
-    out = []
-    for question in (p.id for p in ctx.problems(Split.TRAIN)):
-        group = groups[question][: spec.samples]
-        wrong = list({trace(s): s for s in group if verdicts[s.id] is Verdict.INCORRECT}.values())
-        right = [s for s in group if verdicts[s.id] is Verdict.CORRECT]
+    for question, group in judged(ctx, "sample", ctx.round, questions=ids(ctx, Split.TRAIN)):
+        group = group[: spec.samples]
+        wrong = list({trace(s): s for s, verdict in group if verdict is Verdict.INCORRECT}.values())
+        right = [s for s, verdict in group if verdict is Verdict.CORRECT]
         rng = random.Random(ctx.seed(question))
         rng.shuffle(right)
         for target in right[: spec.trajectories]:
             count = min(rng.randint(0, spec.context), len(wrong))
-            out.append(Trajectory(question, (*history(target, wrong, count, rng), target)))
-    return out
+            yield Trajectory(question, (*history(target, wrong, count, rng), target))
 
 
 def history(target: Solution, wrong: list[Solution], count: int, rng: random.Random) -> list[Solution]:
@@ -43,25 +43,30 @@ def history(target: Solution, wrong: list[Solution], count: int, rng: random.Ran
     return [*others, nearest]
 
 
+def made_examples(ctx: Context) -> Stored:
+    """The trajectories as examples; their number by incorrect attempts is the figure `by_incorrect_attempts`."""
+    (prompts, reader), spec = prompts_and_reader(ctx), ctx.recipe.reviser
+    problems = {p.id: p.question for p in ctx.problems(Split.TRAIN)}
+    incorrect: Counter[int] = Counter()
+
+    def texts() -> Iterator[tuple[str, Sequence[int], Sequence[int]]]:
+        for row in trajectories(ctx):
+            *before, last = row.attempts
+            incorrect[len(before)] += 1
+            yield row.question_id, prompts.revise(problems[row.question_id], before), closed(last, reader.eos)
+
+    counts = lambda: {"by_incorrect_attempts": [incorrect[k] for k in range(spec.context + 1)]}  # noqa: E731
+    return examples(ctx.dir / FOLDER, ctx.rank, texts(), spec.max_length, counts)
+
+
 def train(ctx: Context) -> dict:
     from flywheel.training import train_sft
 
-    prompts, reader = prompts_and_reader(ctx)
-    spec = ctx.recipe.reviser
-    problems = {p.id: p for p in ctx.problems(Split.TRAIN)}
-    rows = trajectories(ctx)
-    questions = sorted({row.question_id for row in rows})
+    spec, made = ctx.recipe.reviser, made_examples(ctx)
+    questions, too_long = made.figures["questions"], made.figures["too_long"]
     held = set(random.Random(ctx.seed("held out")).sample(questions, min(len(questions), max(1, len(questions) // 10))))
-    targets = (
-        (
-            row.question_id,
-            prompts.revise(problems[row.question_id].question, row.attempts[:-1]),
-            closed(row.attempts[-1], reader.eos),
-        )
-        for row in rows
-    )
-    fit, check, too_long = examples(targets, held, spec.max_length)
-    if len(fit) < spec.min_examples or not check:
+    fit, check = made.split(held)
+    if len(fit) < spec.min_examples or not len(check):
         return {
             "trained": False,
             "trajectories": len(fit),
@@ -70,13 +75,12 @@ def train(ctx: Context) -> dict:
             f" reviser.max_length left out: this round has no reviser",
         }
     report = train_sft(fit, check, job(ctx, spec, "all", Role.REVISER))
-    lengths = [len(row.attempts) - 1 for row in rows]
     return {
         "trained": True,
         "trajectories": len(fit),
         "validation_trajectories": len(check),
         "too_long": too_long,
-        "by_incorrect_attempts": [lengths.count(k) for k in range(spec.context + 1)],
+        "by_incorrect_attempts": made.figures["by_incorrect_attempts"],
         "curve": report.curve,
         "checkpoints": [
             {"step": c.step, "epoch": c.epoch, "eval_loss": c.eval_loss, "path": str(ctx.relative(c.path))}

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from flywheel.training.checkpoints import Job, TrainReport
 from flywheel.training.examples import Example, PrmExample, TrainingError, rows
 
+if TYPE_CHECKING:
+    from datasets import Dataset
 
-def train_sft(train: Sequence[Example], validation: Sequence[Example], job: Job) -> TrainReport:
+
+def train_sft(train: Sequence[Example] | Dataset, validation: Sequence[Example] | Dataset, job: Job) -> TrainReport:
     """Train on the mean negative log-likelihood of `tokens[loss_from:]`; writes `job.out/adapter/`.
 
+    `train`, `validation`: examples, or the parts of `Stored.split`, which stay on disk.
     Call it on every rank of the launch environment. Called again after a kill, it resumes from the
     last complete checkpoint; after the end, it returns the same report. Charges `job.ledger` the
     training tokens of every epoch, and validation as scored tokens.
@@ -25,8 +30,8 @@ def train_sft(train: Sequence[Example], validation: Sequence[Example], job: Job)
 
 
 def train_prm(
-    train: Sequence[PrmExample],
-    validation: Sequence[PrmExample],
+    train: Sequence[PrmExample] | Dataset,
+    validation: Sequence[PrmExample] | Dataset,
     labels: tuple[int, int],
     job: Job,
     held: Sequence[PrmExample] = (),
@@ -45,11 +50,17 @@ def train_prm(
     return fit(PrmTrainer, *_checked(train, validation, job), job, labels, rows("held-out", held))
 
 
-def _checked(train: Sequence, validation: Sequence, job: Job) -> tuple[list[dict], list[dict]]:
-    longest = job.spec.max_length
-    checked = rows("training", train, longest), rows("validation", validation, longest)
-    if not train:
+def _checked(train: Sequence | Dataset, validation: Sequence | Dataset, job: Job) -> tuple[Dataset, Dataset]:
+    from datasets import Dataset
+
+    def checked(name: str, part: Sequence | Dataset) -> Dataset:
+        if isinstance(part, Dataset):  # checked when it was stored
+            return part
+        return Dataset.from_list(rows(name, part, job.spec.max_length))
+
+    parts = checked("training", train), checked("validation", validation)
+    if not len(train):
         raise TrainingError(f"no training example for the {job.role}")
-    if job.keep != "last" and not validation:
+    if job.keep != "last" and not len(validation):
         raise TrainingError(f"keep={job.keep!r} chooses by validation loss, but there is no validation example")
-    return checked
+    return parts

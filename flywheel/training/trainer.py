@@ -18,7 +18,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from accelerate.utils.memory import clear_device_cache
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from peft import LoraConfig, load_peft_weights, set_peft_model_state_dict
 from torch.utils.cpp_extension import get_default_build_root
 from transformers import AutoTokenizer, PrinterCallback, TrainerCallback
@@ -43,6 +43,7 @@ from flywheel.training.examples import OutOfMemory, TrainingError, order, share
 from flywheel.training.jit import clear_stale_locks
 from flywheel.training.losses import SftTrainer
 from flywheel.training.scores import dtype, on_cpu
+from flywheel.training.stored import contents, lengths
 
 LOGS_PER_EVAL = 4
 
@@ -110,17 +111,26 @@ def _config(job: Job, micro: int, accumulate: int, steps: int, show_progress: bo
     )
 
 
-def _trainer(kind: type[SftTrainer], args: SFTConfig, train: Dataset, validation: list[dict], job: Job) -> SftTrainer:
+def _ranked(kind: type[SftTrainer], validation: Dataset, tokens: list[int], batch: int) -> Dataset | None:
+    """The rows by their number of tokens, with fillers up to whole batches; None if there are none."""
+    if not tokens:
+        return None
+    ranked = validation.select(sorted(range(len(tokens)), key=tokens.__getitem__))
+    filler = [kind.filler(ranked[-1])] * (-len(tokens) % batch)
+    return concatenate_datasets([ranked, Dataset.from_list(filler, features=ranked.features)]) if filler else ranked
+
+
+def _trainer(
+    kind: type[SftTrainer], args: SFTConfig, train: Dataset, validation: Dataset | None, job: Job
+) -> SftTrainer:
     spec, tokenizer = job.model, AutoTokenizer.from_pretrained(job.model.base)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
-    short = -len(validation) % (args.per_device_eval_batch_size * PartialState().num_processes)
-    ranked = sorted(validation, key=lambda row: len(row["input_ids"]))
     trainer = kind(
         model=spec.base,
         args=args,
         data_collator=kind.collator(pad),
         train_dataset=train,
-        eval_dataset=Dataset.from_list(ranked + [kind.filler(ranked[-1])] * short) if ranked else None,
+        eval_dataset=validation,
         processing_class=tokenizer,
         peft_config=LoraConfig(
             r=spec.lora_rank, lora_alpha=spec.lora_alpha, target_modules=spec.lora_targets, task_type="CAUSAL_LM"
@@ -194,13 +204,13 @@ def _report(trainer: SftTrainer, schedule: Schedule, epochs_per_step: float, tok
 
 def fit(
     kind: type[SftTrainer],
-    train: list[dict],
-    validation: list[dict],
+    train: Dataset,
+    validation: Dataset,
     job: Job,
     labels: tuple[int, int] | None = None,
     held: Sequence[dict] = (),
 ) -> TrainReport:
-    """Implements `train_sft` and `train_prm`; takes rows that were checked by `rows`."""
+    """Implements `train_sft` and `train_prm`; takes rows as `rows` and `stored` make them."""
     job = replace(job, seed=job.seed % 2**31)
     if with_deepspeed():
         root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
@@ -211,49 +221,53 @@ def fit(
     main, world = ranks.is_main_process, ranks.num_processes
     (room,) = broadcast_object_list([read_json(job.out / ROOM) if main else None])
     micro, accumulate = share(spec.batch_size, min(spec.micro_batch_size, room or spec.micro_batch_size), world)
-    lengths = [len(row["input_ids"]) for row in train]
-    indices = order(lengths, spec.batch_size, spec.epochs, job.seed)
+    tokens, checked, judged = lengths(train), lengths(validation), [len(row["input_ids"]) for row in held]
+    indices = order(tokens, spec.batch_size, spec.epochs, job.seed)
     steps, epochs_per_step = len(indices) // spec.batch_size, spec.batch_size / len(train)
     args = _config(job, micro, accumulate, steps, show_progress=main and sys.stderr.isatty())
     # without the micro batch, which changes memory use but not the result
     settings = spec.model_dump(exclude={"micro_batch_size"}, exclude_none=True)
     zero = args.deepspeed_plugin  # its checkpoints are sharded by rank
     mark = {
-        "fingerprint": digest(train, validation, job.model.model_dump(), settings, job.seed, job.keep, labels, held),
+        "fingerprint": digest(
+            contents(train), contents(validation), job.model.model_dump(), settings, job.seed, job.keep, labels, held
+        ),
         "sharding": zero and f"ZeRO-{zero.zero_stage} on {world} processes",
     }
     report, resume, spent = broadcast_object_list([*resume_point(job.out, mark)] if main else [None] * 3)
     if report is None:
-        args.eval_on_start = bool(validation) and resume is None
-        trainer = _trainer(kind, args, Dataset.from_list(train).select(indices), validation, job)
+        args.eval_on_start = bool(checked) and resume is None
+        ranked = _ranked(kind, validation, checked, args.per_device_eval_batch_size * world)
+        trainer = _trainer(kind, args, train.select(indices), ranked, job)
         trainer.label_tokens = labels
-        schedule = Schedule(job, steps, bool(validation), mark, ranks, spent)
+        schedule = Schedule(job, steps, bool(checked), mark, ranks, spent)
         trainer.add_callback(schedule)
         try:
             trainer.train(resume_from_checkpoint=resume)
             if main:
-                report = _report(trainer, schedule, epochs_per_step, sum(lengths[index] for index in indices))
+                report = _report(trainer, schedule, epochs_per_step, sum(tokens[index] for index in indices))
             (report,) = broadcast_object_list([report])
             if held:  # rank 0 has chosen the adapter and written it
                 report = replace(report, held=trainer.held_values(held, str(job.out / "adapter")))
         except RuntimeError as error:
             _make_room(error, job, micro, world)
-            del trainer, schedule, error
+            report = None
+        if report is None:  # after the handler, whose error keeps the tensors of all its frames
+            del trainer, schedule
             clear_device_cache(garbage_collection=True)
             return fit(kind, train, validation, job, labels, held)
     if main:
         conclude(job, report, mark["fingerprint"])
         size = {"parameters": report.parameters, "attention": attention_width(job.model.base)}
-        attended = sum(pairs(0, lengths[index]) for index in indices)
+        attended = sum(pairs(0, tokens[index]) for index in indices)
         trained = report.parameters_trained
         job.ledger.train(job.role, "train", trained=trained, tokens=report.tokens, attended=attended, **size)
         times = sum(p["eval_loss"] is not None for p in report.curve)
-        for examples, passes, parameters in (
-            (validation, times, report.parameters),
-            (held, 1, report.parameters),
-            (held, 1, report.parameters - trained),
+        for read, passes, parameters in (
+            (checked, times, report.parameters),
+            (judged, 1, report.parameters),
+            (judged, 1, report.parameters - trained),
         ):
-            read = [len(row["input_ids"]) for row in examples]
             attended, size["parameters"] = passes * sum(pairs(0, length) for length in read), parameters
             job.ledger.charge(job.role, "validate", scored=passes * sum(read), attended=attended, **size)
     return report

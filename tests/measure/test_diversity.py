@@ -17,12 +17,8 @@ def solution(question: str, number: int, text: str, answer: str | None) -> Solut
 
 def test_distinct_right_texts_and_the_entropy_of_answers():
     texts = [("1 + 1 = 2", "2"), ("1  + 1 = 2\n", "2"), ("so 2", "2"), ("3", "3")]
-    samples = {
-        "a": [solution("a", i, *made) for i, made in enumerate(texts)],
-        "b": [solution("b", i, "no", None) for i in range(4)],
-    }
-    correct = {s.id: s.answer == "2" for group in samples.values() for s in group}
-    found = diversity(samples, correct)
-    assert found["distinct_right"] == 1.0  # two in a, which differ in more than white space, none in b
-    three_and_one = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
-    assert found["answer_entropy"] == pytest.approx(three_and_one / 2)
+    found = diversity([(solution("a", i, *made), made[1] == "2") for i, made in enumerate(texts)])
+    assert found["distinct_right"] == 2  # they differ in more than white space
+    assert found["answer_entropy"] == pytest.approx(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25)))
+    nothing = diversity([(solution("b", i, "no", None), False) for i in range(4)])
+    assert nothing == {"distinct_right": 0, "answer_entropy": 0.0}

@@ -6,11 +6,13 @@ import json
 from types import SimpleNamespace
 
 import pytest
+from stage_files import seal, store
 
 from flywheel.measure.health import copies, faults, health
+from flywheel.recipe import load
 from flywheel.records import Finish, Grade, Role, Solution, Step, Verdict
 from flywheel.runs.manifest import FORMAT
-from flywheel.runs.run import Run
+from flywheel.runs.run import Context, Run
 from flywheel.stages import choose_reviser, gate
 
 
@@ -54,29 +56,21 @@ def test_each_planted_fault_is_named_with_its_figure(planted, named):
     assert faults(health(SOUND), health(SOUND)) == []
 
 
-def test_the_gate_refuses_a_collapsed_policy_that_a_figure_would_let_pass():
+def test_the_gate_refuses_a_collapsed_policy_that_a_figure_would_let_pass(tmp_path):
     """Every question has the same answer, and the new policy says nothing else: all right, and worthless."""
 
-    def decided(after: list[Solution]) -> dict:
-        grades = {
-            "sample": [Grade(s.id, s.question_id, Verdict.INCORRECT) for s in SOUND],
-            "gate": [Grade(s.id, s.question_id, Verdict.CORRECT) for s in after],
-        }
-        solutions = {"sample": SOUND, "gate": after}
-        ctx = SimpleNamespace(
-            round=1,
-            model=lambda role, round: SimpleNamespace(name="policy_0"),
-            figures=lambda stage: {"trained": True},
-            seed=lambda *parts: 1,
-            read=lambda kind, stage: iter(grades[stage] if kind is Grade else solutions[stage]),
-            recipe=SimpleNamespace(sample=SimpleNamespace(calibrate=4)),
-        )
-        return gate.finish(ctx)
+    def decided(name: str, after: list[Solution]) -> dict:
+        root, questions = tmp_path / name, sorted({s.question_id for s in SOUND})
+        for stage, solutions, verdict in (("sample", SOUND, Verdict.INCORRECT), ("gate", after, Verdict.CORRECT)):
+            grades = [Grade(s.id, s.question_id, verdict) for s in solutions]
+            store(root, 1, stage, questions, [*solutions, *grades])
+        seal(root, 1, "distill", {"trained": True})
+        return gate.finish(Context(load("recipes/chain.yaml", ["sample.calibrate=4"]), root, 1, gate.STAGE))
 
-    refused = decided(drawn(lambda q, i: "7 +1\nso 8"))
+    refused = decided("collapsed", drawn(lambda q, i: "7 +1\nso 8"))
     assert refused["gain"][1] > 0 and not refused["passed"] and refused["policy"] == "policy_0"
     assert refused["why"].startswith("collapsed: entropy of its samples 0.00")
-    sound = decided(SOUND)
+    sound = decided("sound", SOUND)
     assert sound["passed"] and sound["policy"] == "policy_1" and "why" not in sound
 
 

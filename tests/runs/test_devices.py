@@ -24,7 +24,7 @@ def test_every_second_rank_samples_and_all_ranks_train(project):
         project.start("--round", "1", *PAIRS, RANK=r, LOCAL_RANK=r, TOY_RANK=r, TOY_SLEEP=0.3, **group)
         for r in range(4)
     ]
-    told = [rank.communicate(timeout=120) for rank in ranks]
+    told = [rank.communicate(timeout=300) for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0] * 4, told
     assert {rank for _, rank, _ in project.logged("sample:1")} == {"0", "2"}
     assert {rank for _, rank, _ in project.logged("distill:1")} == {"0", "1", "2", "3"}
@@ -63,7 +63,7 @@ def test_a_rank_that_runs_out_of_memory_has_the_training_started_again_on_all(pr
         project.start("--round", "1", RANK=r, LOCAL_RANK=r, TOY_RANK=r, TOY_FAULT="distill:4:again", **group)
         for r in range(2)
     ]
-    (said, _), _ = told = [rank.communicate(timeout=120) for rank in ranks]
+    (said, _), _ = told = [rank.communicate(timeout=300) for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], told
     assert said.count("round_1/distill: toy: out of memory") == 1
     assert sorted(rank for _, rank, _ in project.logged("distill:1")) == ["0", "0", "1", "1"]

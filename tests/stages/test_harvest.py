@@ -6,9 +6,11 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+from stage_files import store
 
 from flywheel.recipe import load
 from flywheel.records import Difficulty, Finish, Grade, Problem, Question, Solution, Split, Step, Verdict
+from flywheel.runs.run import Context
 from flywheel.search.best_of_n import BestOfN
 from flywheel.search.plan import Entry, Plan
 from flywheel.stages import harvest
@@ -30,17 +32,16 @@ def drawn(question: str, number: int, text: str) -> Solution:
 @pytest.mark.parametrize(("vote", "kept"), [("answer", {"often"}), ("trace", set())])
 def test_a_text_of_its_own_is_kept_where_draws_vote_by_answer(vote, kept, tmp_path, monkeypatch):
     """A language model seldom writes one text twice: by trace, nothing that verified would be kept."""
+    questions = ["often", "once"]
     solutions = [drawn("often", i, f"way {i}: 7") for i in range(3)] + [drawn("once", 9, "luck: 7")]
-    records = {Solution: solutions, Grade: [Grade(s.id, s.question_id, Verdict.CORRECT, "sample") for s in solutions]}
-    monkeypatch.setattr(harvest, "difficulties", lambda ctx: {q: Difficulty(q, 0.5, 3, 3) for q in ("often", "once")})
+    grades = [Grade(s.id, s.question_id, Verdict.CORRECT, "sample") for s in solutions]
+    store(tmp_path, 1, "sample", questions, [*solutions, *grades])
+    store(tmp_path, 1, "harvest", questions, [])
+    monkeypatch.setattr(harvest, "difficulties", lambda ctx: {q: Difficulty(q, 0.5, 3, 3) for q in questions})
     monkeypatch.setattr(harvest, "search_models", lambda ctx: {})
-    ctx = SimpleNamespace(
-        recipe=load("recipes/chain.yaml", [f"harvest.vote={vote}", "harvest.keep=4", "problems.step_checker=null"]),
-        problems=lambda split: [Problem(Question(q, q), "7", Split.TRAIN) for q in ("often", "once")],
-        read=lambda cls, stage: records[cls] if stage == "sample" else [],
-        round=1,
-        dir=tmp_path,
-    )
+    recipe = load("recipes/chain.yaml", [f"harvest.vote={vote}", "harvest.keep=4", "problems.step_checker=null"])
+    ctx = Context(recipe, tmp_path, 1, harvest.STAGE)
+    monkeypatch.setattr(ctx, "problems", lambda *splits: [Problem(Question(q, q), "7", Split.TRAIN) for q in questions])
     figures = harvest.finish(ctx)
     assert figures["verified"] == 4 and figures["kept"] == (3 if kept else 0)
     assert figures["too_few_votes"] == 4 - figures["kept"] and figures["questions"] == len(kept)
@@ -56,10 +57,9 @@ def test_questions_without_a_verified_solution_get_extra_draws(extra, again, mon
         "hard": (0, 0),
     }  # in the sample stage, in the harvest
     samples = {q: [drawn(q, i, "7") for i in range(3)] for q in rights}
-    verdicts = {
-        s.id: Verdict.CORRECT if i < rights[q][0] else Verdict.INCORRECT
+    judged = {
+        q: [(s, Verdict.CORRECT if i < rights[q][0] else Verdict.INCORRECT) for i, s in enumerate(group)]
         for q, group in samples.items()
-        for i, s in enumerate(group)
     }
     plan = Plan("harvest", {}, (Entry(3, 4, BestOfN(4), 5, 1.0, 10.0),))
     asked = []
@@ -75,7 +75,7 @@ def test_questions_without_a_verified_solution_get_extra_draws(extra, again, mon
 
     monkeypatch.setattr(harvest, "difficulties", lambda ctx: {q: Difficulty(q, 0.5, 3, 3) for q in rights})
     monkeypatch.setattr(harvest, "search_models", lambda ctx: {})
-    monkeypatch.setattr(harvest, "sampled", lambda ctx: (samples, verdicts))
+    monkeypatch.setattr(harvest, "sampled", lambda ctx, question: judged[question])
     settings = [f"harvest.extra={extra}", "harvest.budget=4", "harvest.min_votes=2", "harvest.vote=answer"]
     ctx = SimpleNamespace(
         recipe=load("recipes/chain.yaml", settings), figures=lambda stage: {"harvest": plan.to_dict()}, round=1

@@ -125,10 +125,10 @@ def test_auc_counts_pairs_of_a_right_and_a_wrong_solution_of_one_question():
     assert pairs(["a", "a", "a", "b", "c", "c"], [True, False, False, True, True, False]) == 3
 
 
-def test_a_reviser_is_not_trained_on_too_few_examples(monkeypatch):
+def test_a_reviser_is_not_trained_on_too_few_examples(monkeypatch, tmp_path):
     recipe = load("recipes/chain.yaml")
     monkeypatch.setattr(train_reviser, "trajectories", lambda ctx: [])
-    ctx = SimpleNamespace(recipe=recipe, problems=lambda split: [], seed=lambda *parts: 3)
+    ctx = SimpleNamespace(recipe=recipe, problems=lambda split: [], seed=lambda *parts: 3, dir=tmp_path, rank=0)
     made = train_reviser.train(ctx)
     assert not made["trained"] and made["trajectories"] == 0
     assert made["why"].startswith("0 trajectories to train on (reviser.min_examples 16)")
