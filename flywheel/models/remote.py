@@ -51,7 +51,8 @@ def open_backend(spec: EngineSpec, models: Mapping[str, ModelRef], ledger: Ledge
     names = {ref.adapter: adapter_name(ref.name, ref.adapter) for ref in models.values() if ref.adapter}
     devices = {}
     for base in {ref.base for ref in models.values()}:
-        adapters = {names[ref.adapter]: ref.adapter for ref in models.values() if ref.adapter and ref.base == base}
+        own = {ref.adapter for ref in models.values() if ref.adapter and ref.base == base}
+        adapters = {names[path]: str(Path(path).absolute()) for path in own}
         endpoints = Endpoints(spec.servers, base, adapters, spec.max_running, spec.max_model_len)
         devices[base] = RemoteDevice(endpoints, seed)
     served = {
