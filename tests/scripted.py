@@ -105,8 +105,8 @@ class ScriptedDevice:
         return random.Random(int.from_bytes(sha256(repr(draw).encode()).digest()))
 
     @property
-    def busy(self) -> bool:
-        return bool(self._waiting)
+    def sequences(self) -> int:
+        return len(self._waiting)
 
     def step(self) -> None:
         """Answer a batch, the latest first: no caller may rely on the order."""

@@ -57,8 +57,8 @@ class Device(Protocol):
         ...
 
     @property
-    def busy(self) -> bool:
-        """Whether any sequence is queued."""
+    def sequences(self) -> int:
+        """The number of queued and running sequences."""
         ...
 
     def step(self) -> None:
@@ -138,7 +138,7 @@ class ServedModel:
 class Backend:
     """The engines that a stage opened, by role (or other key), and the loop that steps their devices.
 
-    `on_run` is called at the start of every call of `run`.
+    `on_run` is called at the start of every call of `run` and `stream`.
     """
 
     def __init__(
@@ -158,19 +158,33 @@ class Backend:
         """
         if self._on_run is not None:
             self._on_run()
-        return drive(items, work, self._step)
+        return drive(items, work, self.step)
+
+    def stream(
+        self, source: Callable[[], Coroutine[Any, Any, None] | None], full: Callable[[], bool] = lambda: False
+    ) -> None:
+        """See `stream`."""
+        if self._on_run is not None:
+            self._on_run()
+        stream(source, full, self.step)
 
     def serve(self, main: Coroutine[Any, Any, R]) -> R:
         """Run `main`, such as a server's loop, stepping the devices whenever it waits. Raises EngineDied."""
-        with _runner(self._step) as runner:
+        with _runner(self.step) as runner:
             return runner.run(main)
 
     def close(self) -> None:
         for device in self._devices:
             device.close()
 
-    def _step(self) -> bool:
-        busy = [device for device in self._devices if device.busy]
+    @property
+    def sequences(self) -> int:
+        """The number of sequences that are queued or running on the devices."""
+        return sum(device.sequences for device in self._devices)
+
+    def step(self) -> bool:
+        """Step every device that has sequences; returns whether any had."""
+        busy = [device for device in self._devices if device.sequences]
         for device in busy:
             device.step()
         if time.monotonic() - self._counted > COUNT_EVERY:
@@ -197,6 +211,58 @@ def drive(items: Iterable[T], work: Callable[[T], Awaitable[R]], step: Callable[
 
     with _runner(step) as runner:
         return runner.run(all_items())
+
+
+def stream(
+    source: Callable[[], Coroutine[Any, Any, None] | None], full: Callable[[], bool], step: Callable[[], bool]
+) -> None:
+    """Run the coroutines that `source` gives until it gives None and all have ended; `step` as for `drive`.
+
+    Whenever all of them wait, the next is begun, unless `full()`; one at least is always under way. Raises the first
+    exception of a coroutine, or one of `source` and `step`, after cancelling the rest.
+    """
+    flow = _Stream(source, full, step)
+    with _runner(flow.idle) as runner:
+        runner.run(flow.main())
+
+
+class _Stream:
+    def __init__(self, source: Callable, full: Callable[[], bool], step: Callable[[], bool]):
+        self.source, self.full, self.step = source, full, step
+        self.tasks: set[asyncio.Task] = set()
+
+    async def main(self) -> None:
+        self.over = asyncio.get_running_loop().create_future()
+        try:
+            await self.over
+        finally:
+            self.source = None
+            for task in self.tasks:
+                task.cancel()
+            await asyncio.gather(*self.tasks, return_exceptions=True)
+
+    def idle(self) -> bool:
+        """Begin the next coroutine, or step the devices; returns whether there was anything to do."""
+        if self.source is None or (self.tasks and self.full()):
+            return self.step()
+        if (work := self.source()) is not None:
+            task = asyncio.ensure_future(work)
+            self.tasks.add(task)
+            task.add_done_callback(self.ended)
+        else:
+            self.source = None
+            self.end()
+        return True
+
+    def ended(self, task: asyncio.Task) -> None:
+        self.tasks.discard(task)
+        if not task.cancelled() and task.exception() and not self.over.done():
+            self.over.set_exception(task.exception())
+        self.end()
+
+    def end(self) -> None:
+        if self.source is None and not self.tasks and not self.over.done():
+            self.over.set_result(None)
 
 
 def _runner(step: Callable[[], bool]) -> asyncio.Runner:

@@ -216,8 +216,8 @@ class VllmDevice:
             self.llm.abort_request([id])
 
     @property
-    def busy(self) -> bool:
-        return bool(self._waiting)
+    def sequences(self) -> int:
+        return len(self._waiting)
 
     def step(self) -> None:
         self.run_seed.apply()

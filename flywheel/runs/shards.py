@@ -1,4 +1,4 @@
-"""The shards of a sampling stage: chunks claimed by processes, each written to a scratch folder and then renamed."""
+"""The shards of a sampling stage: chunks drawn by processes, each written to a scratch folder and then renamed."""
 
 from __future__ import annotations
 
@@ -7,17 +7,16 @@ import hashlib
 import json
 import os
 import shutil
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from flywheel.runs.files import Damaged, encode, encode_ledger, fence, read_json, sha256, sync_dir, write_synced
 
 
 class Shards:
-    """The chunks of one stage: which are done, claiming the others, and writing their shards.
+    """The chunks of one stage: which are done, drawing the others, and writing their shards.
 
-    `chunks[i]` are the item ids of shard i, in directory `shards/0000i`. A chunk is claimed by
+    `chunks[i]` are the item ids of shard i, in directory `shards/0000i`. A drawn chunk is held by
     a lock on byte i of one file, which the kernel releases when its owner dies.
     """
 
@@ -26,6 +25,7 @@ class Shards:
         self.dir.mkdir(parents=True, exist_ok=True)
         # POSIX locks (not flock): a process forked from the owner cannot keep them alive
         self.locks = os.open(stage_dir / "claims.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self.held: set[int] = set()  # drawn by this process, and not yet written: its own locks would not stop it
         self._check()
 
     def close(self) -> None:
@@ -35,7 +35,8 @@ class Shards:
         return self.dir / f"{index:05d}"
 
     def done(self) -> list[int]:
-        return [i for i in range(len(self.chunks)) if self.path(i).is_dir()]
+        there = {int(name) for name in os.listdir(self.dir) if name.isdigit()}
+        return [i for i in range(len(self.chunks)) if i in there]
 
     def _check(self) -> None:
         """Raises Damaged if an existing shard has other items than its chunk has now, or altered files."""
@@ -46,22 +47,20 @@ class Shards:
                     f"{path}: holds other items than this stage has now; delete {self.dir.parent} to redo the stage"
                 )
 
-    def claims(self, idle: Callable[[], None] = lambda: None) -> Iterator[int]:
-        """Indices of missing chunks, each locked until the next is requested; ends when all shards exist.
+    def draw(self) -> int | None:
+        """A missing chunk, locked until its shard is written; None if there is none that no process holds."""
+        done = set(self.done())
+        for index in range(len(self.chunks)):
+            if index not in done and index not in self.held and self._lock(index):
+                self.held.add(index)
+                if not self.path(index).is_dir():  # else finished between the look and the lock
+                    return index
+                self._release(index)
+        return None
 
-        If other processes hold all missing chunks it calls `idle` and waits: one of them may die.
-        """
-        while missing := [i for i in range(len(self.chunks)) if not self.path(i).is_dir()]:
-            index = next((i for i in missing if self._lock(i)), None)
-            if index is None:
-                idle()
-                time.sleep(0.1)
-                continue
-            try:
-                if not self.path(index).is_dir():  # else finished between the check and the lock
-                    yield index
-            finally:
-                fcntl.lockf(self.locks, fcntl.LOCK_UN, 1, index)
+    def _release(self, index: int) -> None:
+        self.held.remove(index)
+        fcntl.lockf(self.locks, fcntl.LOCK_UN, 1, index)
 
     def _lock(self, index: int) -> bool:
         try:
@@ -74,25 +73,25 @@ class Shards:
         self,
         index: int,
         records: Iterable[object],
-        ledger: Callable[[], list[dict]],
-        seconds: Callable[[], float],
+        ledger: Sequence[dict] = (),
+        seconds: float = 0.0,
         verdicts: Mapping[str, int] = {},
     ) -> None:
-        """Write a claimed chunk: one table per record class, the ledger's rows, and `shard.json`.
+        """Write a drawn chunk: one table per record class, the ledger's rows, and `shard.json`; releases it.
 
-        `verdicts`: counts of its graded solutions; like `ledger` and `seconds` read after the last record.
+        `verdicts`: counts of its graded solutions. Several threads may write different chunks at the same time.
         """
         tables: dict[type, list[object]] = {}
         for record in records:
             tables.setdefault(type(record), []).append(record)
         files = {f"{cls.__name__}.parquet": encode(cls, rows) for cls, rows in tables.items()}
-        if rows := ledger():
-            files["ledger.parquet"] = encode_ledger(rows)
+        if ledger:
+            files["ledger.parquet"] = encode_ledger(ledger)
         about = {
             "of": len(self.chunks),
             "items": list(self.chunks[index]),
             "counts": {cls.__name__: len(rows) for cls, rows in tables.items()},
-            "seconds": round(seconds(), 3),
+            "seconds": round(seconds, 3),
             "verdicts": dict(verdicts),
             "files": {
                 name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()
@@ -113,6 +112,7 @@ class Shards:
             shutil.rmtree(scratch, ignore_errors=True)
             raise
         sync_dir(self.dir)
+        self._release(index)
 
 
 def check_files(directory: Path, files: dict[str, dict], mend: str, contents: bool = True) -> None:
