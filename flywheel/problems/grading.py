@@ -13,6 +13,7 @@ fork is replaced when an answer exceeds `problems.check_seconds` or 2 GiB. Its o
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import logging
 from collections import Counter
@@ -99,11 +100,19 @@ class Grader:
 
     def verdicts(self, pairs: Sequence[tuple[Problem, Solution]]) -> list[Grade]:
         """One Grade per pair, in order. Raises ValueError if a solution belongs to another question."""
-        for problem, solution in pairs:
-            if problem.id != solution.question_id:
-                raise ValueError(f"solution {solution.id} answers {solution.question_id}, not {problem.id}")
-        wanted = dict.fromkeys((g, s.answer) for p, s in pairs if s.answer is not None for g in (p.answer, *p.also))
-        self._settle([pair for pair in wanted if pair not in self._same])
+        hard = self._plain(pairs)
+        for pair, checked in zip(hard, self.pool.check(hard)):
+            self._settle(pair, *checked.result())
+        return self._grades(pairs)
+
+    async def grade(self, pairs: Sequence[tuple[Problem, Solution]]) -> list[Grade]:
+        """As `verdicts`; other coroutines, and the engines, go on while the checker works."""
+        hard = self._plain(pairs)
+        for pair, checked in zip(hard, self.pool.check(hard)):
+            self._settle(pair, *await asyncio.wrap_future(checked))
+        return self._grades(pairs)
+
+    def _grades(self, pairs: Sequence[tuple[Problem, Solution]]) -> list[Grade]:
         return [Grade(s.id, s.question_id, self._verdict(p, s), s.purpose) for p, s in pairs]
 
     def rule(self, gold: str, answer: str) -> str:
@@ -118,21 +127,30 @@ class Grader:
             return Verdict.CORRECT
         return Verdict.UNDECIDED if None in same else Verdict.INCORRECT
 
-    def _settle(self, pairs: list[tuple[str, str]]) -> None:
-        """Decide every pair and store the verdict in `_same`."""
+    def _plain(self, pairs: Sequence[tuple[Problem, Solution]]) -> list[tuple[str, str]]:
+        """Decide what plain comparison can; returns the other (gold, answer) pairs, of which no verdict is known."""
+        for problem, solution in pairs:
+            if problem.id != solution.question_id:
+                raise ValueError(f"solution {solution.id} answers {solution.question_id}, not {problem.id}")
+        wanted = dict.fromkeys((g, s.answer) for p, s in pairs if s.answer is not None for g in (p.answer, *p.also))
         hard = []
-        for pair in pairs:
+        for pair in wanted:
+            if pair in self._same:
+                continue
             decided = decide(*pair) if self.shortcuts else None
             if decided is None:
                 hard.append(pair)
             else:
                 self._keep(pair, *decided)
                 self.counts["plain"] += 1
-        for pair, (same, why) in zip(hard, self.pool.check(hard)):
-            self._keep(pair, same, "undecided" if same is None else rule_of(*pair) if self.shortcuts else "")
-            self.counts["undecided" if same is None else "checked"] += 1
-            if same is None:
-                log.info("undecided: %s; gold %.80r, answer %.80r", why, *pair)
+        return hard
+
+    def _settle(self, pair: tuple[str, str], same: bool | None, why: str) -> None:
+        """Keep what the checker said of a pair."""
+        self._keep(pair, same, "undecided" if same is None else rule_of(*pair) if self.shortcuts else "")
+        self.counts["undecided" if same is None else "checked"] += 1
+        if same is None:
+            log.info("undecided: %s; gold %.80r, answer %.80r", why, *pair)
 
     def _keep(self, pair: tuple[str, str], same: bool | None, rule: str) -> None:
         self._same[pair] = same

@@ -12,8 +12,8 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
@@ -55,9 +55,9 @@ class CheckerPool:
         for worker in self.workers:
             self._idle.put(worker)
 
-    def check(self, pairs: Iterable[tuple[str, str]]) -> Iterator[Checked]:
+    def check(self, pairs: Iterable[tuple[str, str]]) -> list[Future[Checked]]:
         """One result per (gold, answer) pair, in order."""
-        return self._threads.map(self._check, pairs)
+        return [self._threads.submit(self._check, pair) for pair in pairs]
 
     def _check(self, pair: tuple[str, str]) -> Checked:
         worker = self._idle.get()

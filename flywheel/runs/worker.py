@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -96,6 +96,7 @@ class Flow:
     def __init__(self, ctx: Context, shards: Shards, opened: Opened):
         self.ctx, self.shards, self.opened = ctx, shards, opened
         self.sizes = [len(chunk) for chunk in shards.chunks]
+        self.todo: list[int] = []  # drawn, not yet begun (again); the last is the next
         self.ledgers: dict[int, Ledger] = {}  # by chunk under way
         self.died: Counter[int] = Counter()  # on how many of its chunks an engine died
         self.written = time.monotonic()  # the last shard
@@ -103,21 +104,19 @@ class Flow:
 
     def run(self) -> bool:
         """Make chunks until there are none left to draw; returns whether there was one."""
-        todo = deque(index for index in [self.shards.draw()] if index is not None)
-        if not todo:
+        if (first := self.shards.draw()) is None:
             return False
-
-        def source() -> Coroutine[Any, Any, None] | None:
-            index = todo.popleft() if todo else self.shards.draw()
-            return None if index is None else self.make(index)
-
-        self.written = time.monotonic()
-        while todo:
+        self.todo, self.written = [first], time.monotonic()
+        while self.todo:
             try:
-                self.opened.get().stream(source)
+                self.opened.get().stream(self.next)
             except EngineDied as error:
-                todo.extend(self.lost(error))
+                self.todo = self.lost(error)
         return True
+
+    def next(self) -> Coroutine[Any, Any, None] | None:
+        index = self.todo.pop() if self.todo else self.shards.draw()
+        return None if index is None else self.make(index)
 
     async def make(self, index: int) -> None:
         """Make the records of a chunk and write its shard. The device goes on while the disk is waited for."""
@@ -136,13 +135,13 @@ class Flow:
         self.opened.drop()
         done = set(self.shards.done())  # a shard that was being written is whole
         self.ledgers = {index: ledger for index, ledger in self.ledgers.items() if index not in done}
-        again = sorted(self.ledgers)
+        again = sorted({*self.ledgers, *self.todo}, reverse=True)  # an engine that did not open has the first in `todo`
         self.died.update(again)
         if twice := [q for index in again if self.died[index] > 1 for q in self.shards.chunks[index]]:
             named = " ".join(twice[:20]) + (" ..." if len(twice) > 20 else "")
             raise EngineDied(f"{error} (twice, on questions {named})") from error
-        count, first = sum(self.sizes[index] for index in again), self.shards.chunks[again[0]][0]
-        print(f"{error}; opened again for {count} questions from {first}", flush=True)
+        questions = [q for index in again[::-1] for q in self.shards.chunks[index]]
+        print(f"{error}; opened again for {len(questions)} questions from {' '.join(questions[:1])}", flush=True)
         return again
 
     def tell(self, pause: float = 0.0) -> None:

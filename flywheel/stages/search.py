@@ -9,8 +9,9 @@ as a control for its pass@1 by attempt, revisions with another question's attemp
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import pairwise
 
 from flywheel.ledger import metered
@@ -180,39 +181,44 @@ class OneQuestion:
         return await together(map(attempt, range(2, self.spec.revise_attempts + 1)))
 
 
-def work(ctx: Context, kit: Kit, questions: Sequence[str]) -> Iterator[object]:
+@lru_cache(maxsize=1)  # called for every chunk
+def evaluated(ctx: Context) -> tuple[dict[str, list], ...]:
+    """By test question, of the round before: samples, greedy solution, grades of either, oracle bin."""
+    at, both = ctx.round - 1, ("evaluate", "greedy")
+    return *(read(ctx, at, purpose) for read in (test_solutions, test_grades) for purpose in both), oracle_bins(ctx)
+
+
+async def work(ctx: Context, kit: Kit, questions: Sequence[str]) -> list[object]:
     searcher = kit.searcher(reviser=Role.REVISER in search_models(ctx), head=bool(head_model(ctx)))
-    samples, greedy = (test_solutions(ctx, ctx.round - 1, purpose) for purpose in ("evaluate", "greedy"))
-    sampled, once = (test_grades(ctx, ctx.round - 1, purpose) for purpose in ("evaluate", "greedy"))
+    samples, greedy, sampled, once, bins = evaluated(ctx)
     calibrated = ctx.figures("calibrate")
     plan = Plan.from_dict(calibrated["serve"])
     simplest = from_dict(calibrated["simplest"][str(ctx.recipe.evaluate.budget)])
     plan.check_models(model_names(search_models(ctx)))
-    bins, edges = oracle_bins(ctx), ctx.figures("calibrate")["probe_edges"]
+    edges = calibrated["probe_edges"]
     searches = {q: OneQuestion(ctx, kit, searcher, kit.problems[q], plan, simplest) for q in questions}
     others = dict(zip(questions, [*questions[1:], questions[0]]))
 
-    async def one(question: str) -> tuple[dict[str, Found], list[float], list[Solution]]:
+    async def one(question: str) -> list[object]:
         mine, other = searches[question], searches[others[question]]
         wanted: list = [mine.all(samples[question], *greedy[question], bins[question], edges)]
         if searcher.reviser:
             wanted += [mine.chain(), mine.parallel()]
         if searcher.reviser and mine is not other:  # equal if the chunk holds one question
             wanted.append(mine.control(other, ctx.recipe.reviser.context))
-        (found, scores), *attempts = await together(wanted)
-        return found, scores, [s for group in attempts for s in group]
-
-    for question, (answered, scores, attempts) in kit.each(questions, one):
+        (answered, scores), *groups = await together(wanted)
+        attempts = [s for group in groups for s in group]
         correct = {g.solution_id: g.correct for g in (*sampled[question], *once[question])}
         drawn = {s.id: s for found in answered.values() for s in found.solutions} | {s.id: s for s in attempts}
-        fresh = {g.solution_id: g for g in kit.grade([s for s in drawn.values() if s.id not in correct])}
+        fresh = {g.solution_id: g for g in await kit.grade(s for s in drawn.values() if s.id not in correct)}
         correct |= {id: g.correct for id, g in fresh.items()}
+        rows: list[object] = []
         for method, found in answered.items():
             right = bool(answer_is_right(found.answer, found.solutions, correct))
-            yield Answered(question, method, right, found.tokens)
-        yield SampleScores(question, tuple(scores))
-        yield from attempts
-        yield from (fresh[s.id] for s in attempts)
+            rows.append(Answered(question, method, right, found.tokens))
+        return [*rows, SampleScores(question, tuple(scores)), *attempts, *(fresh[s.id] for s in attempts)]
+
+    return await kit.each(questions, one)
 
 
 def oracle_bins(ctx: Context) -> dict[str, int]:

@@ -124,26 +124,20 @@ def test_figures_become_plain_json():
 # ---- shards ----
 
 
-def claim_in_child(directory: Path, queue) -> None:
-    shards = Shards(directory, [["a"], ["b"]])
-    for index in shards.claims():
-        queue.put(index)
-        os._exit(1)  # dies with the claim in hand
+def draw_in_child(directory: Path, queue) -> None:
+    queue.put(Shards(directory, [["a"], ["b"]]).draw())
+    os._exit(1)  # dies with the chunk in hand
 
 
-def test_a_claim_is_dropped_when_its_owner_dies(tmp_path):
+def test_a_chunk_is_free_again_when_the_process_that_drew_it_dies(tmp_path):
     context = multiprocessing.get_context("fork")
     queue = context.SimpleQueue()
-    child = context.Process(target=claim_in_child, args=(tmp_path, queue))
+    child = context.Process(target=draw_in_child, args=(tmp_path, queue))
     child.start()
     child.join()
     assert queue.get() == 0
     shards = Shards(tmp_path, [["a"], ["b"]])
-    assert next(shards.claims()) == 0
-
-
-def write(shards: Shards, index: int, records: list) -> None:
-    shards.write(index, records, ledger=lambda: [], seconds=lambda: 0.0)
+    assert shards.draw() == 0
 
 
 def test_a_chunk_held_by_another_is_left_to_it(tmp_path):
@@ -151,22 +145,21 @@ def test_a_chunk_held_by_another_is_left_to_it(tmp_path):
     ours, theirs = context.Pipe()
 
     def hold() -> None:
-        claims = Shards(tmp_path, [["a"], ["b"]]).claims()
-        theirs.send(next(claims))
+        theirs.send(Shards(tmp_path, [["a"], ["b"]]).draw())
         theirs.recv()
 
     child = context.Process(target=hold)
     child.start()
     assert ours.recv() == 0
     shards = Shards(tmp_path, [["a"], ["b"]])
-    claims = shards.claims()
-    assert next(claims) == 1
-    write(shards, 1, [SOLUTION])
+    assert (shards.draw(), shards.draw()) == (1, None)
+    shards.write(1, [SOLUTION])
+    assert shards.draw() is None
     ours.send("end")
     child.join()
-    assert next(claims) == 0  # once its owner is gone
-    write(shards, 0, [SOLUTION])
-    assert list(claims) == []
+    assert (shards.draw(), shards.draw()) == (0, None)  # once its owner is gone
+    shards.write(0, [SOLUTION])
+    assert shards.draw() is None and shards.done() == [0, 1]
 
 
 def test_leftovers_of_a_dead_writer_are_swept_and_never_read(tmp_path):
@@ -174,15 +167,14 @@ def test_leftovers_of_a_dead_writer_are_swept_and_never_read(tmp_path):
     (tmp_path / "shards" / ".00000.999").mkdir()
     (tmp_path / "shards" / ".00000.999" / "Solution.parquet").write_text("half")
     assert shards.done() == [] and shard_dirs(tmp_path) == []
-    for index in shards.claims():
-        write(shards, index, [SOLUTION])
+    shards.write(shards.draw(), [SOLUTION])
     assert [p.name for p in (tmp_path / "shards").iterdir()] == ["00000"]
 
 
 def test_shards_of_other_items_are_refused(tmp_path):
     shards = Shards(tmp_path, [["a"], ["b"]])
-    for index in shards.claims():
-        write(shards, index, [SOLUTION])
+    for _ in range(2):
+        shards.write(shards.draw(), [SOLUTION])
     with pytest.raises(Damaged, match="holds other items"):
         Shards(tmp_path, [["a", "b"]])
 
