@@ -13,7 +13,6 @@ fork is replaced when an answer exceeds `problems.check_seconds` or 2 GiB. Its o
 
 from __future__ import annotations
 
-import asyncio
 import importlib
 import logging
 from collections import Counter
@@ -102,14 +101,14 @@ class Grader:
         """One Grade per pair, in order. Raises ValueError if a solution belongs to another question."""
         hard = self._plain(pairs)
         for pair, checked in zip(hard, self.pool.check(hard)):
-            self._settle(pair, *checked.result())
+            self._settle(pair, *checked)
         return self._grades(pairs)
 
     async def grade(self, pairs: Sequence[tuple[Problem, Solution]]) -> list[Grade]:
         """As `verdicts`; other coroutines, and the engines, go on while the checker works."""
         hard = self._plain(pairs)
-        for pair, checked in zip(hard, self.pool.check(hard)):
-            self._settle(pair, *await asyncio.wrap_future(checked))
+        for pair, checked in zip(hard, await self.pool.checked(hard)):
+            self._settle(pair, *checked)
         return self._grades(pairs)
 
     def _grades(self, pairs: Sequence[tuple[Problem, Solution]]) -> list[Grade]:

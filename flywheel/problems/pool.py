@@ -7,13 +7,14 @@ import takes a second, and a model whose answers make sympy hang writes many of 
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
@@ -55,9 +56,14 @@ class CheckerPool:
         for worker in self.workers:
             self._idle.put(worker)
 
-    def check(self, pairs: Iterable[tuple[str, str]]) -> list[Future[Checked]]:
+    def check(self, pairs: Iterable[tuple[str, str]]) -> Iterator[Checked]:
         """One result per (gold, answer) pair, in order."""
-        return [self._threads.submit(self._check, pair) for pair in pairs]
+        return self._threads.map(self._check, pairs)
+
+    async def checked(self, pairs: Iterable[tuple[str, str]]) -> list[Checked]:
+        """As `check`, for a coroutine, which waits."""
+        loop = asyncio.get_running_loop()
+        return await asyncio.gather(*(loop.run_in_executor(self._threads, self._check, pair) for pair in pairs))
 
     def _check(self, pair: tuple[str, str]) -> Checked:
         worker = self._idle.get()
