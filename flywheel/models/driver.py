@@ -9,8 +9,12 @@ from __future__ import annotations
 import asyncio
 import selectors
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from hashlib import sha256
 from typing import Any, Protocol, TypeVar
 
 from flywheel.errors import TooLong
@@ -22,6 +26,21 @@ T = TypeVar("T")
 R = TypeVar("R")
 Labels = tuple[int, int]
 COUNT_EVERY = 1.0  # seconds between two counts of the tokens so far
+_DRAWING: ContextVar[tuple[str, Counter[bytes]]] = ContextVar("drawing", default=("", Counter()))
+
+
+@contextmanager
+def drawing(what: str) -> Iterator[None]:
+    """Inside, the coroutine and the tasks that it starts draw by `what`, not by how often others asked the same prompt.
+
+    So what is drawn does not depend on what else is under way, or on the process. `what` is unique in a stage, or the
+    prompts and purposes are.
+    """
+    token = _DRAWING.set((what, Counter()))
+    try:
+        yield
+    finally:
+        _DRAWING.reset(token)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +105,7 @@ class ServedModel:
     adapter: Any = None
     bare: bool = False
     attention: int = 0  # see `Ledger.charge`
+    seed: int = 0  # of the stage
 
     async def generate(
         self, prompt: Sequence[int], sampling: Sampling, *, purpose: str, n: int = 1
@@ -93,7 +113,7 @@ class ServedModel:
         if n > 1 and sampling.temperature == 0:
             raise ValueError(f"{self.name}: {n} samples at temperature 0 would be the same one; ask for one")
         self._check_length(prompt, sampling.max_tokens)
-        outputs = await self._run([(prompt, sampling)] * n)
+        outputs = await self._run([(prompt, replace(sampling, seed=s)) for s in self._seeds(prompt, purpose, n)])
         self._charge(purpose, outputs, [len(prompt)] * n, "prompt")
         return [Completion(out.tokens[:-1] if out.eos else out.tokens, out.finish, out.eos) for out in outputs]
 
@@ -111,6 +131,16 @@ class ServedModel:
 
     async def _run(self, requests: Sequence[tuple[Sequence[int], Sampling | Scoring]]) -> list[Output]:
         return await asyncio.gather(*(self.device.submit(*request, self.adapter) for request in requests))
+
+    def _seeds(self, prompt: Sequence[int], purpose: str, n: int) -> Iterator[int]:
+        """Seeds of 63 bits for `n` sequences, by stage, model, what is drawn (`drawing`), prompt, and draw of it."""
+        what, asked = _DRAWING.get()
+        whole = sha256(repr((self.seed, self.role, self.name, what, purpose, tuple(prompt))).encode())
+        for _ in range(n):
+            one = whole.copy()
+            one.update(str(asked[whole.digest()]).encode())
+            asked[whole.digest()] += 1
+            yield int.from_bytes(one.digest()[:8]) >> 1
 
     def _check_length(self, prompt: Sequence[int], new: int) -> None:
         if not prompt:

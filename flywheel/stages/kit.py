@@ -14,7 +14,7 @@ from flywheel.errors import UserError
 from flywheel.ledger import Ledger
 from flywheel.models import published
 from flywheel.models.backend import open_backend
-from flywheel.models.driver import Backend
+from flywheel.models.driver import Backend, drawing
 from flywheel.models.engine import Engine, Sampling
 from flywheel.models.prm import Prm, label_ids, together
 from flywheel.models.prompts import Prompts
@@ -189,7 +189,8 @@ class Kit:
 
     async def each(self, items: Iterable[T], work: Callable[[T], Awaitable[Iterable[object]]]) -> list[object]:
         """The records that `work` makes of each item, in the order of `items`; all items concurrently."""
-        return [record for made in await together(map(work, items)) for record in made]
+        with drawing(""):  # prompts of different questions differ
+            return [record for made in await together(map(work, items)) for record in made]
 
     def sampling(self, **changes: object) -> Sampling:
         """Sampling parameters for a whole solution, with `changes`."""
