@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from typing import Any, Protocol, TypeVar
 
@@ -26,7 +26,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 Labels = tuple[int, int]
 COUNT_EVERY = 1.0  # seconds between two counts of the tokens so far
-_DRAWING: ContextVar[tuple[str, Counter[bytes]]] = ContextVar("drawing", default=("", Counter()))
+_DRAWING: ContextVar[tuple[str, Counter[bytes]] | None] = ContextVar("drawing", default=None)
 
 
 @contextmanager
@@ -106,6 +106,7 @@ class ServedModel:
     bare: bool = False
     attention: int = 0  # see `Ledger.charge`
     seed: int = 0  # of the stage
+    asked: Counter[bytes] = field(default_factory=Counter)  # draws outside `drawing`
 
     async def generate(
         self, prompt: Sequence[int], sampling: Sampling, *, purpose: str, n: int = 1
@@ -134,7 +135,7 @@ class ServedModel:
 
     def _seeds(self, prompt: Sequence[int], purpose: str, n: int) -> Iterator[int]:
         """Seeds of 63 bits for `n` sequences, by stage, model, what is drawn (`drawing`), prompt, and draw of it."""
-        what, asked = _DRAWING.get()
+        what, asked = _DRAWING.get() or ("", self.asked)
         whole = sha256(repr((self.seed, self.role, self.name, what, purpose, tuple(prompt))).encode())
         for _ in range(n):
             one = whole.copy()
