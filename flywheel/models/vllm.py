@@ -113,11 +113,12 @@ def open_backend(spec: EngineSpec, models: Mapping[str, ModelRef], ledger: Ledge
 
 
 def engine_arguments(spec: EngineSpec, model: str, seed: int = 0, engines: int = 1) -> dict[str, Any]:
-    """vLLM's `EngineArgs` for one of `engines` that share the device."""
+    """vLLM's `EngineArgs` for one of `engines` in each of a rank's `engine.workers` processes, which share a GPU."""
     if current_platform.is_cpu():
         platform = vllm_cpu.engine_arguments(spec)
     else:
-        platform = {"dtype": spec.dtype, "gpu_memory_utilization": spec.gpu_memory / engines}
+        share = spec.gpu_memory / engines / max(1, spec.workers)
+        platform = {"dtype": spec.dtype, "gpu_memory_utilization": share}
     return {
         "model": model,
         "seed": seed % 2**31,
