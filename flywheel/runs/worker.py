@@ -68,8 +68,8 @@ def cut(items: Sequence[T], size: int) -> list[list[T]]:
 
 
 def chunks(items: Sequence[str], size: int) -> list[list[str]]:
-    """`items` in chunks of at most `size`; 0: in CHUNKS chunks, of 4 to 64 items."""
-    return cut(items, size or min(64, max(4, -(-len(items) // CHUNKS))))
+    """`items` in chunks of at most `size`; 0: in CHUNKS chunks, of 8 to 64 items."""
+    return cut(items, size or min(64, max(8, -(-len(items) // CHUNKS))))
 
 
 def fill(ctx: Context, chunk: int | None = None) -> None:
@@ -99,7 +99,7 @@ class Flow:
         self.todo: list[int] = []  # drawn, not yet begun (again); the last is the next
         self.ledgers: dict[int, Ledger] = {}  # by chunk under way
         self.died: Counter[int] = Counter()  # on how many of its chunks an engine died
-        self.written = time.monotonic()  # the last shard
+        self.writing, self.written = 0, time.monotonic()  # shards; the time of the last one
         self.told = 0.0
 
     def run(self) -> bool:
@@ -109,7 +109,7 @@ class Flow:
         self.todo, self.written = [first], time.monotonic()
         while self.todo:
             try:
-                self.opened.get().stream(self.next)
+                self.opened.get().stream(self.next, lambda: self.writing > 0)
             except EngineDied as error:
                 self.todo = self.lost(error)
         return True
@@ -119,14 +119,21 @@ class Flow:
         return None if index is None else self.make(index)
 
     async def make(self, index: int) -> None:
-        """Make the records of a chunk and write its shard. The device goes on while the disk is waited for."""
+        """Make the records of a chunk and write its shard.
+
+        While the disk is waited for, the engines go on with the other chunks; none is begun, or a kill could lose many.
+        """
         ledger = self.ledgers.setdefault(index, Ledger(self.ctx.stage.name, self.ctx.round))
         ledger.verdicts.clear()  # of an attempt whose engine died
         with self.ctx.ledger.charged_to(ledger):
             records = await self.ctx.stage.work(self.ctx, self.opened.get(), self.shards.chunks[index])
         # chunks overlap: the time since the last one ended adds up to the time that this process spent
         seconds, self.written = time.monotonic() - self.written, time.monotonic()
-        await asyncio.to_thread(self.shards.write, index, records, ledger.rows(), seconds, ledger.verdicts)
+        self.writing += 1
+        try:
+            await asyncio.to_thread(self.shards.write, index, records, ledger.rows(), seconds, ledger.verdicts)
+        finally:
+            self.writing -= 1
         del self.ledgers[index]
         self.tell(TELL_EVERY)
 

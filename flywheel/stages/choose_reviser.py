@@ -55,7 +55,7 @@ class OneAtATime:
             self.step = checkpoint["step"]
         return self.kit, Role.REVISER
 
-    def stream(self, source: Callable) -> None:
+    def stream(self, source: Callable, full: Callable[[], bool]) -> None:
         """One chunk at a time: the next may want another engine."""
         stream(source, lambda: True, lambda: self.kit is not None and self.kit.backend.step())
 
@@ -69,8 +69,8 @@ class AllAtOnce:
     def at(self, checkpoint: dict) -> tuple[Kit, str]:
         return self.kit, key(checkpoint)
 
-    def stream(self, source: Callable) -> None:
-        self.kit.stream(source)
+    def stream(self, source: Callable, full: Callable[[], bool]) -> None:
+        self.kit.stream(source, full)
 
 
 def key(checkpoint: dict) -> str:

@@ -179,13 +179,15 @@ class Kit:
         items = list(items)
         return list(zip(items, self.backend.run(items, work)))
 
-    def stream(self, source: Callable[[], Coroutine[Any, Any, None] | None]) -> None:
+    def stream(
+        self, source: Callable[[], Coroutine[Any, Any, None] | None], full: Callable[[], bool] = lambda: False
+    ) -> None:
         """Run the coroutines that `source` gives, so many at a time that the engines never wait for sequences.
 
         See `models.driver.stream`. Solutions that are being graded count as sequences, or they could pile up.
         """
         enough = WINDOW * self.recipe.engine.max_running
-        self.backend.stream(source, lambda: self.backend.sequences + self.grading >= enough)
+        self.backend.stream(source, lambda: full() or self.backend.sequences + self.grading >= enough)
 
     async def each(self, items: Iterable[T], work: Callable[[T], Awaitable[Iterable[object]]]) -> list[object]:
         """The records that `work` makes of each item, in the order of `items`; all items concurrently."""
