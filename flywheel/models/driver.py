@@ -1,4 +1,4 @@
-"""The event loop that runs many coroutines over batching devices, and charges the ledger.
+"""Run many coroutines over batching devices, and charge the ledger.
 
 An engine library (vLLM, or the scripted engine of the tests) implements `Device` and gives a
 `Backend` to the stage. Only `ServedModel` calls a device, so every token is charged.
@@ -7,7 +7,6 @@ An engine library (vLLM, or the scripted engine of the tests) implements `Device
 from __future__ import annotations
 
 import asyncio
-import selectors
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ from typing import Any, Protocol, TypeVar
 from flywheel.errors import TooLong
 from flywheel.ledger import Ledger, pairs
 from flywheel.models.engine import Completion, Sampling
+from flywheel.models.stepping import drive, runner, stream
 from flywheel.records import Finish
 
 T = TypeVar("T")
@@ -201,8 +201,8 @@ class Backend:
 
     def serve(self, main: Coroutine[Any, Any, R]) -> R:
         """Run `main`, such as a server's loop, stepping the devices whenever it waits. Raises EngineDied."""
-        with _runner(self.step) as runner:
-            return runner.run(main)
+        with runner(self.step) as loop:
+            return loop.run(main)
 
     def close(self) -> None:
         for device in self._devices:
@@ -223,99 +223,3 @@ class Backend:
             for ledger in self._ledgers.values():
                 ledger.so_far += self._told - before
         return bool(busy)
-
-
-def drive(items: Iterable[T], work: Callable[[T], Awaitable[R]], step: Callable[[], bool]) -> list[R]:
-    """Run `work` on all items concurrently, calling `step` whenever all wait; results in the order of `items`.
-
-    `step` returns whether any device was busy.
-    """
-
-    async def all_items() -> list[R]:
-        tasks = [asyncio.ensure_future(work(item)) for item in items]
-        try:
-            return await asyncio.gather(*tasks)
-        finally:  # if one failed, cancel the others
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-
-    with _runner(step) as runner:
-        return runner.run(all_items())
-
-
-def stream(
-    source: Callable[[], Coroutine[Any, Any, None] | None], full: Callable[[], bool], step: Callable[[], bool]
-) -> None:
-    """Run the coroutines that `source` gives until it gives None and all have ended; `step` as for `drive`.
-
-    Whenever all of them wait, the next is begun, unless `full()`; one at least is always under way. Raises the first
-    exception of a coroutine, or one of `source` and `step`, after cancelling the rest.
-    """
-    flow = _Stream(source, full, step)
-    with _runner(flow.idle) as runner:
-        runner.run(flow.main())
-
-
-class _Stream:
-    def __init__(self, source: Callable, full: Callable[[], bool], step: Callable[[], bool]):
-        self.source, self.full, self.step = source, full, step
-        self.tasks: set[asyncio.Task] = set()
-
-    async def main(self) -> None:
-        self.over = asyncio.get_running_loop().create_future()
-        try:
-            await self.over
-        finally:
-            self.source = None
-            for task in self.tasks:
-                task.cancel()
-            await asyncio.gather(*self.tasks, return_exceptions=True)
-
-    def idle(self) -> bool:
-        """Begin the next coroutine, or step the devices; returns whether there was anything to do."""
-        if self.source is None or (self.tasks and self.full()):
-            return self.step()
-        if (work := self.source()) is not None:
-            task = asyncio.ensure_future(work)
-            self.tasks.add(task)
-            task.add_done_callback(self.ended)
-        else:
-            self.source = None
-            self.end()
-        return True
-
-    def ended(self, task: asyncio.Task) -> None:
-        self.tasks.discard(task)
-        if not task.cancelled() and task.exception() and not self.over.done():
-            self.over.set_exception(task.exception())
-        self.end()
-
-    def end(self) -> None:
-        if self.source is None and not self.tasks and not self.over.done():
-            self.over.set_result(None)
-
-
-def _runner(step: Callable[[], bool]) -> asyncio.Runner:
-    return asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(_SteppingSelector(step)))
-
-
-class _SteppingSelector(selectors.DefaultSelector):
-    """A selector that steps the devices where the event loop would otherwise wait.
-
-    asyncio polls with timeout 0 while any coroutine is ready, and waits only when none is: by
-    then all possible requests are submitted, so the batches are as full as they can be. What a server's
-    clients have sent is read first: each part of a request would else wait for a step.
-    """
-
-    def __init__(self, step: Callable[[], bool]):
-        super().__init__()
-        self._step = step
-
-    def select(self, timeout: float | None = None):
-        if timeout != 0:
-            if arrived := super().select(0):
-                return arrived
-            if self._step():
-                timeout = 0
-        return super().select(timeout)

@@ -38,7 +38,7 @@ class Stage:
     sections: dotted recipe keys that the stage reads and its fingerprint holds; None: all.
     items: ids of the work items, in a fixed order. `work(context, opened, chunk)`, a coroutine, turns a chunk of them
     into records (dataclasses); many chunks are under way at once. `opened` is the result of `open` (engines), called
-    once per process; its `stream(source, full)` runs the coroutines that `source` gives (`models.driver.stream`).
+    once per process; its `stream(source, full)` runs the coroutines that `source` gives (`models.stepping.stream`).
     train: called on every rank, with the environment set for torch.distributed; must be resumable.
     finish: called on rank 0 when all shards exist or training is done; returns figures for the manifest.
     All of them receive the stage's `Context`. test_split: the stage may read test questions.

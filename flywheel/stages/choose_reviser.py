@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from flywheel.measure.health import COPIES, copies
-from flywheel.models.driver import stream
+from flywheel.models.stepping import stream
 from flywheel.records import Grade, ModelRef, Role, Solution, Split
 from flywheel.runs.run import Context
 from flywheel.runs.stage import Input, Stage

@@ -184,7 +184,7 @@ class Kit:
     ) -> None:
         """Run the coroutines that `source` gives, so many at a time that the engines never wait for sequences.
 
-        See `models.driver.stream`. Solutions that are being graded count as sequences, or they could pile up.
+        See `models.stepping.stream`. Solutions that are being graded count as sequences, or they could pile up.
         """
         enough = WINDOW * self.recipe.engine.max_running
         self.backend.stream(source, lambda: full() or self.backend.sequences + self.grading >= enough)

@@ -10,7 +10,7 @@ import pytest
 
 from flywheel.errors import EngineDied
 from flywheel.ledger import Ledger
-from flywheel.models.driver import drive, stream
+from flywheel.models.stepping import drive, stream
 
 
 def test_all_that_can_be_asked_is_asked_before_a_step_and_results_keep_their_order():
