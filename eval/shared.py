@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import get_args
@@ -82,7 +82,7 @@ def draw(
     round: int,
     title: str,
     models: Callable[[Context], Mapping[str, ModelRef]],
-    work: Callable[[Context, Kit, Sequence[str]], Iterator[object]],
+    work: Callable[[Context, Kit, Sequence[str]], Awaitable[list[object]]],
     split: Split = Split.TEST,
     count: int | None = None,
     chunk: int | None = None,
@@ -120,9 +120,9 @@ def chains(
             raise UserError(f"{run.root}: round {round} has no reviser")
         return {Role.REVISER: ref}
 
-    def work(ctx: Context, opened: Kit, questions: Sequence[str]) -> Iterator[object]:
+    async def work(ctx: Context, opened: Kit, questions: Sequence[str]) -> list[object]:
         searcher = opened.searcher(policy=False, prm=None)
-        yield from opened.search_all(questions, searcher, lambda question: strategy, f"r{round}/history")
+        return await opened.each(questions, lambda q: opened.searched(q, searcher, strategy, f"r{round}/history"))
 
     title = f"chains_{split}_{strategy.length}x{strategy.chains}"
     title += (f"_first_{count}" if count else "") + (f"_{reviser.name}" if reviser else "")

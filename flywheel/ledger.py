@@ -8,6 +8,7 @@ token that the prefix cache served is counted under `prompt` and also under `cac
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -57,13 +58,35 @@ def metered() -> Iterator[Spent]:
         _METERS.reset(token)
 
 
+_PART: ContextVar[tuple[Ledger, Ledger] | None] = ContextVar("part", default=None)
+
+
 class Ledger:
-    """The tokens that one stage in one round spent, by role and purpose; `rows()` is stored on disk."""
+    """The tokens that one stage in one round spent, by role and purpose; `rows()` is stored on disk.
+
+    verdicts: counts of those on the solutions that were graded.
+    """
 
     def __init__(self, stage: str, round: int):
         self.stage, self.round = stage, round
         self._spent: dict[tuple[str, str], Spent] = {}
+        self.verdicts: Counter[str] = Counter()
         self.so_far = 0  # tokens generated or judged, of unfinished sequences too: a sign of life, no charge
+
+    @contextmanager
+    def charged_to(self, part: Ledger) -> Iterator[None]:
+        """Inside, the coroutine and the tasks that it starts charge `part` where they would charge this ledger."""
+        token = _PART.set((self, part))
+        try:
+            yield
+        finally:
+            _PART.reset(token)
+
+    @property
+    def current(self) -> Ledger:
+        """The ledger that is charged here: this one, or a part of it (`charged_to`)."""
+        whole, part = _PART.get() or (self, self)
+        return part if whole is self else self
 
     def _at(self, role: str, purpose: str) -> Spent:
         return self._spent.setdefault((str(role), purpose), Spent())
@@ -92,7 +115,7 @@ class Ledger:
         computed = prompt + generated + scored - cached
         flops = 2.0 * parameters * computed + 4.0 * attention * attended
         spent = Spent(prompt=prompt, cached=cached, generated=generated, scored=scored, flops=flops)
-        for account in (self._at(role, purpose), *_METERS.get()):
+        for account in (self.current._at(role, purpose), *_METERS.get()):
             account.add(spent)
 
     def train(

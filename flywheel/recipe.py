@@ -143,7 +143,8 @@ class EngineSpec(Spec):
     kv_cache_mb: Positive = 256  # KV cache per engine; only on a CPU
     gpu_memory: Share = 0.9  # fraction of the GPU's memory for all engines together
     max_running: Positive = 256  # sequences decoded concurrently; of servers: on each, for each rank
-    chunk: Positive = 50  # questions per shard: a kill loses at most this much work per process
+    # questions a shard: what a process draws at a time; 0: a 256th of the stage's, 8 to 64
+    chunk: Annotated[int, Field(ge=0)] = 0
     # sampling processes per rank; 0: one per core on a CPU with a small model, else one
     workers: Annotated[int, Field(ge=0)] = 0
     # devices that hold one engine together, for a model larger than one: every k-th rank of a host samples, on its own

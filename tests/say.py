@@ -84,8 +84,8 @@ class Say:
         return Output((*tokens, TOKENIZER.eos_token_id), Finish.STOP, True)
 
     @property
-    def busy(self) -> bool:
-        return bool(self.waiting)
+    def sequences(self) -> int:
+        return len(self.waiting)
 
     def step(self) -> None:
         waiting, self.waiting = self.waiting, []

@@ -12,9 +12,8 @@ that beginning, drawn by weight; any other starts a solution. `score` gives `rig
 right solution has the beginning that the prompt ends in, else `wrong`, give or take half of
 `noise`. `seconds` is slept in every step; after `dies_after` sequences the engine dies.
 
-Every draw is a function of (seed, role, model, prompt, how often that prompt was asked
-before) and every value one of (seed, role, model, prompt), so nothing depends on the order in
-which coroutines run.
+Every draw is a function of (seed, role, model, prompt, the sequence's own seed) and every value one of (seed, role,
+model, prompt), so nothing depends on the order in which coroutines run.
 """
 
 from __future__ import annotations
@@ -23,7 +22,6 @@ import asyncio
 import json
 import random
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -44,7 +42,7 @@ def open_backend(spec: EngineSpec, models: Mapping[str, ModelRef], ledger: Ledge
     devices = [ScriptedDevice(ref.base, (seed, str(role), ref.name), spec.max_running) for role, ref in models.items()]
     engines = {
         role: ServedModel(
-            role, ref.name, device.parameters, spec.max_model_len, device, ledger, bare=ref.adapter is None
+            role, ref.name, device.parameters, spec.max_model_len, device, ledger, bare=ref.adapter is None, seed=seed
         )
         for device, (role, ref) in zip(devices, models.items())
     }
@@ -74,7 +72,7 @@ class ScriptedDevice:
         )
         self._seconds, self._dies_after = script.get("seconds", 0.0), script.get("dies_after")
         self._identity, self._batch = identity, batch
-        self._asked: Counter[tuple] = Counter()
+        self._asked = 0
         self.tokens = 0
         self._waiting: list[tuple[asyncio.Future[Output], Output]] = []
 
@@ -82,31 +80,31 @@ class ScriptedDevice:
         return tuple(self._tokenizer.encode(text, add_special_tokens=False))
 
     def submit(self, prompt: Sequence[int], request: Sampling | Scoring, adapter: None) -> asyncio.Future[Output]:
-        if self._dies_after is not None and self._asked.total() >= self._dies_after:
+        if self._dies_after is not None and self._asked >= self._dies_after:
             raise EngineDied(f"the script of {self._identity[2]} says that it dies after {self._dies_after} sequences")
         if isinstance(request, Sampling) and (request.top_k, request.min_p, request.repetition_penalty) != (0, 0, 1):
             raise UserError("sample.top_k, min_p, repetition_penalty: the scripted engine draws whole solutions")
         prompt, kind = tuple(prompt), "sample" if isinstance(request, Sampling) else "score"
         if isinstance(request, Sampling):
-            drawn = self._play(prompt, request, self._chance(kind, prompt, self._asked[kind, prompt]))
+            drawn = self._play(prompt, request, self._chance(kind, prompt, request.seed))
         else:
             values = tuple(
                 self._judge(part, self._chance(kind, part, 0)) for part in (prompt[:read] for read in request.reads)
             )
             drawn = Output((), Finish.LENGTH, False, 0, values)
-        self._asked[kind, prompt] += 1
+        self._asked += 1
         self.tokens += len(drawn.tokens) or len(prompt)
         future = asyncio.get_running_loop().create_future()
         self._waiting.append((future, drawn))
         return future
 
-    def _chance(self, kind: str, prompt: tuple[int, ...], asked: int) -> random.Random:
+    def _chance(self, kind: str, prompt: tuple[int, ...], asked: int | None) -> random.Random:
         draw = (*self._identity, kind, prompt, asked)
         return random.Random(int.from_bytes(sha256(repr(draw).encode()).digest()))
 
     @property
-    def busy(self) -> bool:
-        return bool(self._waiting)
+    def sequences(self) -> int:
+        return len(self._waiting)
 
     def step(self) -> None:
         """Answer a batch, the latest first: no caller may rely on the order."""

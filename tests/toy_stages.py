@@ -12,11 +12,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from flywheel.errors import EngineDied, StartAgain, UserError
+from flywheel.models.driver import Backend
 from flywheel.recipe import Recipe
 from flywheel.records import Finish, Grade, Solution, Split, Step, Verdict
 from flywheel.runs.run import Context, Run
@@ -72,7 +73,7 @@ def fault(ctx: Context, chunk: str) -> None:
 @contextmanager
 def tools(ctx: Context):
     log(f"tools:{ctx.stage.name}")
-    yield 7
+    yield Backend({}, [])
 
 
 def draw(ctx: Context, question: str) -> Solution:
@@ -83,17 +84,18 @@ def draw(ctx: Context, question: str) -> Solution:
     )
 
 
-def work(ctx: Context, tool: int, questions: Sequence[str]) -> Iterator[object]:
-    assert tool == 7
+async def work(ctx: Context, tool: Backend, questions: Sequence[str]) -> list[object]:
+    assert isinstance(tool, Backend)
     log(f"{ctx.stage.name}:{ctx.round}:{questions[0]}")
-    for done, question in enumerate(questions):
-        ctx.progress(done, len(questions))
+    rows = []
+    for question in questions:
         time.sleep(float(os.environ.get("TOY_SLEEP", 0)) / len(questions))
         fault(ctx, question)
         solution = draw(ctx, question)
         ctx.ledger.charge("policy", ctx.stage.name, parameters=10, prompt=5, generated=len(solution.tokens))
-        yield solution
-        yield Grade(solution.id, question, Verdict.CORRECT if solution.answer == "3" else Verdict.INCORRECT)
+        verdict = Verdict.CORRECT if solution.answer == "3" else Verdict.INCORRECT
+        rows += [solution, Grade(solution.id, question, verdict)]
+    return rows
 
 
 def finish(ctx: Context) -> dict:
@@ -101,11 +103,10 @@ def finish(ctx: Context) -> dict:
     return {"solutions": len(grades), "right": sum(g.correct for g in grades), "nan": float("nan")}
 
 
-def trials(ctx: Context, tool: int, questions: Sequence[str]) -> Iterator[object]:
+async def trials(ctx: Context, tool: Backend, questions: Sequence[str]) -> list[object]:
     log(f"{ctx.stage.name}:{ctx.round}:{questions[0]}")
     right = {g.question_id: g.correct for g in ctx.read(Grade, "sample")}
-    for question in questions:
-        yield Trial(question, BestOfN(4) if right[question] else Beam(4), right[question], {"x": 0.5})
+    return [Trial(q, BestOfN(4) if right[q] else Beam(4), right[q], {"x": 0.5}) for q in questions]
 
 
 def train(ctx: Context) -> dict:

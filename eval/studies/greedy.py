@@ -23,7 +23,7 @@ from eval.shared import add_runs, over_runs, whole_test
 from flywheel.ledger import Ledger
 from flywheel.measure.stats import bootstrap_mean, paired_gain
 from flywheel.recipe import Loader, parse
-from flywheel.records import ModelRef, Role, Solution, Split
+from flywheel.records import ModelRef, Role, Split
 from flywheel.runs.run import Run
 from flywheel.stages.kit import open_kit
 from flywheel.stages.shared import ids
@@ -44,18 +44,19 @@ def greedy(run: Run, model: ModelRef, questions: Sequence[str]) -> tuple[dict[st
     """(question -> 1.0 if `model` is right at temperature 0, else 0.0; mean tokens per answer, prompt included)."""
     with open_kit(run, {Role.POLICY: model}, Split.TEST, ledger=Ledger("greedy", 0), seed=run.recipe.seed) as kit:
 
-        async def one(question: str) -> tuple[Solution, int]:
+        async def one(question: str) -> tuple[bool, int]:
             prompt, sampling = (
                 kit.prompts.solve(kit.problems[question].question, kit.engine().bare),
                 kit.sampling(temperature=0.0, top_p=1.0),
             )
             [done] = await kit.engine().generate(prompt, sampling, purpose="greedy")
             named = {"id": f"{question}/greedy", "question_id": question, "purpose": "greedy", "model": model.name}
-            return kit.reader.solution(done.tokens, done.finish, **named), len(prompt) + len(done.tokens) + done.eos
+            [grade] = await kit.grade([kit.reader.solution(done.tokens, done.finish, **named)])
+            return grade.correct, len(prompt) + len(done.tokens) + done.eos
 
-        drawn = [found for _, found in kit.each(questions, one)]
-        grades = kit.grade([solution for solution, _ in drawn])
-    return {g.question_id: float(g.correct) for g in grades}, float(np.mean([tokens for _, tokens in drawn]))
+        drawn = kit.run(questions, one)
+    right = {question: float(correct) for question, (correct, _) in drawn}
+    return right, float(np.mean([tokens for _, (_, tokens) in drawn]))
 
 
 def measure(args: argparse.Namespace) -> dict:

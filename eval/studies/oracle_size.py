@@ -11,7 +11,7 @@ question. The last row is the other half whole: what even so many samples agree 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from scipy.stats import spearmanr
@@ -21,7 +21,7 @@ from flywheel.errors import UserError
 from flywheel.ledger import total
 from flywheel.measure.bins import quantile_bins
 from flywheel.measure.stats import bootstrap_mean
-from flywheel.records import Grade, ModelRef, Role, Solution
+from flywheel.records import Grade, ModelRef, Role
 from flywheel.runs.files import read_rows
 from flywheel.runs.reading import records
 from flywheel.runs.run import Context, Run
@@ -45,13 +45,13 @@ def verdicts(run: Run, round: int, samples: int, count: int) -> tuple[dict[str, 
     def models(ctx: Context) -> dict[str, ModelRef]:
         return {Role.POLICY: ctx.model(Role.POLICY, round - 1)}
 
-    def work(ctx: Context, kit: Kit, questions: Sequence[str]) -> Iterator[Grade]:
-        async def one(id: str) -> list[Solution]:
+    async def work(ctx: Context, kit: Kit, questions: Sequence[str]) -> list[object]:
+        async def one(id: str) -> list[Grade]:
             question = kit.problems[id].question
-            return await kit.solutions(question, samples, purpose="oracle", tag=f"r{round}/oracle_size")
+            drawn = await kit.solutions(question, samples, purpose="oracle", tag=f"r{round}/oracle_size")
+            return await kit.grade(drawn)
 
-        for _, solutions in kit.each(questions, one):
-            yield from kit.grade(solutions)
+        return await kit.each(questions, one)
 
     directory = draw(run, round, f"oracle_{samples}_first_{count}", models, work, count=count, chunk=4)
     grades = by_question(records(directory, Grade))  # in the order of the samples

@@ -20,7 +20,7 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,7 @@ from eval.draws import Difficult, Drawn, Tried, add_sizes, check_origin, titles
 from eval.shared import draw, folder, whole_test
 from flywheel.errors import UserError
 from flywheel.ledger import metered
-from flywheel.records import Candidate, ModelRef, Outcome, Problem, Role, Solution
+from flywheel.records import ModelRef, Problem, Role, Solution
 from flywheel.runs.processes import default_workers
 from flywheel.runs.run import Context, Run
 from flywheel.search.adaptive import Adaptive
@@ -110,63 +110,64 @@ def level(ctx: Context, problem: Problem) -> float:
     return float(number[0]) if number else float(usual_steps(ctx, problem.question.text) or 0)
 
 
-def difficulty(ctx: Context, kit: Kit, questions: Sequence[str], *, oracle: int, judged: int) -> Iterator[Difficult]:
+async def difficulty(ctx: Context, kit: Kit, questions: Sequence[str], *, oracle: int, judged: int) -> list[Difficult]:
     searcher = kit.searcher(reviser=False, head=True)
 
-    async def one(id: str) -> tuple[Sequence[Candidate], Sequence[Candidate], int, int]:
+    async def one(id: str) -> list[Difficult]:
         question = kit.problems[id].question
-        drawn = await search(BestOfN(oracle, "majority"), question, searcher, tag=f"r{ctx.round}/oracle")
+        drawn = (await search(BestOfN(oracle, "majority"), question, searcher, tag=f"r{ctx.round}/oracle")).candidates
         with metered() as spent:
             bin = await searcher.head.bin(question)
-        return drawn.candidates, await judge(question, drawn.candidates[:judged], searcher.prm), bin, spent.tokens
-
-    for question, (drawn, scored, bin, prompt_tokens) in kit.each(questions, one):
-        yield Difficult(
-            question,
-            right=sum(kit.correct(c.solution for c in drawn).values()),
+        scored = await judge(question, drawn[:judged], searcher.prm)
+        made = Difficult(
+            id,
+            right=sum((await kit.correct(c.solution for c in drawn)).values()),
             samples=len(drawn),
             predicted=sum(c.score for c in scored) / len(scored),
             tokens=sum(c.cost for c in drawn),
             predicted_tokens=sum(c.cost + c.score_cost for c in scored),
-            level=level(ctx, kit.problems[question]),
+            level=level(ctx, kit.problems[id]),
             prompt_bin=bin,
-            prompt_tokens=prompt_tokens,
+            prompt_tokens=spent.tokens,
         )
+        return [made]
+
+    return await kit.each(questions, one)
 
 
-def pool(ctx: Context, kit: Kit, questions: Sequence[str], *, size: int) -> Iterator[Drawn]:
+async def pool(ctx: Context, kit: Kit, questions: Sequence[str], *, size: int) -> list[Drawn]:
     searcher = kit.searcher(reviser=False)
 
-    async def one(id: str) -> Outcome:
-        return await search(BestOfN(size), kit.problems[id].question, searcher, tag=f"r{ctx.round}/pool")
-
-    for question, outcome in kit.each(questions, one):
-        usual = usual_steps(ctx, kit.problems[question].question.text)
-        right = kit.correct(c.solution for c in outcome.candidates)
-        for c in outcome.candidates:
+    async def one(id: str) -> list[Drawn]:
+        question, rows = kit.problems[id].question, []
+        found = (await search(BestOfN(size), question, searcher, tag=f"r{ctx.round}/pool")).candidates
+        usual, right = usual_steps(ctx, question.text), await kit.correct(c.solution for c in found)
+        for c in found:
             s, cached = c.solution, c.cached + c.score_cached
-            yield Drawn(question, s.answer, c.score, right[s.id], c.cost, c.score_cost, cached, shape(s, usual))
+            rows.append(Drawn(id, s.answer, c.score, right[s.id], c.cost, c.score_cost, cached, shape(s, usual)))
+        return rows
+
+    return await kit.each(questions, one)
 
 
-def trials(
+async def trials(
     ctx: Context, kit: Kit, questions: Sequence[str], *, budgets: Sequence[int], which: Callable[..., Asked]
-) -> Iterator[Tried]:
+) -> list[Tried]:
     searcher = kit.searcher(reviser=Role.REVISER in search_models(ctx))
     asked = which(budgets, searcher.reviser is not None)
 
-    async def one(id: str) -> list[tuple[int, Strategy, Outcome]]:
-        return await search_all(asked, kit.problems[id].question, searcher, tag=f"r{ctx.round}/study")
-
-    for question, outcomes in kit.each(questions, one):
-        usual = usual_steps(ctx, kit.problems[question].question.text)
-        right = kit.correct({c.solution.id: c.solution for _, _, o in outcomes for c in o.candidates}.values())
+    async def one(id: str) -> list[Tried]:
+        question, rows = kit.problems[id].question, []
+        outcomes = await search_all(asked, question, searcher, tag=f"r{ctx.round}/study")
+        usual = usual_steps(ctx, question.text)
+        right = await kit.correct({c.solution.id: c.solution for _, _, o in outcomes for c in o.candidates}.values())
         for budget, strategy, o in outcomes:
             solutions = [c.solution for c in o.candidates]
             winners = [c for c in o.candidates if o.answer is not None and c.solution.answer == o.answer]
             best = max(winners, key=lambda c: c.score, default=None)
             one_chain = isinstance(strategy, Revise) and strategy.chains == 1
-            yield Tried(
-                question,
+            made = Tried(
+                id,
                 strategy,
                 budget,
                 correct=bool(answer_is_right(o.answer, solutions, right)),
@@ -176,6 +177,10 @@ def trials(
                 winner=shape(best.solution, usual) if best else "none",
                 by_attempt=tuple(right[s.id] for s in solutions) if one_chain else (),
             )
+            rows.append(made)
+        return rows
+
+    return await kit.each(questions, one)
 
 
 # ---- processes ---------------------------------------------------------------------------

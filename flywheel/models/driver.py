@@ -1,4 +1,4 @@
-"""The event loop that runs many coroutines over batching devices, and charges the ledger.
+"""Run many coroutines over batching devices, and charge the ledger.
 
 An engine library (vLLM, or the scripted engine of the tests) implements `Device` and gives a
 `Backend` to the stage. Only `ServedModel` calls a device, so every token is charged.
@@ -7,21 +7,40 @@ An engine library (vLLM, or the scripted engine of the tests) implements `Device
 from __future__ import annotations
 
 import asyncio
-import selectors
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+from hashlib import sha256
 from typing import Any, Protocol, TypeVar
 
 from flywheel.errors import TooLong
 from flywheel.ledger import Ledger, pairs
 from flywheel.models.engine import Completion, Sampling
+from flywheel.models.stepping import drive, runner, stream
 from flywheel.records import Finish
 
 T = TypeVar("T")
 R = TypeVar("R")
 Labels = tuple[int, int]
 COUNT_EVERY = 1.0  # seconds between two counts of the tokens so far
+_DRAWING: ContextVar[tuple[str, Counter[bytes]] | None] = ContextVar("drawing", default=None)
+
+
+@contextmanager
+def drawing(what: str) -> Iterator[None]:
+    """Inside, the coroutine and the tasks that it starts draw by `what`, not by how often others asked the same prompt.
+
+    So what is drawn does not depend on what else is under way, or on the process. `what` is unique in a stage, or the
+    prompts and purposes are.
+    """
+    token = _DRAWING.set((what, Counter()))
+    try:
+        yield
+    finally:
+        _DRAWING.reset(token)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +78,8 @@ class Device(Protocol):
         ...
 
     @property
-    def busy(self) -> bool:
-        """Whether any sequence is queued."""
+    def sequences(self) -> int:
+        """The number of queued and running sequences."""
         ...
 
     def step(self) -> None:
@@ -88,6 +107,8 @@ class ServedModel:
     adapter: Any = None
     bare: bool = False
     attention: int = 0  # see `Ledger.charge`
+    seed: int = 0  # of the stage
+    asked: Counter[bytes] = field(default_factory=Counter)  # draws outside `drawing`
 
     async def generate(
         self, prompt: Sequence[int], sampling: Sampling, *, purpose: str, n: int = 1
@@ -95,7 +116,7 @@ class ServedModel:
         if n > 1 and sampling.temperature == 0:
             raise ValueError(f"{self.name}: {n} samples at temperature 0 would be the same one; ask for one")
         self._check_length(prompt, sampling.max_tokens)
-        outputs = await self._run([(prompt, sampling)] * n)
+        outputs = await self._run([(prompt, replace(sampling, seed=s)) for s in self._seeds(prompt, purpose, n)])
         self._charge(purpose, outputs, [len(prompt)] * n, "prompt")
         return [Completion(out.tokens[:-1] if out.eos else out.tokens, out.finish, out.eos) for out in outputs]
 
@@ -113,6 +134,16 @@ class ServedModel:
 
     async def _run(self, requests: Sequence[tuple[Sequence[int], Sampling | Scoring]]) -> list[Output]:
         return await asyncio.gather(*(self.device.submit(*request, self.adapter) for request in requests))
+
+    def _seeds(self, prompt: Sequence[int], purpose: str, n: int) -> Iterator[int]:
+        """Seeds of 63 bits for `n` sequences, by stage, model, what is drawn (`drawing`), prompt, and draw of it."""
+        what, asked = _DRAWING.get() or ("", self.asked)
+        whole = sha256(repr((self.seed, self.role, self.name, what, purpose, tuple(prompt))).encode())
+        for _ in range(n):
+            one = whole.copy()
+            one.update(str(asked[whole.digest()]).encode())
+            asked[whole.digest()] += 1
+            yield int.from_bytes(one.digest()[:8]) >> 1
 
     def _check_length(self, prompt: Sequence[int], new: int) -> None:
         if not prompt:
@@ -141,7 +172,7 @@ class ServedModel:
 class Backend:
     """The engines that a stage opened, by role (or other key), and the loop that steps their devices.
 
-    `on_run` is called at the start of every call of `run`.
+    `on_run` is called at the start of every call of `run` and `stream`.
     """
 
     def __init__(
@@ -161,19 +192,33 @@ class Backend:
         """
         if self._on_run is not None:
             self._on_run()
-        return drive(items, work, self._step)
+        return drive(items, work, self.step)
+
+    def stream(
+        self, source: Callable[[], Coroutine[Any, Any, None] | None], full: Callable[[], bool] = lambda: False
+    ) -> None:
+        """See `stream`."""
+        if self._on_run is not None:
+            self._on_run()
+        stream(source, full, self.step)
 
     def serve(self, main: Coroutine[Any, Any, R]) -> R:
         """Run `main`, such as a server's loop, stepping the devices whenever it waits. Raises EngineDied."""
-        with _runner(self._step) as runner:
-            return runner.run(main)
+        with runner(self.step) as loop:
+            return loop.run(main)
 
     def close(self) -> None:
         for device in self._devices:
             device.close()
 
-    def _step(self) -> bool:
-        busy = [device for device in self._devices if device.busy]
+    @property
+    def sequences(self) -> int:
+        """The number of sequences that are queued or running on the devices."""
+        return sum(device.sequences for device in self._devices)
+
+    def step(self) -> bool:
+        """Step every device that has sequences; returns whether any had."""
+        busy = [device for device in self._devices if device.sequences]
         for device in busy:
             device.step()
         if time.monotonic() - self._counted > COUNT_EVERY:
@@ -181,47 +226,3 @@ class Backend:
             for ledger in self._ledgers.values():
                 ledger.so_far += self._told - before
         return bool(busy)
-
-
-def drive(items: Iterable[T], work: Callable[[T], Awaitable[R]], step: Callable[[], bool]) -> list[R]:
-    """Run `work` on all items concurrently, calling `step` whenever all wait; results in the order of `items`.
-
-    `step` returns whether any device was busy.
-    """
-
-    async def all_items() -> list[R]:
-        tasks = [asyncio.ensure_future(work(item)) for item in items]
-        try:
-            return await asyncio.gather(*tasks)
-        finally:  # if one failed, cancel the others
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-
-    with _runner(step) as runner:
-        return runner.run(all_items())
-
-
-def _runner(step: Callable[[], bool]) -> asyncio.Runner:
-    return asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(_SteppingSelector(step)))
-
-
-class _SteppingSelector(selectors.DefaultSelector):
-    """A selector that steps the devices where the event loop would otherwise wait.
-
-    asyncio polls with timeout 0 while any coroutine is ready, and waits only when none is: by
-    then all possible requests are submitted, so the batches are as full as they can be. What a server's
-    clients have sent is read first: each part of a request would else wait for a step.
-    """
-
-    def __init__(self, step: Callable[[], bool]):
-        super().__init__()
-        self._step = step
-
-    def select(self, timeout: float | None = None):
-        if timeout != 0:
-            if arrived := super().select(0):
-                return arrived
-            if self._step():
-                timeout = 0
-        return super().select(timeout)

@@ -15,6 +15,7 @@ class Sampling:
     """Sampling parameters. Temperature 0 is greedy. A token id in `stop` ends the completion and is kept in it.
 
     `done`: asked after each token with all tokens of the completion so far; if true, the completion ends there.
+    `seed`: of one sequence, set where it is submitted; None: any. An engine may ignore it.
     """
 
     max_tokens: int
@@ -25,6 +26,7 @@ class Sampling:
     top_k: int = 0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    seed: int | None = None
 
     @classmethod
     def of(cls, spec: SampleSpec, stop: frozenset[int], done: Callable | None = None) -> Sampling:

@@ -110,17 +110,19 @@ def open_backend(spec: EngineSpec, models: Mapping[str, ModelRef], ledger: Ledge
                 adapter,
                 bare=ref.adapter is None,
                 attention=attention_width(ref.base),
+                seed=seed,
             )
         opened.pop_all()
     return Backend(served, list(devices.values()), run_seed.start_run)
 
 
 def engine_arguments(spec: EngineSpec, model: str, seed: int = 0, engines: int = 1) -> dict[str, Any]:
-    """vLLM's `EngineArgs` for one of `engines` that share the device."""
+    """vLLM's `EngineArgs` for one of `engines` in each of a rank's `engine.workers` processes, which share a GPU."""
     if current_platform.is_cpu():
         platform = vllm_cpu.engine_arguments(spec)
     else:
-        platform = {"dtype": spec.dtype, "gpu_memory_utilization": spec.gpu_memory / engines}
+        share = spec.gpu_memory / engines / max(1, spec.workers)
+        platform = {"dtype": spec.dtype, "gpu_memory_utilization": share}
     return {
         "model": model,
         "seed": seed % 2**31,
@@ -201,6 +203,10 @@ class VllmDevice:
         self._waiting: dict[str, tuple[asyncio.Future[Output], Sampling | Scoring]] = {}
         self._made: dict[str, list[int]] = {}  # the tokens so far, of requests with `Sampling.done`
         self._count = self._finished = 0  # requests; tokens of finished ones
+        self._seeds: dict[str, int] = {}
+        self._takes_seeds = engine.vllm_config.use_v2_model_runner
+        if current_platform.is_cpu() and not self.one_pass:
+            vllm_cpu.draw_by_seed(engine, self._seeds)
 
     @property
     def tokens(self) -> int:
@@ -215,19 +221,22 @@ class VllmDevice:
         id, future = str(self._count), asyncio.get_running_loop().create_future()
         self.llm.add_request(id, tokens_input(list(prompt)), self._vllm_params(request), lora_request=adapter)
         self._waiting[id] = (future, request)
+        if isinstance(request, Sampling) and request.seed is not None:
+            self._seeds[id] = request.seed
         if isinstance(request, Sampling) and request.done:
             self._made[id] = []
         future.add_done_callback(functools.partial(self._drop, id))
         return future
 
     def _drop(self, id: str, future: asyncio.Future[Output]) -> None:
+        self._seeds.pop(id, None)
         if future.cancelled() and self._waiting.pop(id, None) is not None:
             self._made.pop(id, None)
             self.llm.abort_request([id])
 
     @property
-    def busy(self) -> bool:
-        return bool(self._waiting)
+    def sequences(self) -> int:
+        return len(self._waiting)
 
     def step(self) -> None:
         self.run_seed.apply()
@@ -260,7 +269,8 @@ class VllmDevice:
             self.llm.abort_request(over)
 
     def _vllm_params(self, request: Sampling | Scoring) -> SamplingParams | PoolingParams:
-        return _sampling_params(request)
+        known = self._takes_seeds or isinstance(request, Scoring)
+        return _sampling_params(request if known else replace(request, seed=None))
 
     def _output(self, result, request: Sampling | Scoring, made: Sequence[int] | None = None) -> Output:
         """`made`: all tokens of the sequence, where `result` holds only the last of them."""
@@ -339,6 +349,7 @@ def _sampling_params(request: Sampling | Scoring) -> SamplingParams:
             "min_p": request.min_p,
             "repetition_penalty": request.repetition_penalty,
             "stop_token_ids": sorted(request.stop),
+            "seed": request.seed,
         }
     else:
         first, last = request.reads[0], request.reads[-1]

@@ -14,12 +14,13 @@ import os
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 
 from flywheel.recipe import EngineSpec
@@ -203,13 +204,36 @@ def skip_garbage_collection() -> Iterator[None]:
         yield
 
 
+def draw_by_seed(llm: Any, seeds: Mapping[str, int]) -> None:
+    """Have an engine draw each token by its sequence's seed (by request) and position, whatever else is in the batch.
+
+    vLLM's own seeds end a CPU engine when a prompt is split (a CPU's generator has no offset), and its generators cost
+    5% of the time with 256 sequences. Its kernel takes a seed a row; these are made of all rows at once.
+    """
+    if not version_is_known():
+        return
+    from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
+
+    runner = llm.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+
+    def forward(logits: torch.Tensor, generators: dict, k: torch.Tensor | None, p: torch.Tensor | None):
+        ids, batch = runner.input_batch.req_ids, runner.input_batch
+        # vLLM appends a random word to an id; sequences that are not sampled have no seed
+        own = np.fromiter((seeds.get(id.rpartition("-")[0], 0) for id in ids), np.uint64, len(ids))
+        mixed = own ^ (batch.num_tokens_no_spec[: len(ids)].astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15))
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # SplitMix64
+            mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
+        rows = torch.from_numpy((mixed >> np.uint64(33)).astype(np.int64))
+        return torch.ops._C.fused_gumbel_argmax(apply_top_k_top_p(logits, k, p).to(torch.float32), rows), None
+
+    runner.sampler.topk_topp_sampler.forward = forward
+
+
 class RunSeed:
     """Seeds each `Backend.run` by the requests made before its first step, not by what the process did before.
 
-    So a chunk that is computed again after a kill, or by another rank, gets the same samples; running the
-    same chunk twice in one process gives different ones. vLLM samples from the process's global random
-    state. A seed per request would work too, but costs 5% more CPU time (256 concurrent sequences) and
-    disables vLLM's fused sampler on a GPU. Used on CPU and GPU, with every version.
+    For engines that take no seed of a sequence: vLLM samples from the process's global random state, and with seeds
+    its older runner on a GPU leaves the fused sampler.
 
     seed: of the stage. engines: number of engines that the backend opened, part of the seed. elsewhere: what seeds the
     processes in which an engine's workers sample, all alike.

@@ -101,11 +101,16 @@ class Grader:
 
     def verdicts(self, pairs: Sequence[tuple[Problem, Solution]]) -> list[Grade]:
         """One Grade per pair, in order. Raises ValueError if a solution belongs to another question."""
-        for problem, solution in pairs:
-            if problem.id != solution.question_id:
-                raise ValueError(f"solution {solution.id} answers {solution.question_id}, not {problem.id}")
-        wanted = dict.fromkeys((g, s.answer) for p, s in pairs if s.answer is not None for g in (p.answer, *p.also))
-        self._settle([pair for pair in wanted if pair not in self._same])
+        hard = self._plain(pairs)
+        for pair, checked in zip(hard, self.pool.check(hard)):
+            self._settle(pair, *checked)
+        return [self._grade(p, s) for p, s in pairs]
+
+    async def grade(self, pairs: Sequence[tuple[Problem, Solution]]) -> list[Grade]:
+        """As `verdicts`; other coroutines, and the engines, go on while the checker works."""
+        hard = self._plain(pairs)
+        for pair, checked in zip(hard, await self.pool.checked(hard)):
+            self._settle(pair, *checked)
         return [self._grade(p, s) for p, s in pairs]
 
     def rule(self, gold: str, answer: str) -> str:
@@ -123,21 +128,30 @@ class Grader:
             rule = self.rule(next(gold for gold in same if same[gold] is decisive), answer)
         return Grade(solution.id, solution.question_id, verdict, solution.purpose, rule)
 
-    def _settle(self, pairs: list[tuple[str, str]]) -> None:
-        """Decide every pair and store the verdict in `_same`."""
+    def _plain(self, pairs: Sequence[tuple[Problem, Solution]]) -> list[tuple[str, str]]:
+        """Decide what plain comparison can; returns the other (gold, answer) pairs, of which no verdict is known."""
+        for problem, solution in pairs:
+            if problem.id != solution.question_id:
+                raise ValueError(f"solution {solution.id} answers {solution.question_id}, not {problem.id}")
+        wanted = dict.fromkeys((g, s.answer) for p, s in pairs if s.answer is not None for g in (p.answer, *p.also))
         hard = []
-        for pair in pairs:
+        for pair in wanted:
+            if pair in self._same:
+                continue
             decided = decide(*pair) if self.shortcuts else None
             if decided is None:
                 hard.append(pair)
             else:
                 self._keep(pair, *decided)
                 self.counts["plain"] += 1
-        for pair, (same, why) in zip(hard, self.pool.check(hard)):
-            self._keep(pair, same, "undecided" if same is None else rule_of(*pair) if self.shortcuts else "")
-            self.counts["undecided" if same is None else "checked"] += 1
-            if same is None:
-                log.info("undecided: %s; gold %.80r, answer %.80r", why, *pair)
+        return hard
+
+    def _settle(self, pair: tuple[str, str], same: bool | None, why: str) -> None:
+        """Keep what the checker said of a pair."""
+        self._keep(pair, same, "undecided" if same is None else rule_of(*pair) if self.shortcuts else "")
+        self.counts["undecided" if same is None else "checked"] += 1
+        if same is None:
+            log.info("undecided: %s; gold %.80r, answer %.80r", why, *pair)
 
     def _keep(self, pair: tuple[str, str], same: bool | None, rule: str) -> None:
         self._same[pair] = same

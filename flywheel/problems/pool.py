@@ -7,6 +7,7 @@ import takes a second, and a model whose answers make sympy hang writes many of 
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import socket
@@ -58,6 +59,11 @@ class CheckerPool:
     def check(self, pairs: Iterable[tuple[str, str]]) -> Iterator[Checked]:
         """One result per (gold, answer) pair, in order."""
         return self._threads.map(self._check, pairs)
+
+    async def checked(self, pairs: Iterable[tuple[str, str]]) -> list[Checked]:
+        """As `check`, for a coroutine, which waits."""
+        loop = asyncio.get_running_loop()
+        return await asyncio.gather(*(loop.run_in_executor(self._threads, self._check, pair) for pair in pairs))
 
     def _check(self, pair: tuple[str, str]) -> Checked:
         worker = self._idle.get()

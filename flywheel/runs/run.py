@@ -6,7 +6,6 @@ import hashlib
 import re
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property, partial
@@ -21,7 +20,6 @@ from flywheel.runs import manifest
 from flywheel.runs.files import read_json, read_rows, wait_for_names
 from flywheel.runs.named import Named
 from flywheel.runs.reading import Written
-from flywheel.runs.shards import Shards
 from flywheel.runs.stage import At, Stage
 
 R = TypeVar("R")
@@ -192,12 +190,10 @@ class Context(Run):
         super().__init__(root, recipe)
         self.round, self.stage, self.rank, self.world = round, stage, rank, world
         self.ledger = Ledger(stage.name, round)
-        self.verdicts: Counter[str] = Counter()  # on the solutions that were graded for the current chunk
         self.dir = self.path(stage.name)
         self._inputs: dict[At, dict[str, Any]] = {}
         self._tell, self._ask = tell, ask
         self.draw = partial(ask, "draw") if ask else None  # the number of the next chunk of this launch
-        self._before = self._chunk = self._items = 0  # items in finished chunks, in the current chunk, in the stage
         self._said: tuple[int, int, dict] = (0, 0, {})  # the last progress
 
     @cached_property
@@ -207,7 +203,7 @@ class Context(Run):
 
     @property
     def chunk(self) -> int:
-        """Items per shard."""
+        """Items per shard; 0: see `flywheel.runs.worker.chunks`."""
         return self._recipe.engine.chunk
 
     def path(self, stage: str, round: int | None = None) -> Path:
@@ -270,12 +266,7 @@ class Context(Run):
     # ---- progress, for the terminal ----
 
     def progress(self, done: int, total: int, **figures: float) -> None:
-        """Report `done` of `total` units of a training or of the current chunk."""
-        if self._items:
-            done, total = self._before + self._chunk * done // max(1, total), self._items
-        self._say(done, total, figures)
-
-    def _say(self, done: int, total: int, figures: dict) -> None:
+        """Report `done` of `total` units of a training, or items of a sampling stage."""
         self._said = (done, total, figures)
         self.beat()
 
@@ -300,9 +291,3 @@ class Context(Run):
         finally:
             over.set()
             thread.join()
-
-    def at_chunk(self, shards: Shards, chunk: int) -> None:
-        """Report that a chunk of `chunk` items starts, or with 0 that none is being processed."""
-        self._items = sum(map(len, shards.chunks))
-        self._before, self._chunk = sum(len(shards.chunks[i]) for i in shards.done()), chunk
-        self._say(self._before, self._items, {})

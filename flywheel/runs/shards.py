@@ -58,25 +58,25 @@ class Shards:
         self,
         index: int,
         records: Iterable[object],
-        ledger: Callable[[], list[dict]],
-        seconds: Callable[[], float],
+        ledger: Sequence[dict] = (),
+        seconds: float = 0.0,
         verdicts: Mapping[str, int] = {},
     ) -> None:
         """Write a drawn chunk: one table per record class, the ledger's rows, and `shard.json`.
 
-        `verdicts`: counts of its graded solutions; like `ledger` and `seconds` read after the last record.
+        `verdicts`: counts of its graded solutions. Several threads may write different chunks at the same time.
         """
         tables: dict[type, list[object]] = {}
         for record in records:
             tables.setdefault(type(record), []).append(record)
         files = {f"{cls.__name__}.parquet": encode(cls, rows) for cls, rows in tables.items()}
-        if rows := ledger():
-            files["ledger.parquet"] = encode_ledger(rows)
+        if ledger:
+            files["ledger.parquet"] = encode_ledger(ledger)
         about = {
             "of": len(self.chunks),
             "items": list(self.chunks[index]),
             "counts": {cls.__name__: len(rows) for cls, rows in tables.items()},
-            "seconds": round(seconds(), 3),
+            "seconds": round(seconds, 3),
             "verdicts": dict(verdicts),
             "files": {
                 name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -36,8 +36,9 @@ class Stage:
     """One stage of a round: either `items` and `work` (sampling) or `train`, and optionally `finish`.
 
     sections: dotted recipe keys that the stage reads and its fingerprint holds; None: all.
-    items: ids of the work items, in a fixed order. `work(context, opened, chunk)` turns a chunk of them into records
-    (dataclasses); `opened` is the result of `open` (engines), called once per process.
+    items: ids of the work items, in a fixed order. `work(context, opened, chunk)`, a coroutine, turns a chunk of them
+    into records (dataclasses); many chunks are under way at once. `opened` is the result of `open` (engines), called
+    once per process; its `stream(source, full)` runs the coroutines that `source` gives (`models.stepping.stream`).
     train: called on every rank, with the environment set for torch.distributed; must be resumable.
     finish: called on rank 0 when all shards exist or training is done; returns figures for the manifest.
     All of them receive the stage's `Context`. test_split: the stage may read test questions.
@@ -48,7 +49,7 @@ class Stage:
     inputs: tuple[Input, ...]
     items: Callable[..., list[str]] | None = None
     open: Callable[..., AbstractContextManager[Any]] | None = None
-    work: Callable[..., Iterator[object]] | None = None
+    work: Callable[..., Awaitable[Iterable[object]]] | None = None
     train: Callable[..., dict] | None = None
     finish: Callable[..., dict] | None = None
     test_split: bool = False

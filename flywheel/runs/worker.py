@@ -1,20 +1,27 @@
-"""One process's part of a stage: draw chunks, process them, write their shards; or train."""
+"""One process's part of a stage: draw chunks, keep the engines full with them, write their shards; or train."""
 
 from __future__ import annotations
 
+import asyncio
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from flywheel.errors import EngineDied
+from flywheel.ledger import Ledger
 from flywheel.recipe import Recipe
 from flywheel.runs.files import encode_ledger, plain, write_file
 from flywheel.runs.isolate import resolve
 from flywheel.runs.run import Context
 from flywheel.runs.shards import Shards
+
+T = TypeVar("T")
+CHUNKS = 256  # of a stage, as many as 64 ranks need to end at about the same time
+TELL_EVERY = 1.0  # seconds
 
 
 def perform_stage(
@@ -56,41 +63,95 @@ def perform(ctx: Context) -> dict:
     return plain(figures)
 
 
-def cut(items: Sequence[str], size: int) -> list[list[str]]:
+def cut(items: Sequence[T], size: int) -> list[list[T]]:
     """`items` in chunks of at most `size` and nearly equal length, so that no process waits for a longer last chunk."""
     count = -(-len(items) // size)
     return [list(items[i * len(items) // count : (i + 1) * len(items) // count]) for i in range(count)]
 
 
+def chunks(items: Sequence[str], size: int) -> list[list[str]]:
+    """`items` in chunks of at most `size`; 0: in CHUNKS chunks, of 8 to 64 items."""
+    return cut(items, size or min(64, max(8, -(-len(items) // CHUNKS))))
+
+
 def fill(ctx: Context, chunk: int | None = None) -> None:
     """Draw missing chunks and write their shards until none is left to draw. Engines are opened at the first chunk.
 
-    `chunk`: items per chunk, `engine.chunk` if None. A dead engine is reopened once per chunk; the tokens that it had
-    spent stay in the ledger. Raises EngineDied, naming the chunk's questions, if it dies again.
+    `chunk`: items per chunk, `engine.chunk` if None. When an engine dies, it is reopened and the chunks that were under
+    way are made again; the tokens that were spent on them stay in the ledger. Raises EngineDied, naming the questions,
+    if it dies twice on a chunk.
     """
-    shards = Shards(ctx.dir, cut(ctx.stage.items(ctx), chunk or ctx.chunk), ctx.draw)
+    shards = Shards(ctx.dir, chunks(ctx.stage.items(ctx), ctx.chunk if chunk is None else chunk), ctx.draw)
     with Opened(ctx) as opened:
-        while (index := shards.draw()) is not None:
-            questions = shards.chunks[index]
+        Flow(ctx, shards, opened).run()
+
+
+class Flow:
+    """The chunks that this process has under way, each with a ledger of its own."""
+
+    def __init__(self, ctx: Context, shards: Shards, opened: Opened):
+        self.ctx, self.shards, self.opened = ctx, shards, opened
+        self.sizes = [len(chunk) for chunk in shards.chunks]
+        self.todo: list[int] = []  # drawn, not yet begun (again); the last is the next
+        self.ledgers: dict[int, Ledger] = {}  # by chunk under way
+        self.died: Counter[int] = Counter()  # on how many of its chunks an engine died
+        self.writing, self.written = 0, time.monotonic()  # shards; the time of the last one
+        self.told = 0.0
+
+    def run(self) -> None:
+        """Make chunks until there are none left to draw. No engine is opened if there is none."""
+        self.tell()
+        self.todo = [first] if (first := self.shards.draw()) is not None else []
+        self.written = time.monotonic()
+        while self.todo:
             try:
-                write_shard(ctx, shards, index, opened)
-            except EngineDied as first:
-                print(f"{first}; opened again for {len(questions)} questions from {questions[0]}", flush=True)
-                opened.drop()
-                try:
-                    write_shard(ctx, shards, index, opened)
-                except EngineDied as second:
-                    named = " ".join(questions[:20]) + (" ..." if len(questions) > 20 else "")
-                    raise EngineDied(f"{second} (twice, on questions {named})") from second
-        ctx.at_chunk(shards, 0)
+                self.opened.get().stream(self.next, lambda: self.writing > 0)
+            except EngineDied as error:
+                self.todo = self.lost(error)
+        self.tell()
 
+    def next(self) -> Coroutine[Any, Any, None] | None:
+        index = self.todo.pop() if self.todo else self.shards.draw()
+        return None if index is None else self.make(index)
 
-def write_shard(ctx: Context, shards: Shards, index: int, opened: Opened) -> None:
-    started, questions = time.monotonic(), shards.chunks[index]
-    ctx.at_chunk(shards, len(questions))
-    ctx.verdicts.clear()  # of a chunk whose engine died
-    records = ctx.stage.work(ctx, opened.get(), questions)
-    shards.write(index, records, ctx.ledger.take, lambda: time.monotonic() - started, ctx.verdicts)
+    async def make(self, index: int) -> None:
+        """Make the records of a chunk and write its shard.
+
+        While the disk is waited for, the engines go on with the other chunks; none is begun, or a kill could lose many.
+        """
+        ledger = self.ledgers.setdefault(index, Ledger(self.ctx.stage.name, self.ctx.round))
+        ledger.verdicts.clear()  # of an attempt whose engine died
+        with self.ctx.ledger.charged_to(ledger):
+            records = await self.ctx.stage.work(self.ctx, self.opened.get(), self.shards.chunks[index])
+        # chunks overlap: the time since the last one ended adds up to the time that this process spent
+        seconds, self.written = time.monotonic() - self.written, time.monotonic()
+        self.writing += 1
+        try:
+            await asyncio.to_thread(self.shards.write, index, records, ledger.rows(), seconds, ledger.verdicts)
+        finally:
+            self.writing -= 1
+        del self.ledgers[index]
+        self.tell(TELL_EVERY)
+
+    def lost(self, error: EngineDied) -> list[int]:
+        """The chunks to make again after the engine died. Raises EngineDied if it died before on one of them."""
+        self.opened.drop()
+        done = set(self.shards.done())  # a shard that was being written is whole
+        self.ledgers = {index: ledger for index, ledger in self.ledgers.items() if index not in done}
+        again = sorted({*self.ledgers, *self.todo}, reverse=True)  # an engine that did not open has the first in `todo`
+        self.died.update(again)
+        if twice := [q for index in again if self.died[index] > 1 for q in self.shards.chunks[index]]:
+            named = " ".join(twice[:20]) + (" ..." if len(twice) > 20 else "")
+            raise EngineDied(f"{error} (twice, on questions {named})") from error
+        questions = [q for index in again[::-1] for q in self.shards.chunks[index]]
+        print(f"{error}; opened again for {len(questions)} questions from {' '.join(questions[:1])}", flush=True)
+        return again
+
+    def tell(self, pause: float = 0.0) -> None:
+        """Report the items in finished shards of all processes, unless that was less than `pause` seconds ago."""
+        if time.monotonic() - self.told >= pause:
+            self.told = time.monotonic()
+            self.ctx.progress(sum(self.sizes[index] for index in self.shards.done()), sum(self.sizes))
 
 
 class Opened:

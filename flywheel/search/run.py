@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from flywheel.ledger import metered
+from flywheel.models.driver import drawing
 from flywheel.models.prm import together
 from flywheel.records import Candidate, Outcome, Question
 from flywheel.search.limit import OutOfTokens, limited
@@ -27,7 +28,7 @@ async def search(
     if limit is not None:
         searcher = limited(searcher, limit)
     cut_off = False
-    with metered() as spent:
+    with metered() as spent, drawing(f"{question.id}/{tag}"):
         try:
             candidates = tuple(await strategy.run(question, searcher, tag))
         except OutOfTokens:

@@ -17,7 +17,6 @@ from flywheel.problems.grading import DEFAULT_CHECKER, Grader
 from flywheel.recipe import ProblemSpec
 from flywheel.records import Problem, Question, Role, Verdict
 from flywheel.runs.run import Run
-from flywheel.runs.worker import cut
 from flywheel.serving.solver import Ask, Solved, Solver
 from flywheel.serving.system import System, by_published, calibrate, system
 from flywheel.stages.kit import PUBLISHED, Kit, open_kit
@@ -94,8 +93,8 @@ def answer(
             file.flush()
             bar.update()
 
-        for some in cut(problems, run.recipe.engine.chunk):
-            list(kit.each(some, one))
+        left = map(one, problems)
+        kit.stream(lambda: next(left, None))
     return sums
 
 

@@ -8,8 +8,9 @@ samples that the gate drew of that policy.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 
 from flywheel.errors import UserError
@@ -132,11 +133,12 @@ def calibrate(run: Run, round: int | None = None) -> System:
         raise UserError(f"{run.root}: an export without a plan; flywheel solve RUN --calibrate, then export again")
     round = served.round
 
-    def work(ctx: Context, kit: Kit, questions: Sequence[str]) -> Iterator[object]:
-        found = quantile_bins(pass_rates(ctx.read(Grade, "gate")), ctx.recipe.calibrate.bins)
+    found = cache(lambda: quantile_bins(pass_rates(ctx.read(Grade, "gate")), ctx.recipe.calibrate.bins))
+
+    async def work(ctx: Context, kit: Kit, questions: Sequence[str]) -> list[object]:
         known = {q: Counter() for q in questions}  # for the harvest alone
         searcher = kit.searcher(reviser=Role.REVISER in served.models)
-        return try_all(kit, searcher, {q: found[q] for q in questions}, known, f"r{round}/serving")
+        return await try_all(kit, searcher, {q: found()[q] for q in questions}, known, f"r{round}/serving")
 
     stage = Stage(
         "serving",

@@ -8,13 +8,13 @@ bin never score a strategy on that question.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from flywheel.measure.bins import quantile_edges
 from flywheel.measure.stats import bootstrap_mean, paired_gain
 from flywheel.models.prm import Prm
 from flywheel.recipe import Recipe
-from flywheel.records import Answered, Candidate, Outcome, Role, SampleScores, Split, Verdict
+from flywheel.records import Answered, Role, SampleScores, Split, Verdict
 from flywheel.runs.run import Context
 from flywheel.runs.stage import Input, Stage
 from flywheel.search.best_of_n import BestOfN
@@ -22,7 +22,7 @@ from flywheel.search.plan import Trial, harvest_plan, serve_plan, simplest, tabl
 from flywheel.search.run import search_all
 from flywheel.search.select import weighted
 from flywheel.search.strategies import left_out, strategies
-from flywheel.search.strategy import Searcher, Strategy, judge
+from flywheel.search.strategy import Searcher, judge
 from flywheel.stages.kit import PUBLISHED, Kit, kit, published_model
 from flywheel.stages.shared import (
     LAST_POLICY,
@@ -37,22 +37,22 @@ from flywheel.stages.shared import (
 )
 
 
-def work(ctx: Context, kit: Kit, questions: Sequence[str]) -> Iterator[object]:
+async def work(ctx: Context, kit: Kit, questions: Sequence[str]) -> list[object]:
     searcher, bins = kit.searcher(reviser=Role.REVISER in search_models(ctx)), difficulties(ctx)
     known = {q: known_traces(ctx, q) for q in questions}
     rival = kit.prm(PUBLISHED) if ctx.recipe.prm.published else None
     tag = f"r{ctx.round}/calibrate"
-    return try_all(kit, searcher, {q: bins[q].quantile_bin for q in questions}, known, tag, rival)
+    return await try_all(kit, searcher, {q: bins[q].quantile_bin for q in questions}, known, tag, rival)
 
 
-def try_all(
+async def try_all(
     kit: Kit,
     searcher: Searcher,
     bins: Mapping[str, int],
     known: Mapping[str, Counter[str]],
     tag: str,
     rival: Prm | None = None,
-) -> Iterator[SampleScores | Trial | Answered]:
+) -> list[SampleScores | Trial | Answered]:
     """A Trial of each strategy of the recipe on each question of `bins` (id -> bin), and scores for the probe's edges.
 
     known: votes by verified trace that a question has before; see `Trial.verified`. rival: judges the draws of
@@ -61,35 +61,31 @@ def try_all(
     wanted = [item for item in strategies(kit.recipe.calibrate) if searcher.can(item[1])]
     enough = kit.recipe.harvest.min_votes
 
-    async def one(question: str) -> tuple[list[tuple[int, Strategy, Outcome]], list, dict[str, Candidate]]:
+    async def one(question: str) -> list[SampleScores | Trial | Answered]:
         asked = kit.problems[question].question
         outcomes = await search_all(wanted, asked, searcher, tag=tag)
         drawn = [o.candidates for _, s, o in outcomes if isinstance(s, BestOfN) and s == BestOfN(s.n)]
         again = await judge(asked, max(drawn, key=len), rival) if rival and drawn else ()
-        return outcomes, drawn, {c.solution.id: c for c in again}
-
-    for question, (outcomes, drawn, again) in kit.each(bins, one):
+        again, rows = {c.solution.id: c for c in again}, []
         if drawn:  # as the probe draws
-            yield SampleScores(question, tuple(c.score for c in max(drawn, key=len)))
+            rows.append(SampleScores(question, tuple(c.score for c in max(drawn, key=len))))
         distinct = {c.solution.id: c.solution for _, _, o in outcomes for c in o.candidates}
-        correct = kit.correct(distinct.values())
+        correct = await kit.correct(distinct.values())
         for budget, strategy, outcome in outcomes:
             solutions = [c.solution for c in outcome.candidates]
             before, won = known[question], votes(s for s in solutions if correct[s.id])
-            yield Trial(
-                question_id=question,
-                bin=bins[question],
-                budget=budget,
-                strategy=strategy,
-                correct=bool(answer_is_right(outcome.answer, solutions, correct)),
-                verified=sum(before[text] < enough <= before[text] + count for text, count in won.items()),
-                tokens=outcome.tokens,
-            )
+            verified = sum(before[text] < enough <= before[text] + count for text, count in won.items())
+            right = bool(answer_is_right(outcome.answer, solutions, correct))
+            rows.append(Trial(question, bins[question], budget, strategy, right, verified, outcome.tokens))
         for candidates in drawn if rival else ():
             judged = [again[c.solution.id] for c in candidates]
             answer = weighted([c.solution.answer for c in judged], [c.score for c in judged])
             right = bool(answer_is_right(answer, [c.solution for c in judged], correct))
-            yield Answered(question, by_rival(len(judged)), right, sum(c.cost + c.score_cost for c in judged))
+            tokens = sum(c.cost + c.score_cost for c in judged)
+            rows.append(Answered(question, by_rival(len(judged)), right, tokens))
+        return rows
+
+    return await kit.each(bins, one)
 
 
 def by_rival(n: int) -> str:

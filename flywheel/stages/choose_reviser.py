@@ -11,15 +11,18 @@ rejected; if all are, the round has no reviser.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 
 from flywheel.measure.health import COPIES, copies
+from flywheel.models.stepping import stream
 from flywheel.records import Grade, ModelRef, Role, Solution, Split
 from flywheel.runs.run import Context
 from flywheel.runs.stage import Input, Stage
 from flywheel.search.revise import Revise
-from flywheel.stages.kit import Kit, kit
+from flywheel.stages.kit import Kit, kit, runtime_adapters
 from flywheel.stages.shared import by_question, ids
 
 
@@ -39,39 +42,65 @@ def model(ctx: Context, checkpoint: dict) -> ModelRef:
 
 
 class OneAtATime:
-    """Holds the kit of one checkpoint; the engine of the previous checkpoint is closed first."""
+    """Holds the kit of one checkpoint, with its adapter merged; the engine of the one before is closed first."""
 
     def __init__(self, ctx: Context, stack: ExitStack):
         self.ctx, self.stack, self.step, self.kit = ctx, stack, None, None
 
-    def at(self, checkpoint: dict) -> Kit:
+    def at(self, checkpoint: dict) -> tuple[Kit, str]:
         if checkpoint["step"] != self.step:
             self.stack.close()
             models = {Role.REVISER: model(self.ctx, checkpoint)}
             self.kit = self.stack.enter_context(kit(self.ctx, models, Split.VALIDATION))
             self.step = checkpoint["step"]
-        return self.kit
+        return self.kit, Role.REVISER
+
+    def stream(self, source: Callable, full: Callable[[], bool]) -> None:
+        """One chunk at a time: the next may want another engine."""
+        stream(source, lambda: True, lambda: self.kit is not None and self.kit.backend.step())
+
+
+@dataclass(frozen=True)
+class AllAtOnce:
+    """One engine that serves the adapters of all checkpoints."""
+
+    kit: Kit
+
+    def at(self, checkpoint: dict) -> tuple[Kit, str]:
+        return self.kit, key(checkpoint)
+
+    def stream(self, source: Callable, full: Callable[[], bool]) -> None:
+        self.kit.stream(source, full)
+
+
+def key(checkpoint: dict) -> str:
+    return f"{Role.REVISER}:{checkpoint['step']}"
 
 
 @contextmanager
-def open_kits(ctx: Context) -> Iterator[OneAtATime]:
-    with ExitStack() as stack:
-        yield OneAtATime(ctx, stack)
+def open_kits(ctx: Context) -> Iterator[OneAtATime | AllAtOnce]:
+    if runtime_adapters(ctx.recipe):
+        with kit(ctx, {key(c): model(ctx, c) for c in checkpoints(ctx)}, Split.VALIDATION) as opened:
+            yield AllAtOnce(opened)
+    else:
+        with ExitStack() as stack:
+            yield OneAtATime(ctx, stack)
 
 
-def work(ctx: Context, kits: OneAtATime, items: Sequence[str]) -> Iterator[object]:
+async def work(ctx: Context, kits: OneAtATime | AllAtOnce, items: Sequence[str]) -> list[object]:
     """Graded revision chains of each checkpoint."""
-    spec = ctx.recipe.reviser
+    spec, records = ctx.recipe.reviser, []
     strategy = Revise(length=spec.probe_attempts, select="majority", context=spec.context)
     wanted: dict[int, list[str]] = {}
     for step, _, question in (item.partition("|") for item in items):
         wanted.setdefault(int(step), []).append(question)
     for checkpoint in checkpoints(ctx):
         if questions := wanted.get(checkpoint["step"]):
-            kit = kits.at(checkpoint)
-            searcher = kit.searcher(policy=False, prm=None)
+            kit, reviser = kits.at(checkpoint)
+            searcher = replace(kit.searcher(policy=False, prm=None, reviser=False), reviser=kit.engine(reviser))
             tag = f"r{ctx.round}/step{checkpoint['step']}"
-            yield from kit.search_all(questions, searcher, lambda question: strategy, tag)
+            records += await kit.each(questions, partial(kit.searched, searcher=searcher, strategy=strategy, tag=tag))
+    return records
 
 
 def finish(ctx: Context) -> dict:

@@ -8,7 +8,7 @@ answer: what a served model gives, and the cheapest answer that a search has to 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from flywheel.measure.bins import fixed_bins, migration, migration_null
 from flywheel.measure.diversity import diversity
@@ -21,12 +21,20 @@ from flywheel.stages.kit import Kit, kit
 from flywheel.stages.shared import answer_is_right, ids, interval, judged, rate, tallies, test_rates, verdict_counts
 
 
-def work(ctx: Context, kit: Kit, questions: Sequence[str]) -> Iterator[object]:
-    counts = dict.fromkeys(questions, ctx.recipe.evaluate.samples)
-    for purpose in ("bin", "evaluate") if ctx.round == 0 else ("evaluate",):
-        yield from kit.sample_all(counts, purpose=purpose, tag=f"r{ctx.round}/{purpose}")
-    once = dict.fromkeys(questions, 1)
-    yield from kit.sample_all(once, purpose="greedy", tag=f"r{ctx.round}/greedy", temperature=0.0)
+async def work(ctx: Context, kit: Kit, questions: Sequence[str]) -> list[object]:
+    count = ctx.recipe.evaluate.samples
+    sets: dict[str, tuple[int, dict]] = {"evaluate": (count, {}), "greedy": (1, {"temperature": 0.0})}
+    if ctx.round == 0:
+        sets = {"bin": (count, {}), **sets}
+
+    async def one(question: str) -> list[object]:
+        async def drawn(purpose: str) -> list[object]:
+            count, changes = sets[purpose]
+            return await kit.sampled(question, count, purpose=purpose, tag=f"r{ctx.round}/{purpose}", **changes)
+
+        return await kit.each(sets, drawn)
+
+    return await kit.each(questions, one)
 
 
 def finish(ctx: Context) -> dict:

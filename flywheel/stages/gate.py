@@ -7,7 +7,7 @@ The old policy's samples come from the sample stage; the new policy draws as man
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from flywheel.measure import health
 from flywheel.measure.stats import paired_gain
@@ -28,9 +28,9 @@ def items(ctx: Context) -> list[str]:
     return ids(ctx, Split.CALIBRATE)
 
 
-def work(ctx: Context, kit: Kit, questions: Sequence[str]) -> Iterator[object]:
-    counts = dict.fromkeys(questions, ctx.recipe.sample.calibrate)
-    return kit.sample_all(counts, purpose="gate", tag=f"r{ctx.round}/after")
+async def work(ctx: Context, kit: Kit, questions: Sequence[str]) -> list[object]:
+    count, tag = ctx.recipe.sample.calibrate, f"r{ctx.round}/after"
+    return await kit.each(questions, lambda question: kit.sampled(question, count, purpose="gate", tag=tag))
 
 
 def finish(ctx: Context) -> dict:

@@ -13,13 +13,12 @@ from typing import NamedTuple
 
 from flywheel.problems.grading import load_function
 from flywheel.recipe import HarvestSpec
-from flywheel.records import Harvested, Role, Solution, Split, Verdict
+from flywheel.records import Grade, Harvested, Role, Solution, Split, Verdict
 from flywheel.runs.files import stream_table, write_table
 from flywheel.runs.run import Context
 from flywheel.runs.stage import Input, Stage
 from flywheel.search.best_of_n import BestOfN
 from flywheel.search.plan import Plan
-from flywheel.search.strategy import Strategy
 from flywheel.stages.kit import Kit, kit
 from flywheel.stages.shared import (
     LAST_POLICY,
@@ -37,26 +36,22 @@ from flywheel.stages.shared import (
 SOURCES = ("sample", "harvest")  # the stages whose verified solutions are kept
 
 
-def work(ctx: Context, kit: Kit, questions: Sequence[str]) -> Iterator[object]:
+async def work(ctx: Context, kit: Kit, questions: Sequence[str]) -> list[object]:
     plan = Plan.from_dict(ctx.figures("calibrate")["harvest"])
     bins, budget = difficulties(ctx), ctx.recipe.harvest.budget
-    searcher = kit.searcher(reviser=Role.REVISER in search_models(ctx))
+    searcher, spec = kit.searcher(reviser=Role.REVISER in search_models(ctx)), ctx.recipe.harvest
 
-    def strategy(question: str) -> Strategy:
-        return plan.strategy(bins[question].quantile_bin, budget)
+    async def one(question: str) -> list[object]:
+        strategy = plan.strategy(bins[question].quantile_bin, budget)
+        made = await kit.searched(question, searcher, strategy, f"r{ctx.round}/harvest")
+        correct = {record.solution_id for record in made if isinstance(record, Grade) and record.correct}
+        right = [s for s, verdict in sampled(ctx, question) if verdict is Verdict.CORRECT]
+        right += [record for record in made if isinstance(record, Solution) and record.id in correct]
+        if spec.extra and most_votes(spec, right) < spec.min_votes:
+            made += await kit.searched(question, searcher, BestOfN(spec.extra, "majority"), f"r{ctx.round}/extra")
+        return made
 
-    right = {q: [s for s, verdict in sampled(ctx, q) if verdict is Verdict.CORRECT] for q in questions}
-    made: dict[str, Solution] = {}
-    for record in kit.search_all(questions, searcher, strategy, f"r{ctx.round}/harvest"):
-        if isinstance(record, Solution):
-            made[record.id] = record
-        elif record.correct:
-            right[record.question_id].append(made[record.solution_id])
-        yield record
-    if extra := ctx.recipe.harvest.extra:
-        few = [q for q in questions if most_votes(ctx.recipe.harvest, right[q]) < ctx.recipe.harvest.min_votes]
-        more = BestOfN(extra, select="majority")
-        yield from kit.search_all(few, searcher, lambda question: more, f"r{ctx.round}/extra")
+    return await kit.each(questions, one)
 
 
 def most_votes(spec: HarvestSpec, right: Sequence[Solution]) -> int:

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from flywheel.errors import UserError
 from flywheel.ledger import Ledger
 from flywheel.models import published
 from flywheel.models.backend import open_backend
-from flywheel.models.driver import Backend
+from flywheel.models.driver import Backend, drawing
 from flywheel.models.engine import Engine, Sampling
-from flywheel.models.prm import Prm, label_ids
+from flywheel.models.prm import Prm, label_ids, together
 from flywheel.models.prompts import Prompts
 from flywheel.models.steps import Reader
 from flywheel.models.weights import MAX_LORA_RANK, check_heads, check_length, check_targets, judge_fault, load_tokenizer
@@ -30,6 +29,7 @@ from flywheel.search.run import search
 from flywheel.search.strategy import Searcher, Strategy
 
 PUBLISHED = "prm:published"
+WINDOW = 4  # sequences kept in flight, in units of engine.max_running
 ON_GPU = Path("/dev/nvidiactl").exists()  # found without opening it
 T = TypeVar("T")
 R = TypeVar("R")
@@ -102,10 +102,15 @@ def check_batches(recipe: Recipe, ranks: int) -> None:
             raise UserError(f"{key}.batch_size: {batch} cannot be shared by {ranks} processes; take a multiple of it")
 
 
+def runtime_adapters(recipe: Recipe) -> bool:
+    """Whether one engine serves a base with all its adapters."""
+    wanted = recipe.engine.adapters == "runtime" or (recipe.engine.adapters == "auto" and ON_GPU)
+    return recipe.engine.kind == "vllm" and wanted
+
+
 def check_lora_rank(recipe: Recipe) -> None:
     """Raises UserError if adapters are served at run time and vLLM takes none of `model.lora_rank`."""
-    runtime = recipe.engine.adapters == "runtime" or (recipe.engine.adapters == "auto" and ON_GPU)
-    if recipe.engine.kind == "vllm" and runtime and recipe.model.lora_rank > MAX_LORA_RANK:
+    if runtime_adapters(recipe) and recipe.model.lora_rank > MAX_LORA_RANK:
         raise UserError(
             f"model.lora_rank: {recipe.model.lora_rank} is more than vLLM serves at run time ({MAX_LORA_RANK});"
             " lower it, or set engine.adapters=merged"
@@ -151,7 +156,8 @@ class Kit:
     reader: Reader
     grader: Grader
     problems: dict[str, Problem]
-    verdicts: Counter[str]  # on all solutions that were graded
+    ledger: Ledger  # its verdicts are those on all solutions that were graded
+    grading: int = 0  # solutions whose grades are waited for
 
     def engine(self, key: str = Role.POLICY) -> Engine:
         return self.backend.engine(key)
@@ -175,10 +181,25 @@ class Kit:
             head=Head(self.engine(Role.HEAD), self.prompts, self.recipe.calibrate.bins) if head else None,
         )
 
-    def each(self, items: Iterable[T], work: Callable[[T], Awaitable[R]]) -> Iterator[tuple[T, R]]:
-        """Run `work` on all items concurrently; yields (item, result) in the order of `items`."""
+    def run(self, items: Iterable[T], work: Callable[[T], Awaitable[R]]) -> list[tuple[T, R]]:
+        """Run `work` on all items concurrently; (item, result) in the order of `items`."""
         items = list(items)
-        return zip(items, self.backend.run(items, work))
+        return list(zip(items, self.backend.run(items, work)))
+
+    def stream(
+        self, source: Callable[[], Coroutine[Any, Any, None] | None], full: Callable[[], bool] = lambda: False
+    ) -> None:
+        """Run the coroutines that `source` gives, so many at a time that the engines never wait for sequences.
+
+        See `models.stepping.stream`. Solutions that are being graded count as sequences, or they could pile up.
+        """
+        enough = WINDOW * self.recipe.engine.max_running
+        self.backend.stream(source, lambda: full() or self.backend.sequences + self.grading >= enough)
+
+    async def each(self, items: Iterable[T], work: Callable[[T], Awaitable[Iterable[object]]]) -> list[object]:
+        """The records that `work` makes of each item, in the order of `items`; all items concurrently."""
+        with drawing(""):  # prompts of different questions differ
+            return [record for made in await together(map(work, items)) for record in made]
 
     def sampling(self, **changes: object) -> Sampling:
         """Sampling parameters for a whole solution, with `changes`."""
@@ -202,41 +223,31 @@ class Kit:
             for i, done in enumerate(completions)
         ]
 
-    def sample_all(self, counts: Mapping[str, int], *, purpose: str, tag: str, **changes) -> Iterator[Solution | Grade]:
-        """Sample `counts[id]` solutions of each question; yields a question's solutions, then their grades.
+    async def sampled(self, question: str, n: int, *, purpose: str, tag: str, **changes) -> list[Solution | Grade]:
+        """`n` solutions of the question with that id, and their grades; `changes` as for `sampling`."""
+        found = await self.solutions(self.problems[question].question, n, purpose=purpose, tag=tag, **changes)
+        return [*found, *await self.grade(found)]
 
-        `changes` as for `sampling`.
-        """
+    async def searched(self, question: str, searcher: Searcher, strategy: Strategy, tag: str) -> list[Solution | Grade]:
+        """All candidates of a search of the question with that id, and their grades."""
+        outcome = await search(strategy, self.problems[question].question, searcher, tag=tag)
+        found = [candidate.solution for candidate in outcome.candidates]
+        return [*found, *await self.grade(found)]
 
-        async def one(question: str) -> list[Solution]:
-            item = self.problems[question].question
-            return await self.solutions(item, counts[question], purpose=purpose, tag=tag, **changes)
-
-        for _, solutions in self.each(counts, one):
-            yield from solutions
-            yield from self.grade(solutions)
-
-    def search_all(
-        self, questions: Iterable[str], searcher: Searcher, strategy: Callable[[str], Strategy], tag: str
-    ) -> Iterator[Solution | Grade]:
-        """Search each question by `strategy(id)`; yields all candidates of a question, then their grades."""
-
-        async def one(question: str) -> list[Solution]:
-            outcome = await search(strategy(question), self.problems[question].question, searcher, tag=tag)
-            return [candidate.solution for candidate in outcome.candidates]
-
-        for _, solutions in self.each(questions, one):
-            yield from solutions
-            yield from self.grade(solutions)
-
-    def grade(self, solutions: Sequence[Solution]) -> list[Grade]:
-        grades = self.grader.verdicts([(self.problems[s.question_id], s) for s in solutions])
-        self.verdicts.update(str(grade.verdict) for grade in grades)
+    async def grade(self, solutions: Iterable[Solution]) -> list[Grade]:
+        """A grade for each solution; the engines go on meanwhile."""
+        pairs = [(self.problems[s.question_id], s) for s in solutions]
+        self.grading += len(pairs)
+        try:
+            grades = await self.grader.grade(pairs)
+        finally:
+            self.grading -= len(pairs)
+        self.ledger.current.verdicts.update(str(grade.verdict) for grade in grades)
         return grades
 
-    def correct(self, solutions: Iterable[Solution]) -> dict[str, bool]:
+    async def correct(self, solutions: Iterable[Solution]) -> dict[str, bool]:
         """Solution id -> whether it is correct."""
-        return {grade.solution_id: grade.correct for grade in self.grade(list(solutions))}
+        return {grade.solution_id: grade.correct for grade in await self.grade(solutions)}
 
 
 def published_model(run: Run) -> dict[str, ModelRef]:
@@ -246,18 +257,8 @@ def published_model(run: Run) -> dict[str, ModelRef]:
 
 
 @contextmanager
-def open_kit(
-    run: Run,
-    models: Mapping[str, ModelRef],
-    *splits: Split,
-    ledger: Ledger,
-    seed: int,
-    verdicts: Counter[str] | None = None,
-) -> Iterator[Kit]:
-    """Open the engines of `models` and the problems of `splits`, if any; closes all engines on exit.
-
-    `verdicts` counts those on the solutions that the kit grades.
-    """
+def open_kit(run: Run, models: Mapping[str, ModelRef], *splits: Split, ledger: Ledger, seed: int) -> Iterator[Kit]:
+    """Open the engines of `models` and the problems of `splits`, if any; closes all engines on exit."""
     prompts, reader = prompts_and_reader(run)
     problems = {p.id: p for p in run.problems(*splits)} if splits else {}
     judges = {key for key, ref in models.items() if key.partition(":")[0] == Role.PRM and not ref.labels}
@@ -266,13 +267,11 @@ def open_kit(
     with TemporaryDirectory(prefix="flywheel-") as scratch, Grader(run.recipe.problems) as grader:
         backend = open_backend(run.recipe.engine, models, ledger, seed % 2**31, Path(scratch))
         try:
-            yield Kit(
-                run.recipe, backend, prompts, reader, grader, problems, Counter() if verdicts is None else verdicts
-            )
+            yield Kit(run.recipe, backend, prompts, reader, grader, problems, ledger)
         finally:
             backend.close()
 
 
 def kit(ctx: Context, models: Mapping[str, ModelRef], *splits: Split):
-    """`open_kit` for a stage, with the stage's ledger and verdicts and a seed from run, round and stage."""
-    return open_kit(ctx, models, *splits, ledger=ctx.ledger, seed=ctx.seed("engine"), verdicts=ctx.verdicts)
+    """`open_kit` for a stage, with the stage's ledger and a seed from run, round and stage."""
+    return open_kit(ctx, models, *splits, ledger=ctx.ledger, seed=ctx.seed("engine"))

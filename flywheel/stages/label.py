@@ -7,7 +7,7 @@ solutions share is rolled out once; the value after the last step is the solutio
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from flywheel.errors import UserError
 from flywheel.models.prm import together
@@ -82,26 +82,28 @@ async def roll_out(ctx: Context, kit: Kit, question: str, prefix: Tokens) -> lis
     ]
 
 
-def work(ctx: Context, kit: Kit, questions: Sequence[str]) -> Iterator[object]:
-    """Step values of the chosen solutions. Grading follows all rollouts, so a slow check never idles the engine."""
-    picked = {question: chosen(ctx, question) for question in questions}
+async def value(ctx: Context, kit: Kit, question: str, prefix: Tokens) -> float:
+    """The share of correct ones among the rollouts that are decided; 0.0 if none is."""
+    grades = await kit.grade(await roll_out(ctx, kit, question, prefix))
+    decided = [grade.correct for grade in grades if grade.verdict is not Verdict.UNDECIDED]
+    return sum(decided) / len(decided) if decided else 0.0
 
-    async def one(question: str) -> dict[Tokens, list[Solution]]:
-        wanted = list(dict.fromkeys(prefix for solution, _ in picked[question] for prefix in prefixes(solution)))
-        rollouts = await together(roll_out(ctx, kit, question, prefix) for prefix in wanted)
-        return dict(zip(wanted, rollouts))
 
-    drawn = list(kit.each(questions, one))
-    graded = iter(kit.grade([end for _, rolled in drawn for ends in rolled.values() for end in ends]))
-    for question, rolled in drawn:
-        values = {}
-        for prefix, ends in rolled.items():
-            decided = [g.correct for g in [next(graded) for _ in ends] if g.verdict is not Verdict.UNDECIDED]
-            values[prefix] = sum(decided) / len(decided) if decided else 0.0
-        for solution, right in picked[question]:
+async def work(ctx: Context, kit: Kit, questions: Sequence[str]) -> list[object]:
+    """Step values of the chosen solutions."""
+
+    async def one(question: str) -> list[object]:
+        picked = chosen(ctx, question)
+        wanted = list(dict.fromkeys(prefix for solution, _ in picked for prefix in prefixes(solution)))
+        values = dict(zip(wanted, await together(value(ctx, kit, question, prefix) for prefix in wanted)))
+        rows = []
+        for solution, right in picked:
             steps = [values[prefix] for prefix in prefixes(solution)]
             rollouts = (ctx.recipe.label.rollouts,) * len(steps)
-            yield StepValues(solution.id, question, (*steps, float(right)), (*rollouts, 0))
+            rows.append(StepValues(solution.id, question, (*steps, float(right)), (*rollouts, 0)))
+        return rows
+
+    return await kit.each(questions, one)
 
 
 def finish(ctx: Context) -> dict:

@@ -82,7 +82,7 @@ def generated(kit: Kit, problems: list[Problem]) -> tuple[list[Completion], floa
             prompt = kit.prompts.solve(problem.question, engine.bare)
             return await engine.generate(prompt, kit.sampling(max_tokens=most), purpose="rehearsal", n=SAMPLES)
 
-        return [one for _, drawn in kit.each(problems, some) for one in drawn]
+        return [one for _, drawn in kit.run(problems, some) for one in drawn]
 
     draw(1)
     while True:
@@ -105,7 +105,7 @@ def reading(kit: Kit, problem: Problem, texts: list[tuple[int, ...]]) -> float:
     for count in (16, len(texts)):  # first a few, for an engine that would need minutes for all
         batch = [chance.sample(text, len(text))[:room] for text in texts[:count]]
         started = time.monotonic()
-        list(kit.each(batch, read))
+        kit.run(batch, read)
         seconds = max(time.monotonic() - started, 1e-9)
         if seconds * len(texts) / len(batch) > SECONDS:
             break
@@ -165,11 +165,11 @@ def serve(recipe: Recipe, out: Path) -> dict[str, float]:
         opened = (time.monotonic() - started) / len(models)
         fitting = (problem for problem in kit.problems.values() if not too_long(recipe, kit.prompts, problem))
 
-        async def one(problem: Problem) -> list:
-            return await search_all(wanted, problem.question, kit.searcher(), tag="rehearsal")
+        async def one(problem: Problem) -> None:
+            outcomes = await search_all(wanted, problem.question, kit.searcher(), tag="rehearsal")
+            await kit.grade(candidate.solution for _, _, outcome in outcomes for candidate in outcome.candidates)
 
-        for _, outcomes in kit.each(islice(fitting, 1), one):
-            kit.grade([candidate.solution for _, _, outcome in outcomes for candidate in outcome.candidates])
+        kit.run(islice(fitting, 1), one)
     return {"open": opened, "serve_memory": peak()}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from flywheel.records import Role, Split
 from flywheel.runs.run import Context
@@ -14,11 +14,15 @@ from flywheel.stages.shared import LAST_POLICY, difficulties, ids, tallies, verd
 SPLITS = (Split.TRAIN, Split.CALIBRATE)
 
 
-def work(ctx: Context, kit: Kit, questions: Sequence[str]) -> Iterator[object]:
+async def work(ctx: Context, kit: Kit, questions: Sequence[str]) -> list[object]:
     spec = ctx.recipe.sample
     sizes = {Split.TRAIN: spec.per_question, Split.CALIBRATE: spec.calibrate}
-    counts = {question: sizes[kit.problems[question].split] for question in questions}
-    return kit.sample_all(counts, purpose="sample", tag=f"r{ctx.round}")
+
+    async def one(question: str) -> list[object]:
+        count = sizes[kit.problems[question].split]
+        return await kit.sampled(question, count, purpose="sample", tag=f"r{ctx.round}")
+
+    return await kit.each(questions, one)
 
 
 def finish(ctx: Context) -> dict:

@@ -9,7 +9,7 @@ as a control for its pass@1 by attempt, revisions with another question's attemp
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
@@ -192,7 +192,7 @@ class OneQuestion:
         return await together(map(attempt, range(2, self.spec.revise_attempts + 1)))
 
 
-def work(ctx: Context, kit: Kit, questions: Sequence[str]) -> Iterator[object]:
+async def work(ctx: Context, kit: Kit, questions: Sequence[str]) -> list[object]:
     searcher = kit.searcher(reviser=Role.REVISER in search_models(ctx), head=bool(head_model(ctx)))
     samples, greedy = (test_solutions(ctx, ctx.round - 1, purpose, questions) for purpose in ("evaluate", "greedy"))
     sampled, once = (test_grades(ctx, ctx.round - 1, purpose, questions) for purpose in ("evaluate", "greedy"))
@@ -200,31 +200,30 @@ def work(ctx: Context, kit: Kit, questions: Sequence[str]) -> Iterator[object]:
     plan = Plan.from_dict(calibrated["serve"])
     simplest = from_dict(calibrated["simplest"][str(ctx.recipe.evaluate.budget)])
     plan.check_models(model_names(search_models(ctx)))
-    bins, edges = oracle_bins(ctx), ctx.figures("calibrate")["probe_edges"]
+    bins, edges = oracle_bins(ctx), calibrated["probe_edges"]
     searches = {q: OneQuestion(ctx, kit, searcher, kit.problems[q], plan, simplest) for q in questions}
     others = dict(zip(questions, [*questions[1:], questions[0]]))
 
-    async def one(question: str) -> tuple[dict[str, Found], list[float], list[Solution]]:
+    async def one(question: str) -> list[object]:
         mine, other = searches[question], searches[others[question]]
         wanted: list = [mine.all(samples[question], *greedy[question], bins[question], edges)]
         if searcher.reviser:
             wanted += [mine.chain(), mine.parallel()]
         if searcher.reviser and mine is not other:  # equal if the chunk holds one question
             wanted.append(mine.control(other, ctx.recipe.reviser.context))
-        (found, scores), *attempts = await together(wanted)
-        return found, scores, [s for group in attempts for s in group]
-
-    for question, (answered, scores, attempts) in kit.each(questions, one):
+        (answered, scores), *groups = await together(wanted)
+        attempts = [s for group in groups for s in group]
         correct = {g.solution_id: g.correct for g in (*sampled[question], *once[question])}
         drawn = {s.id: s for found in answered.values() for s in found.solutions} | {s.id: s for s in attempts}
-        fresh = {g.solution_id: g for g in kit.grade([s for s in drawn.values() if s.id not in correct])}
+        fresh = {g.solution_id: g for g in await kit.grade(s for s in drawn.values() if s.id not in correct)}
         correct |= {id: g.correct for id, g in fresh.items()}
+        rows: list[object] = []
         for method, found in answered.items():
             right = bool(answer_is_right(found.answer, found.solutions, correct))
-            yield Answered(question, method, right, found.tokens)
-        yield SampleScores(question, tuple(scores))
-        yield from attempts
-        yield from (fresh[s.id] for s in attempts)
+            rows.append(Answered(question, method, right, found.tokens))
+        return [*rows, SampleScores(question, tuple(scores)), *attempts, *(fresh[s.id] for s in attempts)]
+
+    return await kit.each(questions, one)
 
 
 @lru_cache(maxsize=1)  # called for every chunk

@@ -27,7 +27,8 @@ def try_out(kit: Kit, problems: Sequence[Problem], force: bool = False) -> list[
     recipe, fitting = kit.recipe, sorted(problem.id for problem in problems)
     asked = random.Random(recipe.seed).sample(fitting, min(QUESTIONS, len(fitting)))
     started = time.monotonic()
-    made = list(kit.sample_all(dict.fromkeys(asked, SAMPLES), purpose="try", tag="try"))
+    drawn = kit.run(asked, lambda question: kit.sampled(question, SAMPLES, purpose="try", tag="try"))
+    made = [record for _, records in drawn for record in records]
     seconds = time.monotonic() - started
     solutions = [record for record in made if isinstance(record, Solution)]
     grades = [record for record in made if isinstance(record, Grade)]
@@ -36,7 +37,7 @@ def try_out(kit: Kit, problems: Sequence[Problem], force: bool = False) -> list[
         problem = kit.problems[solution.question_id]
         gold = gym.plain(problem.answer) if recipe.problems.format == "reasoning_gym" else problem.answer
         print(as_read(problem, gold, solution, grade.verdict))
-    shares = ", ".join(f"{verdict} {count / len(grades):.0%}" for verdict, count in sorted(kit.verdicts.items()))
+    shares = ", ".join(f"{verdict} {count / len(grades):.0%}" for verdict, count in sorted(kit.ledger.verdicts.items()))
     length = sum(len(solution.tokens) for solution in solutions) / len(solutions)
     print(f"try-out: {shares}; {length:.0f} tokens a solution, {seconds:.1f} s", flush=True)
     if (line := fault(solutions, grades)) and not force:

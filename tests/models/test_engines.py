@@ -12,8 +12,8 @@ import torch
 from flywheel.errors import EngineDied, TooLong
 from flywheel.ledger import Ledger, total
 from flywheel.models.backend import open_backend
+from flywheel.models.driver import drawing
 from flywheel.models.engine import Sampling
-from flywheel.models.vllm_cpu import RunSeed
 from flywheel.recipe import EngineSpec, SampleSpec
 from flywheel.records import Finish, ModelRef, Role
 from tests import micro
@@ -364,21 +364,19 @@ def test_scoring_is_charged_once_for_a_pass_and_once_for_each_read(served):
         assert backend.engine(key).score_tokens(reads) == row["scored"] + row["generated"]
 
 
-def test_a_chunk_draws_the_same_in_any_process_and_anew_when_asked_again(served, monkeypatch):
+def test_a_question_draws_the_same_whatever_else_is_in_the_batch(served):
     backend, _ = served
 
-    def draw(process, items):
-        monkeypatch.setattr(backend, "_on_run", process.start_run)
-        for device in backend._devices:
-            monkeypatch.setattr(device, "run_seed", process)
-        engine = backend.engine(Role.POLICY)
-        return results(backend, items, lambda i: engine.generate(PROMPTS[i], Sampling(10), purpose="sample", n=4))
+    def draw(items, what="x"):
+        async def one(i):
+            with drawing(f"{what}/{i}"):
+                return await backend.engine(Role.POLICY).generate(PROMPTS[i], Sampling(10), purpose="sample", n=4)
 
-    first, other = RunSeed(7, 1), RunSeed(7, 1)  # of two processes
-    draw(other, [5, 4])  # which have another history
-    one, two, again = draw(first, range(4)), draw(other, range(4)), draw(other, range(4))
-    assert one == two != again
-    assert draw(RunSeed(8, 1), range(4)) != one
+        return results(backend, items, one)
+
+    whole = draw(range(len(PROMPTS)))
+    assert draw([2]) | draw([3, 1]) == {i: whole[i] for i in (1, 2, 3)}
+    assert draw([2], "y")[2] != whole[2] and len({done.tokens for drawn in whole.values() for done in drawn}) > 4
 
 
 def test_an_exception_in_work_propagates_and_leaves_the_engine_usable(served):

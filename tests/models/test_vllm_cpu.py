@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -77,3 +78,10 @@ def test_another_version_of_vllm_goes_without_and_says_so_once(another_version, 
     [record] = caplog.records
     assert "0.99.0+cpu is not 0.32.0" in record.getMessage()
     assert "a note of native code" in capfd.readouterr().err
+
+
+def test_all_engines_of_a_gpu_share_its_memory(monkeypatch):
+    monkeypatch.setattr(vllm, "current_platform", SimpleNamespace(is_cpu=lambda: False))
+    for workers, engines, share in ((0, 1, 0.8), (1, 2, 0.4), (2, 2, 0.2)):
+        spec = EngineSpec(gpu_memory=0.8, workers=workers)
+        assert vllm.engine_arguments(spec, "base", engines=engines)["gpu_memory_utilization"] == pytest.approx(share)

@@ -124,16 +124,12 @@ def test_figures_become_plain_json():
 # ---- shards ----
 
 
-def write(shards: Shards, index: int, records: list) -> None:
-    shards.write(index, records, ledger=lambda: [], seconds=lambda: 0.0)
-
-
 def drawn(shards: Shards) -> list[int]:
     return list(iter(shards.draw, None))
 
 
 def test_alone_a_process_draws_the_chunks_that_are_missing(tmp_path):
-    write(Shards(tmp_path, [["a"], ["b"], ["c"]]), 1, [SOLUTION])
+    Shards(tmp_path, [["a"], ["b"], ["c"]]).write(1, [SOLUTION])
     shards = Shards(tmp_path, [["a"], ["b"], ["c"]])
     assert drawn(shards) == [0, 2] and shards.draw() is None
 
@@ -147,13 +143,13 @@ def test_in_a_launch_chunks_are_drawn_by_its_counter_past_those_that_rank_0_name
 
 def test_a_chunk_that_another_launch_wrote_meanwhile_is_done(tmp_path):
     mine, theirs = Shards(tmp_path, [["a"]]), Shards(tmp_path, [["a"]])
-    write(theirs, 0, [SOLUTION])
+    theirs.write(0, [SOLUTION])
     written = (tmp_path / "shards" / "00000").stat().st_ino
-    write(mine, 0, [SOLUTION])
+    mine.write(0, [SOLUTION])
     assert [(p.name, p.stat().st_ino) for p in (tmp_path / "shards").iterdir()] == [("00000", written)]
     (tmp_path / "shards" / "00000" / "Solution.parquet").write_text("half")
     with pytest.raises(Damaged, match="delete .*00000 to make this chunk again"):
-        write(mine, 0, [SOLUTION])
+        mine.write(0, [SOLUTION])
 
 
 def test_leftovers_of_a_dead_writer_are_swept_and_never_read(tmp_path):
@@ -162,14 +158,14 @@ def test_leftovers_of_a_dead_writer_are_swept_and_never_read(tmp_path):
     (tmp_path / "shards" / ".00000.999" / "Solution.parquet").write_text("half")
     assert shards.done() == [] and shard_dirs(tmp_path) == []
     while (index := shards.draw()) is not None:
-        write(shards, index, [SOLUTION])
+        shards.write(index, [SOLUTION])
     assert [p.name for p in (tmp_path / "shards").iterdir()] == ["00000"]
 
 
 def test_shards_of_other_items_are_refused(tmp_path):
     shards = Shards(tmp_path, [["a"], ["b"]])
     while (index := shards.draw()) is not None:
-        write(shards, index, [SOLUTION])
+        shards.write(index, [SOLUTION])
     with pytest.raises(Damaged, match="holds other items"):
         Shards(tmp_path, [["a", "b"]])
 

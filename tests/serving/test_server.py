@@ -90,8 +90,8 @@ class OneByOne(Say):
         return future
 
     @property
-    def busy(self) -> bool:
-        return any(not future.done() for future, *_ in getattr(self, "made", []))
+    def sequences(self) -> int:
+        return sum(not future.done() for future, *_ in getattr(self, "made", []))
 
     def step(self) -> None:
         [(future, ask, whole, count)] = self.made
@@ -201,8 +201,8 @@ class Slow:
         return self.device.submit(*request)
 
     @property
-    def busy(self) -> bool:
-        return self.device.busy
+    def sequences(self) -> int:
+        return self.device.sequences
 
     def step(self) -> None:
         if not self.go.is_set():

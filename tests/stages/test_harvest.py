@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ from flywheel.runs.run import Context
 from flywheel.search.best_of_n import BestOfN
 from flywheel.search.plan import Entry, Plan
 from flywheel.stages import harvest
+from flywheel.stages.kit import Kit
 
 
 def drawn(question: str, number: int, text: str) -> Solution:
@@ -62,16 +64,16 @@ def test_questions_without_a_verified_solution_get_extra_draws(extra, again, mon
         for q, group in samples.items()
     }
     plan = Plan("harvest", {}, (Entry(3, 4, BestOfN(4), 5, 1.0, 10.0),))
-    asked = []
+    asked = {}
 
-    def search_all(questions, searcher, strategy, tag):
-        asked.append({q: strategy(q) for q in questions})
-        for q in questions:
-            for attempt in (1, 2):  # two right attempts of one chain are one draw
-                made = replace(drawn(q, 9, f"attempt {attempt}"), id=f"{q}/{tag}/{attempt}", draw=f"{q}/{tag}")
-                yield made
-                verdict = Verdict.CORRECT if rights[q][1] else Verdict.INCORRECT
-                yield Grade(made.id, q, verdict, "revise")
+    async def searched(q, searcher, strategy, tag):
+        asked.setdefault(tag, {})[q] = strategy
+        verdict = Verdict.CORRECT if rights[q][1] else Verdict.INCORRECT
+        chain = [  # two right attempts of one chain are one draw
+            replace(drawn(q, 9, f"attempt {attempt}"), id=f"{q}/{tag}/{attempt}", draw=f"{q}/{tag}")
+            for attempt in (1, 2)
+        ]
+        return [*chain, *(Grade(made.id, q, verdict, "revise") for made in chain)]
 
     monkeypatch.setattr(harvest, "difficulties", lambda ctx: {q: Difficulty(q, 0.5, 3, 3) for q in rights})
     monkeypatch.setattr(harvest, "search_models", lambda ctx: {})
@@ -80,7 +82,10 @@ def test_questions_without_a_verified_solution_get_extra_draws(extra, again, mon
     ctx = SimpleNamespace(
         recipe=load("recipes/chain.yaml", settings), figures=lambda stage: {"harvest": plan.to_dict()}, round=1
     )
-    list(harvest.work(ctx, SimpleNamespace(searcher=lambda reviser: None, search_all=search_all), list(rights)))
-    assert asked[0] == dict.fromkeys(rights, BestOfN(4))
-    assert [sorted(more) for more in asked[1:]] == ([again] if again else [])
-    assert all(strategy == BestOfN(8, select="majority") for more in asked[1:] for strategy in more.values())
+    kit = Kit(*[None] * 7)
+    kit.searcher, kit.searched = lambda reviser: None, searched
+    made = asyncio.run(harvest.work(ctx, kit, list(rights)))
+    assert asked.pop("r1/harvest") == dict.fromkeys(rights, BestOfN(4))
+    more = asked.pop("r1/extra", {})
+    assert sorted(more) == again and set(more.values()) <= {BestOfN(8, select="majority")} and not asked
+    assert len(made) == 4 * (len(rights) + len(again))

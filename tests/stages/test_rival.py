@@ -10,12 +10,13 @@ from say import QUESTION, SAMPLES, TOKENIZER, VALUES, Bench, Say
 
 from flywheel.models.driver import Backend, ServedModel
 from flywheel.models.prm import Prm
-from flywheel.recipe import CalibrateSpec, StrategySpec
+from flywheel.problems.grading import Grader
+from flywheel.recipe import CalibrateSpec, ProblemSpec, StrategySpec
 from flywheel.records import Answered, Problem, Split
 from flywheel.search.best_of_n import BestOfN
 from flywheel.search.plan import Entry, Plan, Trial
 from flywheel.stages.calibrate import rival_figures, try_all
-from flywheel.stages.kit import PUBLISHED
+from flywheel.stages.kit import PUBLISHED, Kit
 from flywheel.stages.search import OneQuestion
 
 PROBLEM = Problem(QUESTION, "16", Split.CALIBRATE)
@@ -31,26 +32,27 @@ def opened(policy: list[str]):
         engine = ServedModel(key, key, 10, 256, device, bench.ledger)
         prms[key] = Prm(engine, bench.searcher.prompts, ("ok", "no"), "last")
     driver = Backend({"prm": bench.searcher.prm.engine}, [*bench.devices.values(), *devices.values()])
-    kit = SimpleNamespace(
-        prm=lambda key="prm": prms[key],
-        prompts=bench.searcher.prompts,
-        engine=lambda: bench.searcher.policy,
-        each=lambda items, work: zip(list(items), driver.run(list(items), work)),
-        correct=lambda solutions: {s.id: s.answer == "16" for s in solutions},
-        problems={QUESTION.id: PROBLEM},
-        recipe=SimpleNamespace(
-            calibrate=CalibrateSpec(strategies=[StrategySpec(kind="best_of_n")], budgets=[1, 2, 5]),
-            harvest=SimpleNamespace(min_votes=2),
-            prm=SimpleNamespace(published=object()),
-        ),
+    recipe = SimpleNamespace(
+        calibrate=CalibrateSpec(strategies=[StrategySpec(kind="best_of_n")], budgets=[1, 2, 5]),
+        harvest=SimpleNamespace(min_votes=2),
+        prm=SimpleNamespace(published=object()),
     )
+    grader = Grader(ProblemSpec(path="none"))
+    kit = Kit(recipe, driver, bench.searcher.prompts, None, grader, {QUESTION.id: PROBLEM}, bench.ledger)
+    kit.prm, kit.engine = lambda key="prm": prms[key], lambda: bench.searcher.policy
     return bench, kit, driver, devices
 
 
 def test_calibration_shows_both_prms_on_the_same_draws():
     """Of five draws 16 (0.4 each) loses to 18 (0.7 each) by the round's PRM, and wins by the published one."""
-    bench, kit, _, devices = opened(SAMPLES)
-    rows = list(try_all(kit, bench.searcher, {QUESTION.id: 1}, {QUESTION.id: Counter()}, "t", kit.prm(PUBLISHED)))
+    bench, kit, driver, devices = opened(SAMPLES)
+    known = {QUESTION.id: Counter()}
+
+    def tried(rival: Prm | None) -> list:
+        [rows] = driver.run([0], lambda _: try_all(kit, bench.searcher, {QUESTION.id: 1}, known, "t", rival))
+        return rows
+
+    rows = tried(kit.prm(PUBLISHED))
     trials, answered = ([row for row in rows if isinstance(row, kind)] for kind in (Trial, Answered))
     assert bench.devices["policy"].dealt.total() == 5 and len(devices[PUBLISHED].asked) == 3  # distinct, with an answer
     assert {row.method: row.correct for row in answered} == {
@@ -60,8 +62,7 @@ def test_calibration_shows_both_prms_on_the_same_draws():
     figures = rival_figures(trials, answered)
     assert [(row["budget"], row["own"][0], row["published"][0]) for row in figures] == [(1, 1, 1), (2, 0, 1), (5, 0, 1)]
     assert [row["published_less_own"] for row in figures] == [(0, 0, 0), (1, 1, 1), (1, 1, 1)]
-    alone = try_all(kit, bench.searcher, {QUESTION.id: 1}, {QUESTION.id: Counter()}, "t")
-    assert not [row for row in alone if isinstance(row, Answered)]
+    assert not [row for row in tried(None) if isinstance(row, Answered)]
 
 
 def test_search_selects_from_the_samples_by_every_verifier():
