@@ -138,14 +138,14 @@ class Flow:
         self.opened.drop()
         done = set(self.shards.done())  # a shard that was being written is whole
         self.ledgers = {index: ledger for index, ledger in self.ledgers.items() if index not in done}
-        again = sorted({*self.ledgers, *self.todo}, reverse=True)  # an engine that did not open has the first in `todo`
+        again = sorted({*self.ledgers, *self.todo})  # an engine that did not open has the first in `todo`
         self.died.update(again)
         if twice := [q for index in again if self.died[index] > 1 for q in self.shards.chunks[index]]:
             named = " ".join(twice[:20]) + (" ..." if len(twice) > 20 else "")
             raise EngineDied(f"{error} (twice, on questions {named})") from error
-        questions = [q for index in again[::-1] for q in self.shards.chunks[index]]
+        questions = [q for index in again for q in self.shards.chunks[index]]
         print(f"{error}; opened again for {len(questions)} questions from {' '.join(questions[:1])}", flush=True)
-        return again
+        return again[::-1]
 
     def tell(self, pause: float = 0.0) -> None:
         """Report the items in finished shards of all processes, unless that was less than `pause` seconds ago."""

@@ -137,7 +137,7 @@ def test_after_a_death_what_was_under_way_is_made_again_and_what_it_cost_is_kept
 
 def test_an_engine_that_dies_twice_on_a_chunk_names_its_questions(project):
     script(project, dies_after=5)
-    with pytest.raises(EngineDied, match=r"\(twice, on questions q00 q01\)"):
+    with pytest.raises(EngineDied, match=r"\(twice, on questions q00 q01 q02 q03\)"):
         run(project, "run", samples, "engine.max_running=1")
 
 
