@@ -10,10 +10,13 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
+from stage_files import store
 
 from eval.__main__ import main, questions
 from eval.studies import compare
 from flywheel.errors import UserError
+from flywheel.recipe import load
+from flywheel.runs.run import Run
 
 EVAL = Path(__file__).parents[2] / "eval"
 RUNS = yaml.safe_load((EVAL / "runs.yaml").read_text())
@@ -123,20 +126,29 @@ def test_gains_by_level_are_of_the_level_s_own_questions(tmp_path):
     from eval.studies import levels
     from flywheel.records import Grade, Problem, Question, Split, Verdict
 
-    class Played:
-        def __init__(self, right):
-            self.right, self.rounds = right, [0, 1]
+    ids = [f"q{i}" for i in range(4)]
 
+    class Played(Run):
         def problems(self, *splits):
-            return [Problem(Question(f"q{i}", "text", ("easy", "hard")[i % 2]), "a", Split.TEST) for i in range(4)]
+            return [Problem(Question(q, "text", ("easy", "hard")[i % 2]), "a", Split.TEST) for i, q in enumerate(ids)]
 
-        def read(self, cls, stage, round):
-            for i, rate in enumerate(self.right[round]):
-                for k in range(2):
-                    verdict = Verdict.CORRECT if k < 2 * rate else Verdict.INCORRECT
-                    yield Grade(f"q{i}/{k}", f"q{i}", verdict, "evaluate")
+    def run(name, right):
+        for round, rates in enumerate(right):
+            verdicts = {
+                (q, k): Verdict.CORRECT if k < 2 * rate else Verdict.INCORRECT
+                for q, rate in zip(ids, rates)
+                for k in (0, 1)
+            }
+            store(
+                tmp_path / name,
+                round,
+                "evaluate",
+                ids,
+                [Grade(f"{q}/{k}", q, v, "evaluate") for (q, k), v in verdicts.items()],
+            )
+        return Played(tmp_path / name, load("recipes/chain.yaml"))
 
-    runs = [Played([[0.5, 0, 0.5, 0], [1, 0, 1, 0]]), Played([[0.5, 0, 0.5, 0], [1, 1, 1, 0]])]
+    runs = [run("a", [[0.5, 0, 0.5, 0], [1, 0, 1, 0]]), run("b", [[0.5, 0, 0.5, 0], [1, 1, 1, 0]])]
     found = {row["level"]: row for row in levels.measure(argparse.Namespace(runs=runs))["levels"]}
     assert [row[0] for row in found["easy"]["pass@1"]] == [0.5, 1.0] and found["easy"]["questions"] == 2
     assert found["hard"]["pass@1_gain"][0][0] == pytest.approx(0.25) and "greedy@1" not in found["hard"]
