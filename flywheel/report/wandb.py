@@ -113,14 +113,17 @@ def write(run: Run, mode: str, patience: float) -> str:
 
 
 def _config(run: Run) -> dict:
-    """The recipe as a dict; absolute paths are reduced to their last part."""
+    """The recipe as a dict; absolute paths are reduced to their last part, addresses to their number."""
     config = run.recipe.model_dump(mode="json")
     for *sections, key in (path.split(".") for path in PATHS):
         spec = config
         for section in sections:
             spec = spec.get(section) or {}
-        if key in spec and Path(spec[key]).is_absolute():
-            spec[key] = Path(spec[key]).name
+        match spec.get(key):
+            case str(path) if Path(path).is_absolute():
+                spec[key] = Path(path).name
+            case list(servers):
+                spec[key] = len(servers)
     return config
 
 
