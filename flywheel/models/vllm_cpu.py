@@ -52,8 +52,9 @@ def prepare_process(spec: EngineSpec) -> None:
     per CPU-second and one with one thread 170, because tiny operations wait for each other.
     """
     threads = threads_for(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), spec.threads)
-    if spec.tensor_parallel > 1:  # its workers: by default vLLM wants a NUMA node for each
+    if spec.tensor_parallel > 1:  # for its workers' processes: by default vLLM wants a NUMA node for each
         os.environ.update(VLLM_CPU_OMP_THREADS_BIND="nobind", OMP_NUM_THREADS=str(threads))
+        os.environ["TORCHDYNAMO_DISABLE"] = "1"  # as below, but for them
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
     if version_is_known():
