@@ -205,7 +205,7 @@ class VllmDevice:
         self._count = self._finished = 0  # requests; tokens of finished ones
         self._seeds: dict[str, int] = {}
         self._takes_seeds = engine.vllm_config.use_v2_model_runner
-        if current_platform.is_cpu() and not self.one_pass:
+        if current_platform.is_cpu() and not self.one_pass and not several:
             vllm_cpu.draw_by_seed(engine, self._seeds)
 
     @property
