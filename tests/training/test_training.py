@@ -21,6 +21,7 @@ from flywheel.training import Example, Job, PrmExample, TrainingError, train_prm
 from flywheel.training.checkpoints import points
 from flywheel.training.examples import order, share, targets
 from flywheel.training.scores import calibration, score_all, within_question_auc
+from flywheel.training.stored import stored
 
 ROOT = Path(__file__).resolve().parents[2]
 SPEC = dict(epochs=2, batch_size=16, micro_batch_size=16, learning_rate=5e-3, evals=4, max_length=64)
@@ -233,6 +234,28 @@ def test_a_training_may_begin_with_another_adapter(base, tmp_path, kind):
     )
     assert apart(tmp_path / "first/adapter", tmp_path / "then/adapter") < 1e-6
     assert then.curve[0]["eval_loss"] == pytest.approx(first.best.eval_loss, abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["sft", "prm"])
+def test_examples_on_disk_train_what_a_list_of_them_trains(base, tmp_path, kind):
+    listed = lab.run(job(base, tmp_path / "listed", kind, epochs=1), Ledger("t", 1))
+    make = {"sft": lab.sft_examples, "prm": lab.prm_examples}[kind]
+    parts = [("fit", example) for example in make(100, 0)] + [("held", example) for example in make(21, 1)]
+    fit, check = stored(tmp_path / "examples", 0, iter(parts)).split({"held"})
+    role = {"sft": "policy", "prm": "prm"}[kind]
+    made = Job(
+        ModelSpec(base=base, lora_rank=4, lora_alpha=8),
+        TrainSpec(**{**SPEC, "epochs": 1}),
+        tmp_path / "mapped",
+        0,
+        "best",
+        role,
+        Ledger("t", 1),
+    )
+    mapped = train_sft(fit, check, made) if kind == "sft" else train_prm(fit, check, lab.LABELS, made)
+    assert mapped.curve == listed.curve and apart(tmp_path / "listed/adapter", tmp_path / "mapped/adapter") == 0
+    digests = [json.loads((tmp_path / n / "report.json").read_text())["fingerprint"] for n in ("listed", "mapped")]
+    assert digests[0] == digests[1]
 
 
 def test_what_is_kept(base, tmp_path):
