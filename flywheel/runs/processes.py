@@ -135,7 +135,7 @@ def run_stage(
             "stage": stage.name,
             "stages": stages,
             "rank": rank,
-            "world": ranks.world,
+            "world": ranks.world * count,
             "cores": cores[worker::count] if bound else None,
         }
         return isolate.call(

@@ -96,7 +96,7 @@ class Flow:
         self.ledgers: dict[int, Ledger] = {}  # by chunk under way
         self.died: Counter[int] = Counter()  # on how many of its chunks an engine died
         self.writing, self.written = 0, time.monotonic()  # shards; the time of the last one
-        self.told = 0.0
+        self.told, self.missing = 0.0, len(self.sizes)  # the time and the missing shards of the last count
 
     def run(self) -> None:
         """Make chunks until there are none left to draw. No engine is opened if there is none."""
@@ -105,7 +105,7 @@ class Flow:
         self.written = time.monotonic()
         while self.todo:
             try:
-                self.opened.get().stream(self.next, lambda: self.writing > 0)
+                self.opened.get().stream(self.next, self.enough)
             except EngineDied as error:
                 self.todo = self.lost(error)
         self.tell()
@@ -113,6 +113,13 @@ class Flow:
     def next(self) -> Coroutine[Any, Any, None] | None:
         index = self.todo.pop() if self.todo else self.shards.draw()
         return None if index is None else self.make(index)
+
+    def enough(self) -> bool:
+        """Whether no chunk is to be begun: a shard is being written, or this process has its share of those missing.
+
+        Else the first process to come would take a small stage whole.
+        """
+        return self.writing > 0 or len(self.ledgers) * self.ctx.world >= self.missing
 
     async def make(self, index: int) -> None:
         """Make the records of a chunk and write its shard.
@@ -148,10 +155,11 @@ class Flow:
         return again[::-1]
 
     def tell(self, pause: float = 0.0) -> None:
-        """Report the items in finished shards of all processes, unless that was less than `pause` seconds ago."""
+        """Count and report finished shards of all processes, unless that was less than `pause` seconds ago."""
         if time.monotonic() - self.told >= pause:
-            self.told = time.monotonic()
-            self.ctx.progress(sum(self.sizes[index] for index in self.shards.done()), sum(self.sizes))
+            self.told, done = time.monotonic(), self.shards.done()
+            self.missing = len(self.sizes) - len(done)
+            self.ctx.progress(sum(self.sizes[index] for index in done), sum(self.sizes))
 
 
 class Opened:

@@ -83,7 +83,7 @@ def samples(ctx, opened, questions):
     return opened.each(questions, lambda question: opened.sampled(question, 4, purpose="sample", tag="r1"))
 
 
-def run(project, name: str, work, *changes: str) -> Context:
+def run(project, name: str, work, *changes: str, world: int = 1) -> Context:
     base = str(project / "base")
     models = {Role.POLICY: ModelRef("policy_0", base), Role.PRM: ModelRef("prm_1", base, "an adapter")}
     stage = Stage(
@@ -94,7 +94,7 @@ def run(project, name: str, work, *changes: str) -> Context:
         open=lambda ctx: kit(ctx, models, Split.TRAIN),
         work=work,
     )
-    ctx = Context(load(project / "recipe.yaml", list(changes)), project / name, 1, stage)
+    ctx = Context(load(project / "recipe.yaml", list(changes)), project / name, 1, stage, world=world)
     ctx.dir.mkdir(parents=True)
     fill(ctx)
     return ctx
@@ -114,6 +114,21 @@ def test_a_shard_is_the_same_whatever_else_is_under_way(project):
     all_at_once = run(project, "all", searches, "engine.max_running=500")
     assert tables(one) == tables(all_at_once) and verdicts(one) == verdicts(all_at_once) and len(verdicts(one)) == 6
     assert one.ledger.rows() == [] == all_at_once.ledger.rows(), "all was charged to a chunk"
+
+
+@pytest.mark.parametrize("world, most", [(1, 6), (3, 2), (6, 1)])
+def test_a_process_leaves_the_others_their_share_of_a_small_stage(project, world, most):
+    under_way, widths = set(), []
+
+    async def counted(ctx, opened, questions):
+        under_way.add(questions[0])
+        made = await samples(ctx, opened, questions)
+        widths.append(len(under_way))
+        under_way.remove(questions[0])
+        return made
+
+    run(project, "run", counted, world=world)
+    assert max(widths) == most and len(widths) == 6
 
 
 def test_the_seconds_of_overlapping_chunks_add_up_to_the_time_of_the_stage(project):
