@@ -87,10 +87,11 @@ class Say:
     def sequences(self) -> int:
         return len(self.waiting)
 
-    def step(self) -> None:
+    def step(self) -> bool:
         waiting, self.waiting = self.waiting, []
         for future, drawn in waiting:
             future.set_result(drawn)
+        return True
 
     def close(self) -> None:
         self.waiting = []

@@ -106,13 +106,14 @@ class ScriptedDevice:
     def sequences(self) -> int:
         return len(self._waiting)
 
-    def step(self) -> None:
+    def step(self) -> bool:
         """Answer a batch, the latest first: no caller may rely on the order."""
         time.sleep(self._seconds)
         for _ in range(min(self._batch, len(self._waiting))):
             future, drawn = self._waiting.pop()
             if not future.done():
                 future.set_result(drawn)
+        return True
 
     def close(self) -> None:
         self._waiting = []

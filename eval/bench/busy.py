@@ -72,7 +72,7 @@ class Simulated:
     def sequences(self) -> int:
         return len(self.queued) + len(self.running)
 
-    def step(self) -> None:
+    def step(self) -> bool:
         """Go on to the next step in which a sequence ends."""
         self.turns.take(self.now, self.index)
         while self.queued and len(self.running) < self.slots:
@@ -85,6 +85,7 @@ class Simulated:
         self.made.append((end, self.tokens))
         while self.running and self.running[0][0] == end:
             heapq.heappop(self.running)[2].set_result(Output((), Finish.STOP, True))
+        return True
 
     def close(self) -> None: ...
 

@@ -82,8 +82,11 @@ class Device(Protocol):
         """The number of queued and running sequences."""
         ...
 
-    def step(self) -> None:
-        """Advance the queued sequences by one batch. Raises EngineDied."""
+    def step(self) -> bool:
+        """Advance the queued sequences by one batch. Raises EngineDied.
+
+        Returns False if there is nothing to do here but to wait: the sequences are computed elsewhere.
+        """
         ...
 
     def close(self) -> None: ...
@@ -217,12 +220,10 @@ class Backend:
         return sum(device.sequences for device in self._devices)
 
     def step(self) -> bool:
-        """Step every device that has sequences; returns whether any had."""
-        busy = [device for device in self._devices if device.sequences]
-        for device in busy:
-            device.step()
+        """Step every device that has sequences; returns whether any had something to do."""
+        stepped = [device.step() for device in self._devices if device.sequences]
         if time.monotonic() - self._counted > COUNT_EVERY:
             self._counted, before, self._told = time.monotonic(), self._told, sum(d.tokens for d in self._devices)
             for ledger in self._ledgers.values():
                 ledger.so_far += self._told - before
-        return bool(busy)
+        return any(stepped)

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import hashlib
 import math
-from array import array
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -54,7 +52,7 @@ def open_backend(spec: EngineSpec, models: Mapping[str, ModelRef], ledger: Ledge
         own = {ref.adapter for ref in models.values() if ref.adapter and ref.base == base}
         adapters = {names[path]: str(Path(path).absolute()) for path in own}
         endpoints = Endpoints(spec.servers, base, adapters, spec.max_running, spec.max_model_len)
-        devices[base] = RemoteDevice(endpoints, seed)
+        devices[base] = RemoteDevice(endpoints)
     served = {
         role: ServedModel(
             role,
@@ -66,6 +64,7 @@ def open_backend(spec: EngineSpec, models: Mapping[str, ModelRef], ledger: Ledge
             names.get(ref.adapter),
             bare=ref.adapter is None,
             attention=attention_width(ref.base),
+            seed=seed,
         )
         for role, ref in models.items()
     }
@@ -75,36 +74,34 @@ def open_backend(spec: EngineSpec, models: Mapping[str, ModelRef], ledger: Ledge
 class RemoteDevice:
     """The endpoints of one base; implements `flywheel.models.driver.Device`. An adapter is the name it is served by.
 
-    Every draw has a seed of its own, made of the stage's seed, model, prompt, and how often that was asked before. So
-    servers that were started alike do not draw alike, and a request that is sent again draws what it drew.
+    Every draw has a seed of its own (`ServedModel`). So servers that were started alike do not draw alike, and a
+    request that is sent again draws what it drew.
     """
 
     one_pass = False
-    busy = False  # there is nothing to step: the event loop itself waits for the servers
 
-    def __init__(self, endpoints: Endpoints, seed: int):
-        self.endpoints, self._seed, self.tokens = endpoints, seed, 0
-        self._asked = array("L", bytes(1 << 20))  # by hash: those that share a place only count on from each other
+    def __init__(self, endpoints: Endpoints):
+        self.endpoints, self.tokens = endpoints, 0
+        self._under_way: set[asyncio.Future] = set()
 
     def submit(self, prompt: Sequence[int], request: Sampling | Scoring, adapter: str | None) -> asyncio.Future[Output]:
         body = _body(prompt, request, adapter)
         if isinstance(request, Sampling) and request.temperature > 0:
-            body["seed"] = self._draw(body)
-        return asyncio.ensure_future(self.endpoints.ask(functools.partial(self._send, body, request)))
+            body["seed"] = request.seed
+        asked = asyncio.ensure_future(self.endpoints.ask(functools.partial(self._send, body, request)))
+        self._under_way.add(asked)
+        asked.add_done_callback(self._under_way.discard)
+        return asked
 
-    def step(self) -> None:
-        raise AssertionError("a remote device has nothing to step")
+    @property
+    def sequences(self) -> int:
+        return len(self._under_way)
+
+    def step(self) -> bool:
+        return False  # the event loop itself waits for the servers
 
     def close(self) -> None:
         asyncio.run(self.endpoints.unload())
-
-    def _draw(self, body: Mapping[str, Any]) -> int:
-        """A seed of 63 bits."""
-        asked = hashlib.sha256(repr((self._seed, body["model"], body["prompt"])).encode())
-        place = int.from_bytes(asked.digest()[:8], "big") % len(self._asked)
-        self._asked[place] += 1
-        asked.update(repr(self._asked[place]).encode())
-        return int.from_bytes(asked.digest()[:8], "big") >> 1
 
     async def _send(self, body: dict, request: Sampling | Scoring, server: Server) -> Output:
         """Raises FAULTS, and EngineDied if the answer is not what this vLLM gives."""
@@ -232,7 +229,7 @@ async def _look_at_all(spec: EngineSpec, bases: Sequence[str]) -> dict[str, dict
 
 async def _fault(spec: EngineSpec, url: str, base: str) -> str | None:
     server, asked = Server(url, places=[]), Scoring((0, 1), (1,))
-    device = RemoteDevice(Endpoints([url], base, {}, 1, spec.max_model_len), 0)
+    device = RemoteDevice(Endpoints([url], base, {}, 1, spec.max_model_len))
     async with session() as server.session:
         try:
             await device.endpoints.admit(server)

@@ -238,7 +238,7 @@ class VllmDevice:
     def sequences(self) -> int:
         return len(self._waiting)
 
-    def step(self) -> None:
+    def step(self) -> bool:
         self.run_seed.apply()
         try:
             results = self.llm.step()
@@ -267,6 +267,7 @@ class VllmDevice:
                 future.set_result(output)
         if over:
             self.llm.abort_request(over)
+        return True
 
     def _vllm_params(self, request: Sampling | Scoring) -> SamplingParams | PoolingParams:
         known = self._takes_seeds or isinstance(request, Scoring)

@@ -46,9 +46,9 @@ def start(monkeypatch):
 def opened(*servers: FakeVllm, adapters: dict[str, str] | None = None, most: int = 4, seed: int = 0):
     """(backend, ledger) with a base, and one more role for each adapter."""
     places = Endpoints([server.url for server in servers], "base", adapters or {}, most, 128)
-    device, ledger = remote.RemoteDevice(places, seed), Ledger("test", 1)
-    engines = {role: ServedModel(role, role, 100, 128, device, ledger, role) for role in adapters or {}}
-    engines["policy"] = ServedModel("policy", "policy_0", 100, 128, device, ledger)
+    device, ledger = remote.RemoteDevice(places), Ledger("test", 1)
+    engines = {role: ServedModel(role, role, 100, 128, device, ledger, role, seed=seed) for role in adapters or {}}
+    engines["policy"] = ServedModel("policy", "policy_0", 100, 128, device, ledger, seed=seed)
     return Backend(engines, [device]), ledger
 
 

@@ -93,7 +93,7 @@ class OneByOne(Say):
     def sequences(self) -> int:
         return sum(not future.done() for future, *_ in getattr(self, "made", []))
 
-    def step(self) -> None:
+    def step(self) -> bool:
         [(future, ask, whole, count)] = self.made
         if count == 10:
             assert self.heard.wait(10), "the first step was not sent while the answer was made"
@@ -102,6 +102,7 @@ class OneByOne(Say):
             future.set_result(whole)
         else:
             ask.done(whole.tokens[: count + 1])
+        return True
 
 
 def test_a_greedy_answer_is_streamed_step_by_step_while_it_is_made():
@@ -204,7 +205,7 @@ class Slow:
     def sequences(self) -> int:
         return self.device.sequences
 
-    def step(self) -> None:
+    def step(self) -> bool:
         if not self.go.is_set():
             time.sleep(0.005)
             kept = [item for item in self.device.waiting if not item[0].cancelled()]
@@ -212,6 +213,7 @@ class Slow:
             self.device.waiting = kept
         else:
             self.device.step()
+        return True
 
     def close(self) -> None:
         self.device.close()
