@@ -449,7 +449,7 @@ def start_ranks(project: Project, *argv: str, world: int = 2, **env: object) -> 
 
 def test_two_ranks_share_the_chunks_and_make_what_one_makes(project, finished):
     ranks = start_ranks(project, "--round", "2", TOY_SLEEP=0.05)
-    output = [process.communicate(timeout=60) for process in ranks]
+    output = [process.communicate(timeout=180) for process in ranks]
     assert [process.returncode for process in ranks] == [0, 0], output
     assert output[1] == ("", ""), "rank 0 alone prints"
     chunks = [line for line in project.logged("sample:1")]
@@ -468,13 +468,13 @@ def test_another_number_of_ranks_continues(project, finished):
     assert project.run("--round", "2", TOY_FAULT="sample:train08:kill").returncode == 1
     kept = stamps(project)
     ranks = start_ranks(project, "--round", "2", world=3)
-    assert [process.communicate(timeout=60) and process.returncode for process in ranks] == [0, 0, 0]
+    assert [process.communicate(timeout=180) and process.returncode for process in ranks] == [0, 0, 0]
     assert kept.items() <= stamps(project).items() and project.tables() == finished.tables()
 
 
 def test_ranks_of_a_finished_run_all_end_at_once(copy):
     ranks = start_ranks(copy, "--round", "2")
-    output = [process.communicate(timeout=60) for process in ranks]
+    output = [process.communicate(timeout=180) for process in ranks]
     assert [process.returncode for process in ranks] == [0, 0] and "nothing to do" in output[0][0]
 
 
@@ -482,7 +482,7 @@ def test_a_rank_that_fails_stops_all_and_rank_0_says_why(project):
     ranks = start_ranks(project, "--round", "1", TOY_SLEEP=0.2)
     wait_for(lambda: project.logged("sample:1"))
     ranks[1].terminate()
-    out, err = ranks[0].communicate(timeout=60)
+    out, err = ranks[0].communicate(timeout=180)
     assert ranks[0].returncode == 1 and "rank 1: stopped by SIGTERM" in one_line(err)
     assert ranks[1].wait(30) == 143
 
@@ -502,11 +502,11 @@ def test_rank_0_stops_when_another_rank_is_gone(project, finished, when):
     ranks = start_ranks(project, "--round", "1", TOY_SLEEP=0.3)
     wait_for(lambda: any(rank == "1" for _, rank, _ in project.logged(when)))
     ranks[1].kill()
-    out, err = ranks[0].communicate(timeout=60)
+    out, err = ranks[0].communicate(timeout=180)
     assert ranks[0].returncode == 1 and "rank 1 is gone: no sign of life within 15 s; the same" in one_line(err)
     ranks[1].communicate()
     ranks = start_ranks(project, "--round", "2")
-    assert [process.communicate(timeout=60) and process.returncode for process in ranks] == [0, 0]
+    assert [process.communicate(timeout=180) and process.returncode for process in ranks] == [0, 0]
     assert project.tables() == finished.tables()
 
 
@@ -519,7 +519,7 @@ def test_a_rank_that_lags_behind_is_waited_for(project):
         assert ranks[0].poll() is None, "rank 0 went, and left rank 1 to believe it dead"
     finally:
         ranks[1].send_signal(signal.SIGCONT)
-    assert [process.communicate(timeout=60) and process.returncode for process in ranks] == [0, 0]
+    assert [process.communicate(timeout=180) and process.returncode for process in ranks] == [0, 0]
 
 
 # ---- the environment of a stage ----
