@@ -16,9 +16,7 @@ from flywheel.runs.ranks import Launch, LaunchFailed, Ranks
 from flywheel.runs.stage import Stage
 
 SMALL = 200 << 20  # bytes of weights below which one engine does not keep two cores busy
-TINY = (
-    16 << 20
-)  # bytes of weights below which a training is as fast with one thread, and many times as fast beside others
+TINY = 16 << 20  # bytes of weights below which a training gains little from a second thread
 Tell = Callable[[int, int, dict], None]  # progress: done, total, figures
 
 
