@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -86,10 +87,12 @@ def draw(
     split: Split = Split.TEST,
     count: int | None = None,
     chunk: int | None = None,
+    share: tuple[int, int] = (0, 1),
 ) -> Path:
     """Complete the shards in `folder(run, round) / title` for the first `count` questions of `split`; returns it.
 
-    A killed study continues from its finished shards. Of two processes at one study both draw every chunk.
+    A killed study continues from its finished shards. share: (i, n) for the i-th of n processes, which makes every n-th
+    chunk.
     """
     stage = Stage(
         title,
@@ -103,6 +106,7 @@ def draw(
     ctx = Context(run.recipe, run.root, round, stage)
     ctx.dir = folder(run, round) / title
     ctx.dir.mkdir(parents=True, exist_ok=True)
+    ctx.draw = filter(lambda i: not (ctx.dir / "shards" / f"{i:05d}").is_dir(), itertools.count(*share)).__next__
     fill(ctx, chunk)
     return ctx.dir
 

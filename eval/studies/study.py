@@ -196,8 +196,8 @@ def adapter(run: Run, round: int) -> Path:
     return run.path("train_head", round) / "adapter"
 
 
-def draw_all(args: argparse.Namespace, cores: Sequence[int] | None) -> None:
-    """Sample all parts of all runs on `cores`; other processes may do the same at the same time."""
+def draw_all(args: argparse.Namespace, cores: Sequence[int] | None, share: tuple[int, int]) -> None:
+    """Sample a share (as in `draw`) of all parts of all runs on `cores`."""
     if cores:
         os.sched_setaffinity(0, cores)
     works = {
@@ -214,9 +214,8 @@ def draw_all(args: argparse.Namespace, cores: Sequence[int] | None) -> None:
                     continue
                 directory.mkdir(parents=True, exist_ok=True)
                 check_origin(directory, run, args.round)
-                draw(whole_test(run), args.round, title, models, works[part], count=args.questions, chunk=args.chunk)
-                (directory / "finished").touch()
-                print(f"{directory}: drawn", flush=True)
+                sizes = {"count": args.questions, "chunk": args.chunk}
+                draw(whole_test(run), args.round, title, models, works[part], **sizes, share=share)
 
 
 def measure(args: argparse.Namespace) -> dict:
@@ -228,11 +227,11 @@ def measure(args: argparse.Namespace) -> dict:
     count = min(len(cores), recipe.engine.workers or default_workers(recipe.model.base, len(cores)))
     shares = [cores[i::count] if count > 1 else None for i in range(count)]
     spawn = multiprocessing.get_context("spawn")
-    others = [spawn.Process(target=draw_all, args=(args, share)) for share in shares[1:]]
+    others = [spawn.Process(target=draw_all, args=(args, shares[i], (i, count))) for i in range(1, count)]
     for process in others:
         process.start()
     try:
-        draw_all(args, shares[0])
+        draw_all(args, shares[0], (0, count))
     except BaseException:
         for process in others:
             process.terminate()
@@ -241,4 +240,7 @@ def measure(args: argparse.Namespace) -> dict:
         process.join()
     if failed := sum(process.exitcode != 0 for process in others):
         raise UserError(f"{failed} of the study's processes failed; what is drawn is kept")
-    return {"drawn": [str(folder(run, args.round) / title) for run in args.runs for title in titles(args).values()]}
+    drawn = [folder(run, args.round) / title for run in args.runs for title in titles(args).values()]
+    for directory in drawn:
+        (directory / "finished").touch()
+    return {"drawn": [str(directory) for directory in drawn]}

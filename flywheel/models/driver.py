@@ -33,10 +33,11 @@ _DRAWING: ContextVar[tuple[str, Counter[bytes]] | None] = ContextVar("drawing", 
 def drawing(what: str) -> Iterator[None]:
     """Inside, the coroutine and the tasks that it starts draw by `what`, not by how often others asked the same prompt.
 
-    So what is drawn does not depend on what else is under way, or on the process. `what` is unique in a stage, or the
-    prompts and purposes are.
+    So what is drawn does not depend on what else is under way, or on the process. Blocks can be nested: `what`, with
+    those around it, is unique in a stage.
     """
-    token = _DRAWING.set((what, Counter()))
+    around, _ = _DRAWING.get() or ("", None)
+    token = _DRAWING.set((f"{around}/{what}", Counter()))
     try:
         yield
     finally:

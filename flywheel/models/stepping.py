@@ -73,8 +73,9 @@ class _Stream:
 
     def ended(self, task: asyncio.Task) -> None:
         self.tasks.discard(task)
-        if not task.cancelled() and task.exception() and not self.over.done():
-            self.over.set_exception(task.exception())
+        failed = RuntimeError("its coroutine was cancelled") if task.cancelled() else task.exception()
+        if failed and not self.over.done():
+            self.over.set_exception(failed)
         self.end()
 
     def end(self) -> None:

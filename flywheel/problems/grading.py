@@ -13,6 +13,7 @@ fork is replaced when an answer exceeds `problems.check_seconds` or 2 GiB. Its o
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import logging
 from collections import Counter
@@ -92,6 +93,7 @@ class Grader:
         self.rules: Counter[str] = Counter()
         self._rule: dict[tuple[str, str], str] = {}
         self._same: dict[tuple[str, str], bool | None] = {}  # (gold, answer) -> verdict; None: undecided
+        self._asked: dict[tuple[str, str], asyncio.Task] = {}  # those being checked
 
     def __enter__(self) -> Grader:
         return self
@@ -108,10 +110,14 @@ class Grader:
 
     async def grade(self, pairs: Sequence[tuple[Problem, Solution]]) -> list[Grade]:
         """As `verdicts`; other coroutines, and the engines, go on while the checker works."""
-        hard = self._plain(pairs)
-        for pair, checked in zip(hard, await self.pool.checked(hard)):
-            self._settle(pair, *checked)
+        for pair in (hard := self._plain(pairs)):
+            if pair not in self._asked or self._asked[pair].done():
+                self._asked[pair] = asyncio.ensure_future(self._check(pair))
+        await asyncio.gather(*(asyncio.shield(self._asked[pair]) for pair in hard))  # others wait for them too
         return [self._grade(p, s) for p, s in pairs]
+
+    async def _check(self, pair: tuple[str, str]) -> None:
+        self._settle(pair, *await self.pool.checked(pair))
 
     def rule(self, gold: str, answer: str) -> str:
         """The rule by which a graded pair's verdict fell, or `undecided`; empty with a checker of one's own."""

@@ -60,10 +60,9 @@ class CheckerPool:
         """One result per (gold, answer) pair, in order."""
         return self._threads.map(self._check, pairs)
 
-    async def checked(self, pairs: Iterable[tuple[str, str]]) -> list[Checked]:
-        """As `check`, for a coroutine, which waits."""
-        loop = asyncio.get_running_loop()
-        return await asyncio.gather(*(loop.run_in_executor(self._threads, self._check, pair) for pair in pairs))
+    async def checked(self, pair: tuple[str, str]) -> Checked:
+        """As `check` of one pair, for a coroutine, which waits."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, self._check, pair)
 
     def _check(self, pair: tuple[str, str]) -> Checked:
         worker = self._idle.get()

@@ -305,9 +305,14 @@ class Loop:
     def run_stage(self, round: int, stage: Stage, port: int, tell: Tell = lambda done, total, figures: None) -> dict:
         """This rank's part of a stage; rank 0 returns its figures."""
         self.at = manifest.name_of((round, stage.name))
-        return run_stage(
-            self.ranks, self.recipe, self.run, round, stage, self.stages, port, tell, self.watch, self.launch
-        )
+        try:
+            return run_stage(
+                self.ranks, self.recipe, self.run, round, stage, self.stages, port, tell, self.watch, self.launch
+            )
+        except isolate.StageFailed:
+            if stage.train:
+                self.launch.listen(self.watch)
+            raise
 
     def watch(self) -> None:
         """Raises LaunchFailed or Stopped if this launch is over: another rank failed, or the launcher is gone."""

@@ -133,7 +133,7 @@ def run_stage(
             "stage": stage.name,
             "stages": stages,
             "rank": rank,
-            "world": ranks.world * count,
+            "world": ranks.world if stage.train else ranks.world // together * count,
             "cores": cores[worker::count] if bound else None,
         }
         return isolate.call(

@@ -152,6 +152,8 @@ class Launch:
                 self._look(seen)
         except LaunchFailed as error:
             self.failure = str(error)
+        except Exception as error:  # such as no room for one more thread
+            self.failure = f"rank {self.ranks.rank} cannot give a sign of life: {error!r}"
 
     def _look(self, seen: dict[int, tuple[int, float]]) -> None:
         """Give a sign of life, and look for those of others. Raises LaunchFailed."""
@@ -188,6 +190,13 @@ class Launch:
         self.restarted = self.count
         if self.ranks.world > 1:
             self._ask(self.store.compare_set, f"again_{self.count}", "", json.dumps(line))
+
+    def listen(self, watch: Callable[[], None]) -> None:
+        """Call `watch` until another rank can be heard: if it ran out of memory, that broke this one's collective."""
+        end = time.monotonic() + 3 * BEAT
+        while self.ranks.world > 1 and time.monotonic() < end:
+            watch()
+            time.sleep(POLL)
 
     def stop(self) -> None:
         """End the heartbeats: a thread that comes back from the store while Python ends would abort the process."""

@@ -20,9 +20,13 @@ if TYPE_CHECKING:
 R = TypeVar("R")
 
 
-@lru_cache(maxsize=4)
 def _recent(path: Path) -> pa.Table:
     """A shard's table, kept because questions that are asked for one after another are often in one shard."""
+    return _kept(path, path.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=4)
+def _kept(path: Path, written: int) -> pa.Table:
     return read_arrow(path)
 
 

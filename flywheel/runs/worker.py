@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from flywheel.errors import EngineDied
 from flywheel.ledger import Ledger
 from flywheel.recipe import Recipe
-from flywheel.runs.files import encode_ledger, plain, write_file
+from flywheel.runs.files import encode_ledger, plain, wait_for_names, write_file
 from flywheel.runs.isolate import resolve
 from flywheel.runs.run import Context
 from flywheel.runs.shards import Shards
@@ -54,8 +54,10 @@ def perform(ctx: Context) -> dict:
         if ctx.stage.train:
             figures |= ctx.stage.train(ctx)
         else:
-            fill(ctx)
+            shards = fill(ctx)
             ctx.wait_for_others()
+            if ctx.rank == 0:
+                wait_for_names(shards.dir, [shards.path(i).name for i in range(len(shards.chunks))])
         if ctx.stage.finish and ctx.rank == 0:
             figures |= ctx.stage.finish(ctx)
     if rows := ctx.ledger.take():  # charged by a training, or after the last chunk
@@ -74,7 +76,7 @@ def chunks(items: Sequence[str], size: int) -> list[list[str]]:
     return cut(items, size or min(64, max(8, -(-len(items) // CHUNKS))))
 
 
-def fill(ctx: Context, chunk: int | None = None) -> None:
+def fill(ctx: Context, chunk: int | None = None) -> Shards:
     """Draw missing chunks and write their shards until none is left to draw. Engines are opened at the first chunk.
 
     `chunk`: items per chunk, `engine.chunk` if None. When an engine dies, it is reopened and the chunks that were under
@@ -84,6 +86,7 @@ def fill(ctx: Context, chunk: int | None = None) -> None:
     shards = Shards(ctx.dir, chunks(ctx.stage.items(ctx), ctx.chunk if chunk is None else chunk), ctx.draw)
     with Opened(ctx) as opened:
         Flow(ctx, shards, opened).run()
+    return shards
 
 
 class Flow:
@@ -119,7 +122,8 @@ class Flow:
 
         Else the first process to come would take a small stage whole.
         """
-        return self.writing > 0 or len(self.ledgers) * self.ctx.world >= self.missing
+        under_way = len(self.ledgers.keys() - set(self.todo))
+        return self.writing > 0 or under_way * self.ctx.world >= self.missing
 
     async def make(self, index: int) -> None:
         """Make the records of a chunk and write its shard.

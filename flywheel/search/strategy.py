@@ -10,6 +10,7 @@ from typing import Annotated, ClassVar, Self
 from pydantic import Field
 
 from flywheel.ledger import metered
+from flywheel.models.driver import drawing
 from flywheel.models.engine import Engine, Sampling
 from flywheel.models.prm import Prm, aggregate, together
 from flywheel.models.prompts import Prompts
@@ -155,7 +156,7 @@ async def attempt(
     `draw`: id of the independent draw that the solution belongs to; its own id if None. `temperature`: as in
     `Searcher.sampling`.
     """
-    with metered() as spent:
+    with metered() as spent, drawing(id):
         [done] = await engine.generate(prompt, searcher.sampling(temperature), purpose=purpose)
     solution = searcher.reader.solution(
         done.tokens,

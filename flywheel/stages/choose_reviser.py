@@ -79,7 +79,7 @@ def key(checkpoint: dict) -> str:
 
 @contextmanager
 def open_kits(ctx: Context) -> Iterator[OneAtATime | AllAtOnce]:
-    if runtime_adapters(ctx.recipe):
+    if runtime_adapters(ctx.recipe) or ctx.recipe.engine.kind == "server":
         with kit(ctx, {key(c): model(ctx, c) for c in checkpoints(ctx)}, Split.VALIDATION) as opened:
             yield AllAtOnce(opened)
     else:

@@ -193,13 +193,17 @@ class Kit:
 
         See `models.stepping.stream`. Solutions that are being graded count as sequences, or they could pile up.
         """
-        enough = WINDOW * self.recipe.engine.max_running
+        enough = WINDOW * self.recipe.engine.max_running * max(1, len(self.recipe.engine.servers))
         self.backend.stream(source, lambda: full() or self.backend.sequences + self.grading >= enough)
 
     async def each(self, items: Iterable[T], work: Callable[[T], Awaitable[Iterable[object]]]) -> list[object]:
         """The records that `work` makes of each item, in the order of `items`; all items concurrently."""
-        with drawing(""):  # prompts of different questions differ
-            return [record for made in await together(map(work, items)) for record in made]
+
+        async def one(item: T) -> Iterable[object]:
+            with drawing(f"{item}"):
+                return await work(item)
+
+        return [record for made in await together(map(one, items)) for record in made]
 
     def sampling(self, **changes: object) -> Sampling:
         """Sampling parameters for a whole solution, with `changes`."""

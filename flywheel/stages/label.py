@@ -31,7 +31,8 @@ def questions(ctx: Context) -> list[str]:
     low, high = spec.prefer
     random.Random(ctx.seed("questions")).shuffle(pool)
     pool.sort(key=lambda question: not low <= rates[question] <= high)  # stable: shuffled within
-    return sorted(pool[: spec.questions or len(pool)])
+    picked = set(pool[: spec.questions or len(pool)])
+    return [question for question in ids(ctx, Split.TRAIN) if question in picked]  # in the order of the shards
 
 
 def chosen(ctx: Context, question: str) -> list[tuple[Solution, bool]]:

@@ -26,7 +26,7 @@ from trl import SFTConfig
 
 from flywheel.ledger import pairs
 from flywheel.models.weights import attention_width
-from flywheel.runs.files import read_json, write_json
+from flywheel.runs.files import names_in, read_json, write_json
 from flywheel.training.checkpoints import (
     ROOM,
     Job,
@@ -219,7 +219,7 @@ def fit(
     if on_cpu():
         keep_memory()
     main, world = ranks.is_main_process, ranks.num_processes
-    (room,) = broadcast_object_list([read_json(job.out / ROOM) if main else None])
+    (room,) = broadcast_object_list([read_json(job.out / ROOM) if main and ROOM in names_in(job.out) else None])
     micro, accumulate = share(spec.batch_size, min(spec.micro_batch_size, room or spec.micro_batch_size), world)
     tokens, checked, judged = lengths(train), lengths(validation), [len(row["input_ids"]) for row in held]
     indices = order(tokens, spec.batch_size, spec.epochs, job.seed)
