@@ -74,7 +74,7 @@ def test_a_stages_processes_look_at_names_and_sizes_of_its_shards_but_not_at_the
     directory = stage_dir(tmp_path, 1, "sample")
     path = directory / "shards" / "00000" / "Grade.parquet"
     path.write_bytes(path.read_bytes()[::-1])
-    Shards(directory, [QUESTIONS[:2]]).close()  # rank 0 compares the contents, once a launch
+    Shards(directory, [QUESTIONS[:2]])  # rank 0 compares the contents, once a launch
     path.write_bytes(b"short")
     with pytest.raises(Damaged, match="has 5 bytes, was written with"):
         Shards(directory, [QUESTIONS[:2]])
