@@ -225,7 +225,7 @@ def _child(channel, target: str, arguments: dict, environment: dict, threads: in
         function = resolve(target)
         lock = threading.Lock()
         for name, made in (("tell", _teller), ("ask", _asker)):
-            if name in inspect.signature(function).parameters:
+            if name in inspect.signature(function).parameters and name not in arguments:
                 arguments[name] = made(channel, lock)
         message = ("done", function(**arguments))
     except BaseException as error:

@@ -170,13 +170,14 @@ def test_nothing_about_the_machine_is_in_the_history(tmp_path, capsys):
         "problems": {"path": "/home/me/questions"},
         "model": {"base": "/home/me/base"},
         "prm": {"published": rival},
+        "engine": {"kind": "server", "servers": ["http://secret-host:8000"]},
     }
     run = make_run(tmp_path / "lab", rounds=0, recipe=recipe)
     assert tracking.main([str(run)]) == 0 and "offline" in capsys.readouterr().out
     record, _ = logged(run / "wandb")
     assert record["host"] == "flywheel"
     assert record["config"]["problems"]["path"] == "questions" and record["config"]["model"]["base"] == "base"
-    assert record["config"]["prm"]["published"]["model"] == "prm"
+    assert record["config"]["prm"]["published"]["model"] == "prm" and record["config"]["engine"]["servers"] == 1
 
 
 def test_no_secret_of_the_environment_reaches_tables_pictures_or_the_history(tmp_path, monkeypatch, capfd):
