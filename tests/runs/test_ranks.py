@@ -119,6 +119,8 @@ def test_a_frozen_store_ends_every_call_with_one_line(agent, monkeypatch):
     one.next()
     monkeypatch.setattr(module, "SILENCE", 1.5)
     agent.send_signal(signal.SIGSTOP)
+    while Path(f"/proc/{agent.pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+        time.sleep(0.01)
     started = time.monotonic()
     with pytest.raises(LaunchFailed, match="store at 127.0.0.1:[0-9]+ does not answer .*silent for"):
         one.draw()
