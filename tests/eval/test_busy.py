@@ -7,7 +7,9 @@ import pytest
 from eval.bench.busy import busy
 
 
-@pytest.mark.parametrize("kind, devices", [("sample", 8), ("search", 8), ("sample", 64)])
+@pytest.mark.parametrize(
+    "kind, devices", [("sample", 8), ("search", 8), pytest.param("sample", 64, marks=pytest.mark.slow)]
+)
 def test_a_stream_keeps_its_devices_full_where_chunks_let_them_run_dry(kind, devices):
     size = {"slots": 4, "samples": 4, "questions": 160}
     stream = busy(devices, 2, kind, True, **size)

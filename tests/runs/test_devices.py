@@ -18,6 +18,7 @@ def project(tmp_path) -> Project:
     return Project(tmp_path / "project")
 
 
+@pytest.mark.slow
 def test_every_second_rank_samples_and_all_ranks_train(project):
     group = {"WORLD_SIZE": 4, "LOCAL_WORLD_SIZE": 4, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     ranks = [

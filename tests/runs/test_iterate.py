@@ -496,7 +496,8 @@ def test_the_other_ranks_stop_when_rank_0_is_gone(project):
         process.communicate()
 
 
-@pytest.mark.parametrize("when", ["sample:1", pytest.param("distill:1", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("when", ["sample:1", "distill:1"])
 def test_rank_0_stops_when_another_rank_is_gone(project, finished, when):
     """No launcher is there to tell it, and a killed rank cannot."""
     ranks = start_ranks(project, "--round", "1", TOY_SLEEP=0.3)

@@ -327,6 +327,7 @@ def test_a_file_of_questions_is_answered_graded_billed_and_not_asked_again(finis
     assert unread.returncode == 1 and "tokenizer cannot write" in json.loads(unread.stdout.splitlines()[-1])["error"]
 
 
+@pytest.mark.slow
 def test_a_published_prm_can_judge_new_questions(finished):
     run, _ = finished
     row = json.loads((ROOT / "data/chain/problems/test.jsonl").read_text().splitlines()[0])
