@@ -71,7 +71,7 @@ def test_three_adapters_of_two_rounds_in_one_engine_answer_as_merged_ones_do(mod
     assert alike(runtime, merged)
     for i in range(len(PROMPTS)):  # they differ, so a mixed-up one would show
         every = [merged[name, i][1] for name in models]
-        assert min(abs(a[-1] - b[-1]) for k, a in enumerate(every) for b in every[:k]) > 1e-3
+        assert min(abs(a[-1] - b[-1]) for k, a in enumerate(every) for b in every[:k]) > 1e-4  # ten tolerances
 
 
 def test_an_engine_opened_after_another_serves_the_adapter_that_is_there_now(models, tmp_path):
