@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +20,7 @@ from flywheel.recipe import PrmSpec, PublishedSpec, TrainSpec, parse
 from flywheel.records import Answered, Grade, ModelRef, Question, Role, Solution, Split, Step
 from flywheel.runs.reading import records
 from flywheel.runs.run import Context, Run
+from flywheel.runs.shards import missing
 from flywheel.runs.stage import Input, Stage
 from flywheel.runs.worker import fill
 from flywheel.search.revise import Revise
@@ -106,7 +106,7 @@ def draw(
     ctx = Context(run.recipe, run.root, round, stage)
     ctx.dir = folder(run, round) / title
     ctx.dir.mkdir(parents=True, exist_ok=True)
-    ctx.draw = filter(lambda i: not (ctx.dir / "shards" / f"{i:05d}").is_dir(), itertools.count(*share)).__next__
+    ctx.draw = missing(ctx.dir, *share)
     fill(ctx, chunk)
     return ctx.dir
 

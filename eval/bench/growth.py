@@ -35,7 +35,7 @@ from flywheel.runs.run import Context, Run
 from flywheel.runs.stage import Scheduled, Stage
 from flywheel.search.plan import Trial
 from flywheel.search.strategies import strategies
-from flywheel.stages import calibrate, distill, label, search, stages, train_head, train_prm, train_reviser
+from flywheel.stages import ORDER, calibrate, distill, label, search, stages, train_head, train_prm, train_reviser
 from flywheel.stages.shared import difficulties, sampled, test_solutions
 from flywheel.training.stored import contents, lengths
 
@@ -248,20 +248,7 @@ def measure(root: Path, stage: str) -> dict[str, float]:
     return {"peak": peak, "own": own[0], "seconds": time.process_time() - started}
 
 
-# harvest before distill, which reads what harvest's figures leave behind
-MEASURED = (
-    "sample",
-    "label",
-    "train_prm",
-    "train_reviser",
-    "train_head",
-    "calibrate",
-    "harvest",
-    "distill",
-    "gate",
-    "evaluate",
-    "search",
-)
+MEASURED = [stage for stage in ORDER if stage != "choose_reviser"]  # bounded by probe_questions
 
 
 def measured(sizes: Sequence[int], samples: int, tokens: int, folder: str | None) -> Iterator[tuple[int, str, dict]]:

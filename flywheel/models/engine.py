@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from flywheel.recipe import SampleSpec
 from flywheel.records import Finish, Role
@@ -27,6 +27,18 @@ class Sampling:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     seed: int | None = None
+
+    def named(self) -> dict[str, Any]:
+        """All but `done` and `seed`, by vLLM's names."""
+        return {
+            "max_tokens": self.max_tokens,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+            "min_p": self.min_p,
+            "repetition_penalty": self.repetition_penalty,
+            "stop_token_ids": sorted(self.stop),
+        }
 
     @classmethod
     def of(cls, spec: SampleSpec, stop: frozenset[int], done: Callable | None = None) -> Sampling:

@@ -155,15 +155,7 @@ def _body(prompt: Sequence[int], request: Sampling | Scoring, model: str | None)
     if isinstance(request, Scoring):
         body |= {"max_tokens": 1, "temperature": 0.0, "repetition_penalty": 1.0, "return_tokens_as_token_ids": True}
         return body | {"logprobs": 1, "logprob_token_ids": list(request.labels)}
-    body |= {
-        "max_tokens": request.max_tokens,
-        "temperature": request.temperature,
-        "top_p": request.top_p,
-        "top_k": request.top_k,
-        "min_p": request.min_p,
-        "repetition_penalty": request.repetition_penalty,
-        "stop_token_ids": sorted(request.stop),
-    }
+    body |= request.named()
     if request.done is None:
         return body
     counted = {"include_usage": True, "continuous_usage_stats": True}

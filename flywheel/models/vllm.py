@@ -342,22 +342,12 @@ def _sampling_params(request: Sampling | Scoring) -> SamplingParams:
     if isinstance(request, Sampling):
         if request.done:
             kind = RequestOutputKind.DELTA
-        chosen = {
-            "max_tokens": request.max_tokens,
-            "temperature": request.temperature,
-            "top_p": request.top_p,
-            "top_k": request.top_k,
-            "min_p": request.min_p,
-            "repetition_penalty": request.repetition_penalty,
-            "stop_token_ids": sorted(request.stop),
-            "seed": request.seed,
-        }
+        chosen = {**request.named(), "seed": request.seed}
     else:
         first, last = request.reads[0], request.reads[-1]
         chosen = {"max_tokens": 1, "temperature": 0.0, "logprob_token_ids": list(request.labels)}
-        if (
-            last > first
-        ):  # a row for each prefix from the first read on, but the whole text's, which the token behind has
+        if last > first:
+            # a row for each prefix from the first read on, but the whole text's, which the token behind has
             rows = np.full((last - first, 2), request.labels)
             chosen |= {"prompt_logprob_start": first - 1, "prompt_logprob_token_ids": rows}
     # skip_clone: otherwise vLLM deep-copies them for every request, which costs as much as two tokens

@@ -24,7 +24,7 @@ class Shards:
     def __init__(self, stage_dir: Path, chunks: Sequence[Sequence[str]], draw: Callable[[], int] | None = None):
         self.dir, self.chunks = stage_dir / "shards", chunks
         self.dir.mkdir(parents=True, exist_ok=True)
-        self._draw = draw or filter(lambda i: not self.path(i).is_dir(), itertools.count()).__next__
+        self._draw = draw or missing(stage_dir)
         self._check()
 
     def path(self, index: int) -> Path:
@@ -99,6 +99,12 @@ class Shards:
                 raise
             self._check_one(self.path(index))  # another launch's process wrote it: the chunk is done
         sync_dir(self.dir)
+
+
+def missing(stage_dir: Path, first: int = 0, every: int = 1) -> Callable[[], int]:
+    """A function that returns the next of `first`, `first + every`, ... whose shard is not there, without end."""
+    there = (stage_dir / "shards" / f"{i:05d}" for i in itertools.count(first, every))
+    return (int(path.name) for path in there if not path.is_dir()).__next__
 
 
 def check_files(directory: Path, files: dict[str, dict], mend: str, contents: bool = True) -> None:

@@ -7,6 +7,7 @@ solutions share is rolled out once; the value after the last step is the solutio
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Sequence
 
 from flywheel.errors import UserError
@@ -15,7 +16,7 @@ from flywheel.records import Role, Solution, Split, StepValues, Verdict
 from flywheel.runs.run import Context
 from flywheel.runs.stage import Input, Stage
 from flywheel.stages.kit import Kit, kit
-from flywheel.stages.shared import LAST_POLICY, ids, sampled, sampled_rates, trace
+from flywheel.stages.shared import LAST_POLICY, ids, rate, sampled, sampled_rates, trace
 
 Tokens = tuple[int, ...]
 
@@ -86,8 +87,7 @@ async def roll_out(ctx: Context, kit: Kit, question: str, prefix: Tokens) -> lis
 async def value(ctx: Context, kit: Kit, question: str, prefix: Tokens) -> float:
     """The share of correct ones among the rollouts that are decided; 0.0 if none is."""
     grades = await kit.grade(await roll_out(ctx, kit, question, prefix))
-    decided = [grade.correct for grade in grades if grade.verdict is not Verdict.UNDECIDED]
-    return sum(decided) / len(decided) if decided else 0.0
+    return rate(Counter(grade.verdict for grade in grades))
 
 
 async def work(ctx: Context, kit: Kit, questions: Sequence[str]) -> list[object]:
