@@ -33,6 +33,7 @@ from flywheel.runs import manifest
 from flywheel.runs.files import _bytes, _layout, encode
 from flywheel.runs.run import Context, Run
 from flywheel.runs.stage import Scheduled, Stage
+from flywheel.runs.worker import chunks
 from flywheel.search.plan import Trial
 from flywheel.search.strategies import strategies
 from flywheel.stages import ORDER, calibrate, distill, label, search, stages, train_head, train_prm, train_reviser
@@ -130,13 +131,14 @@ class Writer:
             "question_id": questions,
             "verdict": np.where(right, "correct", "incorrect"),
             "purpose": columns["purpose"],
+            "rule": np.full(len(right), "number"),
         }
         return pa.table(columns, schema=_layout(Solution)[0]), pa.table(graded, schema=_layout(Grade)[0])
 
     def sampled(self, items: Sequence[str], chunk: int, parts: Sequence[tuple[int, str]], beside=None) -> None:
         """Solutions of every item: (number, purpose) in `parts`. beside: the other records of a chunk."""
-        chunks = [items[at : at + chunk] for at in range(0, len(items), chunk)]
-        for index, part in enumerate(chunks):
+        parted = chunks(items, chunk)
+        for index, part in enumerate(parted):
             files = {}
             if parts:
                 solutions, grades = zip(*(self.solutions(part, each, purpose) for each, purpose in parts))
@@ -144,7 +146,7 @@ class Writer:
                 files["Grade.parquet"] = _bytes(pa.concat_tables(grades))
             for cls, rows in (beside(part) if beside else {}).items():
                 files[f"{cls.__name__}.parquet"] = encode(cls, rows)
-            self.shard(index, len(chunks), part, files)
+            self.shard(index, len(parted), part, files)
 
     def seal(self, figures: dict | None = None) -> None:
         self.dir.mkdir(parents=True, exist_ok=True)
@@ -212,7 +214,7 @@ def read(stage: str, ctx: Context) -> None:
             lengths(part)
             contents(part)
         return
-    chunk = ctx.stage.items(ctx)[: ctx.chunk]
+    chunk = next(iter(chunks(ctx.stage.items(ctx), ctx.chunk)), [])
     match stage:
         case "label":
             [label.chosen(ctx, question) for question in chunk]
