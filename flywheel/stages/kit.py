@@ -209,15 +209,16 @@ class Kit:
         """Sampling parameters for a whole solution, with `changes`."""
         return replace(self.reader.sampling(self.recipe.sample), **changes)
 
-    async def solutions(self, question: Question, n: int, *, purpose: str, tag: str, **changes) -> list[Solution]:
-        """Sample `n` independent solutions of `question` from the policy; `changes` as for `sampling`."""
+    async def solutions(
+        self, question: Question, n: int, *, purpose: str, tag: str, prefix: tuple[int, ...] = (), **changes
+    ) -> list[Solution]:
+        """Sample `n` independent solutions of `question` that begin with `prefix`; `changes` as for `sampling`."""
         engine = self.engine()
-        completions = await engine.generate(
-            self.prompts.solve(question, engine.bare), self.sampling(**changes), purpose=purpose, n=n
-        )
+        prompt = [*self.prompts.solve(question, engine.bare), *prefix]
+        completions = await engine.generate(prompt, self.sampling(**changes), purpose=purpose, n=n)
         return [
             self.reader.solution(
-                done.tokens,
+                (*prefix, *done.tokens),
                 done.finish,
                 id=f"{question.id}/{tag}/{i}",
                 question_id=question.id,

@@ -63,31 +63,17 @@ def prefixes(solution: Solution) -> list[Tokens]:
     return out
 
 
-async def roll_out(ctx: Context, kit: Kit, question: str, prefix: Tokens) -> list[Solution]:
-    """`label.rollouts` solutions that continue `prefix`; none if the prefix uses up `sample.max_tokens`."""
+async def value(ctx: Context, kit: Kit, question: str, prefix: Tokens) -> float:
+    """The share of correct ones among the decided of `label.rollouts` solutions that continue `prefix`.
+
+    0.0 if none is decided, or `prefix` uses up `sample.max_tokens`.
+    """
     room = ctx.recipe.sample.max_tokens - len(prefix)
     if room <= 0:
-        return []
-    engine, sampling = kit.engine(), kit.sampling(max_tokens=room)
-    prompt = [*kit.prompts.solve(kit.problems[question].question, engine.bare), *prefix]
-    drawn = await engine.generate(prompt, sampling, purpose="rollout", n=ctx.recipe.label.rollouts)
-    return [
-        kit.reader.solution(
-            (*prefix, *done.tokens),
-            done.finish,
-            id=f"{question}/rollout/{i}",
-            question_id=question,
-            purpose="rollout",
-            model=engine.name,
-        )
-        for i, done in enumerate(drawn)
-    ]
-
-
-async def value(ctx: Context, kit: Kit, question: str, prefix: Tokens) -> float:
-    """The share of correct ones among the rollouts that are decided; 0.0 if none is."""
-    grades = await kit.grade(await roll_out(ctx, kit, question, prefix))
-    return rate(Counter(grade.verdict for grade in grades))
+        return 0.0
+    asked, count = kit.problems[question].question, ctx.recipe.label.rollouts
+    made = await kit.solutions(asked, count, purpose="rollout", tag="rollout", prefix=prefix, max_tokens=room)
+    return rate(Counter(grade.verdict for grade in await kit.grade(made)))
 
 
 async def work(ctx: Context, kit: Kit, questions: Sequence[str]) -> list[object]:
