@@ -73,8 +73,9 @@ def ours(pairs: list[Pair], seconds: float) -> tuple[list[Verdict], list[str]]:
     """(verdicts, the rules that gave them)."""
     items = [asked(gold, answer, f"q{i}") for i, (gold, answer, _) in enumerate(pairs)]
     with Grader(ProblemSpec(path="", check_seconds=seconds, check_workers=2)) as grader:
-        verdicts = [grade.verdict for grade in grader.verdicts(items)]
-        return verdicts, [grader.rule(gold, answer) if answer else "no answer" for gold, answer, _ in pairs]
+        grades = grader.verdicts(items)
+    rules = [grade.rule if answer else "no answer" for grade, (_, answer, _) in zip(grades, pairs)]
+    return [grade.verdict for grade in grades], rules
 
 
 def math_verify_alone(gold: str, answer: str | None) -> bool:

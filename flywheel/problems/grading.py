@@ -22,7 +22,6 @@ from functools import lru_cache
 
 from flywheel.errors import UserError
 from flywheel.problems.equal import decide, equal, key, rule_of
-from flywheel.problems.extract import last_boxed as last_boxed
 from flywheel.problems.pool import CheckerPool
 from flywheel.recipe import ProblemSpec
 from flywheel.records import Finish, Grade, Problem, Solution, Verdict
@@ -81,8 +80,7 @@ class Grader:
 
     With the default checker, pairs that plain comparison decides never reach a process; a custom checker sees
     every pair. `counts`: number of distinct (gold, answer) pairs decided by plain comparison (`plain`) or by a
-    checker (`checked`), or left `undecided`. `rules`: with the default checker, how many pairs each rule of `equal.py`
-    decided, or `undecided`. Raises UserError if `problems.checker` cannot be imported.
+    checker (`checked`), or left `undecided`. Raises UserError if `problems.checker` cannot be imported.
     """
 
     def __init__(self, spec: ProblemSpec):
@@ -90,9 +88,8 @@ class Grader:
         self.shortcuts = spec.checker == DEFAULT_CHECKER
         self.pool = CheckerPool(spec.checker, spec.check_seconds, spec.check_workers)
         self.counts: Counter[str] = Counter(plain=0, checked=0, undecided=0)
-        self.rules: Counter[str] = Counter()
-        self._rule: dict[tuple[str, str], str] = {}
-        self._same: dict[tuple[str, str], bool | None] = {}  # (gold, answer) -> verdict; None: undecided
+        # (gold, answer) -> (whether they are the same, None: undecided; the rule of `equal.py` that says so)
+        self._known: dict[tuple[str, str], tuple[bool | None, str]] = {}
         self._asked: dict[tuple[str, str], asyncio.Task] = {}  # those being checked
 
     def __enter__(self) -> Grader:
@@ -102,14 +99,14 @@ class Grader:
         self.pool.close()
 
     def verdicts(self, pairs: Sequence[tuple[Problem, Solution]]) -> list[Grade]:
-        """One Grade per pair, in order. Raises ValueError if a solution belongs to another question."""
-        hard = self._plain(pairs)
-        for pair, checked in zip(hard, self.pool.check(hard)):
-            self._settle(pair, *checked)
-        return [self._grade(p, s) for p, s in pairs]
+        """As `grade`, where no event loop runs."""
+        return asyncio.run(self.grade(pairs))
 
     async def grade(self, pairs: Sequence[tuple[Problem, Solution]]) -> list[Grade]:
-        """As `verdicts`; other coroutines, and the engines, go on while the checker works."""
+        """One Grade per pair, in order; other coroutines, and the engines, go on while the checker works.
+
+        Raises ValueError if a solution belongs to another question.
+        """
         for pair in (hard := self._plain(pairs)):
             if pair not in self._asked or self._asked[pair].done():
                 self._asked[pair] = asyncio.ensure_future(self._check(pair))
@@ -117,21 +114,21 @@ class Grader:
         return [self._grade(p, s) for p, s in pairs]
 
     async def _check(self, pair: tuple[str, str]) -> None:
-        self._settle(pair, *await self.pool.checked(pair))
-
-    def rule(self, gold: str, answer: str) -> str:
-        """The rule by which a graded pair's verdict fell, or `undecided`; empty with a checker of one's own."""
-        return self._rule.get((gold, answer), "")
+        same, why = await self.pool.checked(pair)
+        if same is None:
+            log.info("undecided: %s; gold %.80r, answer %.80r", why, *pair)
+        rule = "undecided" if same is None else rule_of(*pair)
+        self._known[pair] = same, rule if self.shortcuts else ""
+        self.counts["undecided" if same is None else "checked"] += 1
 
     def _grade(self, problem: Problem, solution: Solution) -> Grade:
         answer, rule = solution.answer, ""
         if answer is None:
             verdict = Verdict.TRUNCATED if solution.finish is Finish.LENGTH else Verdict.UNPARSABLE
         else:  # right by any of the gold answers; undecided if one of the others is
-            same = {gold: self._same[gold, answer] for gold in (problem.answer, *problem.also)}
-            decisive = next(value for value in (True, None, False) if value in same.values())
-            verdict = {True: Verdict.CORRECT, None: Verdict.UNDECIDED, False: Verdict.INCORRECT}[decisive]
-            rule = self.rule(next(gold for gold in same if same[gold] is decisive), answer)
+            found = [self._known[gold, answer] for gold in (problem.answer, *problem.also)]
+            same, rule = min(found, key=lambda item: (True, None, False).index(item[0]))
+            verdict = {True: Verdict.CORRECT, None: Verdict.UNDECIDED, False: Verdict.INCORRECT}[same]
         return Grade(solution.id, solution.question_id, verdict, solution.purpose, rule)
 
     def _plain(self, pairs: Sequence[tuple[Problem, Solution]]) -> list[tuple[str, str]]:
@@ -142,25 +139,12 @@ class Grader:
         wanted = dict.fromkeys((g, s.answer) for p, s in pairs if s.answer is not None for g in (p.answer, *p.also))
         hard = []
         for pair in wanted:
-            if pair in self._same:
+            if pair in self._known:
                 continue
             decided = decide(*pair) if self.shortcuts else None
             if decided is None:
                 hard.append(pair)
             else:
-                self._keep(pair, *decided)
+                self._known[pair] = decided
                 self.counts["plain"] += 1
         return hard
-
-    def _settle(self, pair: tuple[str, str], same: bool | None, why: str) -> None:
-        """Keep what the checker said of a pair."""
-        self._keep(pair, same, "undecided" if same is None else rule_of(*pair) if self.shortcuts else "")
-        self.counts["undecided" if same is None else "checked"] += 1
-        if same is None:
-            log.info("undecided: %s; gold %.80r, answer %.80r", why, *pair)
-
-    def _keep(self, pair: tuple[str, str], same: bool | None, rule: str) -> None:
-        self._same[pair] = same
-        if self.shortcuts:
-            self._rule[pair] = rule
-            self.rules[rule] += 1

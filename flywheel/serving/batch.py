@@ -86,7 +86,7 @@ def answer(
                 sums["answered"] += 1
                 sums["tokens"] += found.tokens
                 if problem.answer:
-                    row["right"] = right(grader, problem, found)
+                    row["right"] = await right(grader, problem, found)
                     sums["graded"] += row["right"] is not None
                     sums["right"] += bool(row["right"])
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -103,11 +103,11 @@ def checker_of(spec: ProblemSpec) -> ProblemSpec:
     return spec.model_copy(update={"checker": DEFAULT_CHECKER}) if spec.format == "reasoning_gym" else spec
 
 
-def right(grader: Grader, problem: Problem, found: Solved) -> bool | None:
+async def right(grader: Grader, problem: Problem, found: Solved) -> bool | None:
     """Whether the answer is right; None if the checker did not decide."""
     if found.best is None:
         return False
-    [grade] = grader.verdicts([(problem, found.best.solution)])
+    [grade] = await grader.grade([(problem, found.best.solution)])
     return None if grade.verdict is Verdict.UNDECIDED else grade.correct
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 
 import pytest
@@ -188,9 +189,9 @@ def test_what_is_right_is_the_checker_s_verdict_and_undecided_is_neither():
     assert checker_of(spec).checker == DEFAULT_CHECKER != spec.checker
     with Grader(checker_of(spec)) as grader:
         problems = [Problem(QUESTION, gold, Split.TEST) for gold in ("16", "18")]
-        assert [right(grader, problem, found) for problem in problems] == [True, False]
+        assert [asyncio.run(right(grader, problem, found)) for problem in problems] == [True, False]
     with Grader(spec) as grader:
-        assert right(grader, Problem(QUESTION, "no entry", Split.TEST), found) is None
+        assert asyncio.run(right(grader, Problem(QUESTION, "no entry", Split.TEST), found)) is None
 
 
 def test_a_published_prm_judges_in_place_of_the_round_s_and_follows_no_plan(tmp_path):
