@@ -37,7 +37,7 @@ from flywheel.runs.worker import chunks
 from flywheel.search.plan import Trial
 from flywheel.search.strategies import strategies
 from flywheel.stages import ORDER, calibrate, distill, label, search, stages, train_head, train_prm, train_reviser
-from flywheel.stages.shared import difficulties, sampled, test_solutions
+from flywheel.stages.shared import difficulties, judged, sampled
 from flywheel.training.stored import contents, lengths
 
 STEPS = 12  # of a solution
@@ -225,7 +225,7 @@ def read(stage: str, ctx: Context) -> None:
             [sampled(ctx, question) for question in chunk]
             difficulties(ctx)
         case "search":
-            test_solutions(ctx, ctx.round - 1, "evaluate", chunk)
+            dict(judged(ctx, "evaluate", ctx.round - 1, "evaluate", chunk))
             search.oracle_bins(ctx)
     ctx.stage.finish(ctx)
 

@@ -25,11 +25,11 @@ from flywheel.errors import UserError
 from flywheel.measure.stats import bootstrap_runs
 from flywheel.models.prm import aggregate
 from flywheel.models.weights import load_tokenizer
-from flywheel.records import Split
+from flywheel.records import Split, Verdict
 from flywheel.runs.run import Run
 from flywheel.stages import train_prm
 from flywheel.stages.kit import prompts_and_reader
-from flywheel.stages.shared import test_grades, test_solutions
+from flywheel.stages.shared import judged
 from flywheel.stages.train_prm import Labelled, Labels, example
 from flywheel.training import PrmExample
 
@@ -102,8 +102,9 @@ def judge(run: Run, other: Run, round: int) -> Judged:
         )
     fits, checks = alike([own.fit, foreign.fit]), alike([own.check, foreign.check])
     problems = {p.id: p for p in run.problems(Split.TEST)}
-    solutions = test_solutions(run, round - 1)
-    correct = {g.solution_id: g.correct for group in test_grades(run, round - 1).values() for g in group}
+    graded = dict(judged(run, "evaluate", round - 1, "evaluate"))
+    solutions = {q: [s for s, _ in group] for q, group in graded.items()}
+    correct = {s.id: verdict is Verdict.CORRECT for group in graded.values() for s, verdict in group}
     answered = [s for group in solutions.values() for s in group if s.answer is not None]
     distinct = list({(s.question_id, s.tokens): s for s in answered}.values())
     examples = [example(prompts, problems[s.question_id], s, (0.0,) * len(s.steps)) for s in distinct]

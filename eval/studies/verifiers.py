@@ -26,11 +26,11 @@ from eval.shared import (
 )
 from flywheel.measure.stats import paired_gain
 from flywheel.models.prm import encode
-from flywheel.records import Solution, Split, StepValues
+from flywheel.records import Solution, Split, StepValues, Verdict
 from flywheel.runs.run import Run
 from flywheel.search.select import majority
 from flywheel.stages.kit import prompts_and_reader
-from flywheel.stages.shared import answer_is_right, test_grades, test_solutions
+from flywheel.stages.shared import answer_is_right, judged
 from flywheel.stages.train_prm import example
 from flywheel.training import PrmExample
 from flywheel.training.examples import targets
@@ -70,8 +70,9 @@ def judge(run: Run, r: int) -> Verified:
     """The verifiers on the samples of policy r - 1."""
     prompts, _ = prompts_and_reader(run)
     problems = {p.id: p for p in run.problems(Split.TEST)}
-    pool = test_solutions(run, r - 1)
-    right = {g.solution_id: g.correct for group in test_grades(run, r - 1).values() for g in group}
+    graded = dict(judged(run, "evaluate", r - 1, "evaluate"))
+    pool = {q: [s for s, _ in group] for q, group in graded.items()}
+    right = {s.id: verdict is Verdict.CORRECT for group in graded.values() for s, verdict in group}
     distinct: dict[tuple[str, tuple[int, ...]], PrmExample] = {}  # equal samples are scored once
     for solution in (s for group in pool.values() for s in group if s.answer is not None):
         key = (solution.question_id, solution.tokens)
@@ -89,8 +90,8 @@ def judge(run: Run, r: int) -> Verified:
     values = {name: step_values(run, adapter, list(distinct.values())) for name, adapter in adapters.items()}
     if run.recipe.prm.published:
         values["published"] = published_values(run, asked)
-    for name, judged in values.items():
-        scored = dict(zip(distinct, judged))
+    for name, read in values.items():
+        scored = dict(zip(distinct, read))
         keys = {s.id: (s.question_id, s.tokens) for group in pool.values() for s in group}
         # include duplicates, because selection sees every sample
         found.add(name, pool, {id: scored[key] for id, key in keys.items() if key in scored}, right)

@@ -51,9 +51,7 @@ from flywheel.stages.shared import (
     judged,
     model_names,
     search_models,
-    test_grades,
     test_rates,
-    test_solutions,
 )
 
 
@@ -194,8 +192,9 @@ class OneQuestion:
 
 async def work(ctx: Context, kit: Kit, questions: Sequence[str]) -> list[object]:
     searcher = kit.searcher(reviser=Role.REVISER in search_models(ctx), head=bool(head_model(ctx)))
-    samples, greedy = (test_solutions(ctx, ctx.round - 1, purpose, questions) for purpose in ("evaluate", "greedy"))
-    sampled, once = (test_grades(ctx, ctx.round - 1, purpose, questions) for purpose in ("evaluate", "greedy"))
+    samples, greedy = (
+        dict(judged(ctx, "evaluate", ctx.round - 1, purpose, questions)) for purpose in ("evaluate", "greedy")
+    )
     calibrated = ctx.figures("calibrate")
     plan = Plan.from_dict(calibrated["serve"])
     simplest = from_dict(calibrated["simplest"][str(ctx.recipe.evaluate.budget)])
@@ -206,14 +205,15 @@ async def work(ctx: Context, kit: Kit, questions: Sequence[str]) -> list[object]
 
     async def one(question: str) -> list[object]:
         mine, other = searches[question], searches[others[question]]
-        wanted: list = [mine.all(samples[question], *greedy[question], bins[question], edges)]
+        pool, [(once, _)] = [s for s, _ in samples[question]], greedy[question]
+        wanted: list = [mine.all(pool, once, bins[question], edges)]
         if searcher.reviser:
             wanted += [mine.chain(), mine.parallel()]
         if searcher.reviser and mine is not other:  # equal if the chunk holds one question
             wanted.append(mine.control(other, ctx.recipe.reviser.context))
         (answered, scores), *groups = await together(wanted)
         attempts = [s for group in groups for s in group]
-        correct = {g.solution_id: g.correct for g in (*sampled[question], *once[question])}
+        correct = {s.id: verdict is Verdict.CORRECT for s, verdict in (*samples[question], *greedy[question])}
         drawn = {s.id: s for found in answered.values() for s in found.solutions} | {s.id: s for s in attempts}
         fresh = {g.solution_id: g for g in await kit.grade(s for s in drawn.values() if s.id not in correct)}
         correct |= {id: g.correct for id, g in fresh.items()}

@@ -126,25 +126,9 @@ def difficulties(ctx: Context) -> dict[str, Difficulty]:
     return {q: Difficulty(q, rate, quantile[q], fixed[q]) for q, rate in rates.items()}
 
 
-def test_grades(
-    run: Run, round: int, purpose: str = "evaluate", questions: Iterable[str] | None = None
-) -> dict[str, list[Grade]]:
-    """Grades of the test questions (or of `questions` alone) by question.
-
-    `purpose`: `evaluate`, `greedy`, or in round 0 also `bin`.
-    """
-    return by_question(g for g in run.read(Grade, "evaluate", round, questions) if g.purpose == purpose)
-
-
 def test_rates(run: Run, round: int, purpose: str = "evaluate") -> dict[str, float]:
-    """pass@1 by test question. `purpose` as in `test_grades`."""
+    """pass@1 by test question. `purpose`: `evaluate`, `greedy`, or in round 0 also `bin`."""
     return {question: rate(verdicts) for question, verdicts in tallies(run, "evaluate", round, purpose).items()}
-
-
-def test_solutions(
-    run: Run, round: int, purpose: str = "evaluate", questions: Iterable[str] | None = None
-) -> dict[str, list[Solution]]:
-    return by_question(s for s in run.read(Solution, "evaluate", round, questions) if s.purpose == purpose)
 
 
 def answer_is_right(answer: str | None, solutions: Iterable[Solution], correct: Mapping[str, bool]) -> float:
