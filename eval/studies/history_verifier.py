@@ -20,7 +20,6 @@ from collections.abc import Sequence
 
 from eval.shared import Verified, add_runs, chains, fit_prm, folder, over_runs, step_values, verifier_figures
 from flywheel.measure.stats import paired_gain
-from flywheel.models.prm import encode
 from flywheel.models.prompts import Prompts
 from flywheel.records import Problem, Solution, Split
 from flywheel.runs.run import Run
@@ -42,7 +41,7 @@ def example(
     prompts: Prompts, problem: Problem, chain: Sequence[Solution], place: int, context: int, longest: int, value=0.0
 ) -> PrmExample:
     """The attempt at index `place` as a PRM's input, after up to `context` earlier attempts that have an answer."""
-    tokens, reads = encode(prompts, problem.question, chain[place].steps)
+    tokens, reads = prompts.check(problem.question, chain[place].steps)
     shown = [s for s in chain[:place] if s.answer is not None][-context:] if context else []
     while shown and len(prompts.revise(problem.question, shown)) + len(tokens) > longest:
         shown = shown[1:]  # drop the oldest until it fits, as `revision_prompt` does

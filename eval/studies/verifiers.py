@@ -25,7 +25,6 @@ from eval.shared import (
     with_published,
 )
 from flywheel.measure.stats import paired_gain
-from flywheel.models.prm import encode
 from flywheel.records import Solution, Split, StepValues, Verdict
 from flywheel.runs.run import Run
 from flywheel.search.select import majority
@@ -77,8 +76,7 @@ def judge(run: Run, r: int) -> Verified:
     for solution in (s for group in pool.values() for s in group if s.answer is not None):
         key = (solution.question_id, solution.tokens)
         if key not in distinct:
-            tokens, reads = encode(prompts, problems[solution.question_id].question, solution.steps)
-            distinct[key] = PrmExample(tuple(tokens), tuple(reads), (0.0,) * len(reads), question_id=key[0])
+            distinct[key] = example(prompts, problems[solution.question_id], solution, (0.0,) * len(solution.steps))
     steps = {(s.question_id, s.tokens): s.steps for group in pool.values() for s in group}
     asked = [(problems[key[0]].question, steps[key]) for key in distinct]
     wrong = [first_wrong(question.text, [step.text.strip() for step in made]) for question, made in asked]

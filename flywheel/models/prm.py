@@ -34,25 +34,17 @@ class Prm:
         self.engine, self.prompts, self.aggregate = engine, prompts, aggregate
         self.labels = label_ids(prompts.tokenizer, labels)
 
-    async def values(
-        self, question: Question, steps: Sequence[Step], *, since: int = 0, purpose: str = "verify"
-    ) -> tuple[float, ...]:
+    async def values(self, question: Question, steps: Sequence[Step], *, since: int = 0) -> tuple[float, ...]:
         """The value in [0, 1] after each of `steps[since:]`.
 
         Raises TooLong, naming the question, if the text does not fit the model.
         """
-        tokens, reads = encode(self.prompts, question, steps)
-        return await self._read(question, tokens, reads[since:], purpose)
+        tokens, reads = self.prompts.check(question, steps)
+        return await self._read(question, tokens, reads[since:])
 
-    async def value(self, question: Question, steps: Sequence[Step], *, purpose: str = "verify") -> float:
-        """The value in [0, 1] after the last of `steps`; 0.0 if there are none."""
-        return (await self.values(question, steps, since=-1, purpose=purpose))[0] if steps else 0.0
-
-    async def _read(
-        self, question: Question, tokens: Sequence[int], reads: Sequence[int], purpose: str
-    ) -> tuple[float, ...]:
+    async def _read(self, question: Question, tokens: Sequence[int], reads: Sequence[int]) -> tuple[float, ...]:
         try:
-            values = await self.engine.score(tokens, reads, self.labels, purpose=purpose)
+            values = await self.engine.score(tokens, reads, self.labels, purpose="verify")
         except TooLong as error:
             raise TooLong(f"question {question.id}: {error}") from None
         for value in values:
@@ -79,11 +71,6 @@ def label_ids(tokenizer, labels: tuple[str, str]) -> tuple[int, int]:
     if good == bad:
         raise ValueError(f"prm.labels: {labels[0]!r} and {labels[1]!r} are the same token")
     return good, bad
-
-
-def encode(prompts: Prompts, question: Question, steps: Sequence[Step]) -> tuple[list[int], list[int]]:
-    """See `Prompts.check`. Training and scoring both encode with this function."""
-    return prompts.check(question, steps)
 
 
 def aggregate(values: Sequence[float], how: str) -> float:

@@ -129,16 +129,14 @@ class PublishedPrm(Prm):
     def __init__(self, engine: Engine, form: Form):
         self.engine, self.prompts, self.labels, self.aggregate = engine, form, form.labels, form.spec.aggregate
 
-    async def values(
-        self, question: Question, steps: Sequence[Step], *, since: int = 0, purpose: str = "verify"
-    ) -> tuple[float, ...]:
+    async def values(self, question: Question, steps: Sequence[Step], *, since: int = 0) -> tuple[float, ...]:
         tokens, reads = self.prompts.check(question, steps)
         last = max((read for read in reads if read < self.engine.max_model_len), default=0)
         if not last:
             return (0.0,) * len(reads[since:])
         wanted = [min(read, last) for read in reads[since:]]
         places = sorted(set(wanted))  # steps that share a read share its charge
-        values = dict(zip(places, await self._read(question, tokens, places, purpose)))
+        values = dict(zip(places, await self._read(question, tokens, places)))
         return tuple(values[read] for read in wanted)
 
 

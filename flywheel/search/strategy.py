@@ -223,10 +223,7 @@ async def judge(
 
     async def read(solution: Solution) -> tuple[int, int]:
         with metered() as spent:
-            if prm.aggregate == "last":
-                found = (await prm.value(question, solution.steps),)
-            else:
-                found = await prm.values(question, solution.steps)
+            found = await prm.values(question, solution.steps, since=-1 if prm.aggregate == "last" else 0)
         values[solution.tokens] = found
         if kept:
             kept.judged[solution.tokens] = (found, aggregate(found, prm.aggregate))

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from flywheel.models.prm import aggregate, encode, label_ids
+from flywheel.models.prm import aggregate, label_ids
 from flywheel.models.prompts import Prompts
 from flywheel.recipe import PrmSpec
 from flywheel.records import Grade, Problem, Role, Solution, Split, StepValues, Verdict
@@ -107,7 +107,7 @@ def example(
     values: tuple[float, ...],
     weights: tuple[float, ...] | None = None,
 ) -> PrmExample:
-    tokens, reads = encode(prompts, problem.question, solution.steps)
+    tokens, reads = prompts.check(problem.question, solution.steps)
     return PrmExample(tuple(tokens), tuple(reads), values, weights, question_id=problem.id)
 
 

@@ -10,7 +10,7 @@ import torch
 from flywheel.errors import TooLong
 from flywheel.ledger import Ledger
 from flywheel.models.backend import open_backend
-from flywheel.models.prm import Prm, aggregate, encode
+from flywheel.models.prm import Prm, aggregate
 from flywheel.models.prompts import Prompts
 from flywheel.models.steps import Reader
 from flywheel.models.weights import load_merged
@@ -56,12 +56,12 @@ def test_values_through_vllm_equal_a_direct_forward_pass(served):
     ledger.take()
 
     async def work(i):
-        return await prm.values(QUESTIONS[i], STEPS[i]), await prm.value(QUESTIONS[i], STEPS[i])
+        return await prm.values(QUESTIONS[i], STEPS[i]), await prm.values(QUESTIONS[i], STEPS[i], since=-1)
 
     found = dict(enumerate(backend.run(range(4), work)))
     model, labels = load_merged(ref, "float32"), TOKENIZER.convert_tokens_to_ids(["ok", "no"])
     for i in range(4):
-        tokens, reads = encode(PROMPTS, QUESTIONS[i], STEPS[i])
+        tokens, reads = PROMPTS.check(QUESTIONS[i], STEPS[i])
         with torch.no_grad():
             logits = model(torch.tensor([tokens])).logits[0]
         expected = [
@@ -69,14 +69,14 @@ def test_values_through_vllm_equal_a_direct_forward_pass(served):
         ]  # all steps in one pass, as trained
         values, last = found[i]
         assert len(values) == 3 and values == pytest.approx(expected, abs=1e-3)
-        assert last == pytest.approx(expected[-1], abs=1e-3)
+        assert last == pytest.approx(expected[-1:], abs=1e-3)
     [row] = ledger.rows()
     assert row["purpose"] == "verify" and row["generated"] == 0
-    assert row["scored"] == sum(2 * reads[-1] for reads in (encode(PROMPTS, q, s)[1] for q, s in zip(QUESTIONS, STEPS)))
+    assert row["scored"] == sum(2 * reads[-1] for reads in (PROMPTS.check(q, s)[1] for q, s in zip(QUESTIONS, STEPS)))
 
 
 def test_a_value_is_read_before_the_separator_that_ends_the_step():
-    tokens, reads = encode(PROMPTS, QUESTIONS[1], STEPS[1])
+    tokens, reads = PROMPTS.check(QUESTIONS[1], STEPS[1])
     text = [TOKENIZER.decode(tokens[:read]).split("Check")[1].split("\n") for read in reads]
     assert [[piece.strip() for piece in pieces] for pieces in text] == [
         ["1 + 1 = 2"],
@@ -93,8 +93,6 @@ def test_a_text_too_long_for_the_model_raises_and_names_the_question(served):
     ledger.take()
     with pytest.raises(TooLong, match="question q2: prm_1: a prompt of .* tokens .* 64"):
         backend.run([2], lambda i: prm.values(QUESTIONS[i], long))
-    with pytest.raises(TooLong, match="question q2"):
-        backend.run([2], lambda i: prm.value(QUESTIONS[i], long))
 
 
 def test_labels_must_be_two_single_tokens(served):

@@ -133,7 +133,7 @@ def test_values_through_vllm_are_those_of_the_model_s_card(format, adapters, tmp
 
 
 async def both(prm: PublishedPrm) -> tuple[tuple[float, ...], float]:
-    return await prm.values(QUESTION, STEPS), await prm.value(QUESTION, STEPS)
+    return await prm.values(QUESTION, STEPS), (await prm.values(QUESTION, STEPS, since=-1))[0]
 
 
 def test_a_step_beyond_the_model_s_length_has_the_value_of_the_last_that_fits(tmp_path):
@@ -149,7 +149,7 @@ def test_a_step_beyond_the_model_s_length_has_the_value_of_the_last_that_fits(tm
     prm = PublishedPrm(Engine(), reader)
     assert asyncio.run(prm.values(QUESTION, STEPS)) == tuple(read / 1000 for read in (reads[0], *[reads[1]] * 3))
     Engine.max_model_len = reads[0]
-    assert asyncio.run(prm.values(QUESTION, STEPS)) == (0.0,) * 4 and asyncio.run(prm.value(QUESTION, STEPS)) == 0.0
+    assert asyncio.run(prm.values(QUESTION, STEPS)) == (0.0,) * 4
 
 
 def test_what_is_missing_or_of_another_format_is_one_line_before_a_run(tmp_path):
