@@ -19,7 +19,8 @@ import aiohttp
 
 from flywheel.errors import EngineDied, UserError, first_line
 from flywheel.ledger import Ledger
-from flywheel.models.driver import Backend, Output, Scoring, ServedModel
+from flywheel.models.backend import served
+from flywheel.models.driver import Backend, Output, Scoring
 from flywheel.models.endpoints import (
     FAULTS,
     Endpoints,
@@ -33,7 +34,7 @@ from flywheel.models.endpoints import (
     session,
 )
 from flywheel.models.engine import Sampling
-from flywheel.models.weights import attention_width, parameters
+from flywheel.models.weights import parameters
 from flywheel.recipe import EngineSpec
 from flywheel.records import Finish, ModelRef
 
@@ -53,22 +54,11 @@ def open_backend(spec: EngineSpec, models: Mapping[str, ModelRef], ledger: Ledge
         adapters = {names[path]: str(Path(path).absolute()) for path in own}
         endpoints = Endpoints(spec.servers, base, adapters, spec.max_running, spec.max_model_len)
         devices[base] = RemoteDevice(endpoints)
-    served = {
-        role: ServedModel(
-            role,
-            ref.name,
-            parameters(ref),
-            spec.max_model_len,
-            devices[ref.base],
-            ledger,
-            names.get(ref.adapter),
-            bare=ref.adapter is None,
-            attention=attention_width(ref.base),
-            seed=seed,
-        )
+    engines = {
+        role: served(role, ref, parameters(ref), spec, devices[ref.base], ledger, names.get(ref.adapter), seed)
         for role, ref in models.items()
     }
-    return Backend(served, list(devices.values()))
+    return Backend(engines, list(devices.values()))
 
 
 class RemoteDevice:

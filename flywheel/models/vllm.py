@@ -29,12 +29,12 @@ import numpy as np
 from flywheel.errors import EngineDied, UserError
 from flywheel.ledger import Ledger
 from flywheel.models import vllm_cpu
-from flywheel.models.driver import Backend, Labels, Output, Scoring, ServedModel
+from flywheel.models.backend import served
+from flywheel.models.driver import Backend, Labels, Output, Scoring
 from flywheel.models.engine import Sampling
 from flywheel.models.weights import (
     MAX_LORA_RANK,
     adapter_config,
-    attention_width,
     check_length,
     judge_fault,
     load_merged,
@@ -96,24 +96,13 @@ def open_backend(spec: EngineSpec, models: Mapping[str, ModelRef], ledger: Ledge
             else:
                 devices[key] = _open_runtime(arguments, refs, run_seed)
             opened.callback(devices[key].close)
-        served = {}
+        engines = {}
         for role, ref in models.items():
             device = devices[engine_of(ref)]
             adapter = device.adapters.get(ref.adapter)
-            served[role] = ServedModel(
-                role,
-                ref.name,
-                sizes[role],
-                spec.max_model_len,
-                device,
-                ledger,
-                adapter,
-                bare=ref.adapter is None,
-                attention=attention_width(ref.base),
-                seed=seed,
-            )
+            engines[role] = served(role, ref, sizes[role], spec, device, ledger, adapter, seed)
         opened.pop_all()
-    return Backend(served, list(devices.values()), run_seed.start_run)
+    return Backend(engines, list(devices.values()), run_seed.start_run)
 
 
 def engine_arguments(spec: EngineSpec, model: str, seed: int = 0, engines: int = 1) -> dict[str, Any]:
