@@ -54,16 +54,6 @@ def migration(before: Mapping[str, int], after: Mapping[str, int], bins: int = 5
     return matrix.tolist()
 
 
-def migration_null(first: Mapping[str, float], again: Mapping[str, float], edges: Sequence[float]) -> list[list[int]]:
-    """The migration by chance alone: between fixed bins from two independent sets of samples of one model.
-
-    `first` and `again`: question id -> pass rate. Questions binned by finitely many samples change bins when sampled
-    again, even if nothing was learned (regression to the mean); compare a migration with this one. Both sets should
-    have as many samples per question as the migration's: smaller ones are noisier and overstate chance.
-    """
-    return migration(fixed_bins(first, edges), fixed_bins(again, edges), len(edges) + 1)
-
-
 def left_bin(matrix: Sequence[Sequence[float]], bin: int) -> float | None:
     """The fraction of the questions of `bin` that ended in another bin; None if the bin was empty."""
     row = matrix[bin - 1]

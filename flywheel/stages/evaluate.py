@@ -8,9 +8,9 @@ answer: what a served model gives, and the cheapest answer that a search has to 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from flywheel.measure.bins import fixed_bins, migration, migration_null
+from flywheel.measure.bins import fixed_bins, migration
 from flywheel.measure.diversity import diversity
 from flywheel.measure.stats import paired_gain
 from flywheel.records import Role, Split, Verdict
@@ -61,10 +61,14 @@ def finish(ctx: Context) -> dict:
     policy |= {name: sum(one[name] for one in spread) / len(spread) for name in spread[0]}
     policy["verdicts"] = verdict_counts(verdicts.values())
 
-    seed = ctx.seed("bootstrap") % 2**31
-    start_bins = fixed_bins(test_rates(ctx, 0, "bin"), edges)
-    start, start_greedy = test_rates(ctx, 0), test_rates(ctx, 0, "greedy")
+    bins, start, start_greedy = (test_rates(ctx, 0, purpose) for purpose in ("bin", "evaluate", "greedy"))
+    start_bins, bins_now = fixed_bins(bins, edges), fixed_bins(now, edges)
     last = test_rates(ctx, ctx.round - 1) if ctx.round else start
+
+    def gain(before: Mapping[str, float], after: Mapping[str, float], among: Sequence[str]) -> list[float]:
+        seed = ctx.seed("bootstrap") % 2**31
+        return list(paired_gain([before[q] for q in among], [after[q] for q in among], seed=seed))
+
     table = []
     for b in range(1, count + 1):
         inside = [q for q in questions if start_bins[q] == b]
@@ -72,25 +76,19 @@ def finish(ctx: Context) -> dict:
         if inside:
             put("pass@1", [now[q] for q in inside], row)
             if ctx.round:
-                for key, before in (("gain", start), ("gain_from_last_round", last)):
-                    row[key] = list(paired_gain([before[q] for q in inside], [now[q] for q in inside], seed=seed))
+                row |= {"gain": gain(start, now, inside), "gain_from_last_round": gain(last, now, inside)}
         table.append(row)
     figures = {"policy": policy, "fixed_bins": table}
     if ctx.round:
         figures |= {
-            "migration": migration(start_bins, fixed_bins(now, edges), count),
-            "migration_last": migration(fixed_bins(last, edges), fixed_bins(now, edges), count),
-            "migration_null": migration_null(test_rates(ctx, 0, "bin"), start, edges),
+            "migration": migration(start_bins, bins_now, count),
+            "migration_last": migration(fixed_bins(last, edges), bins_now, count),
+            # by chance alone: both sets of samples are of one model, so nothing is learned between them
+            "migration_null": migration(start_bins, fixed_bins(start, edges), count),
             "gain": {
-                "from_round_0": list(
-                    paired_gain([start[q] for q in questions], [now[q] for q in questions], seed=seed)
-                ),
-                "from_last_round": list(
-                    paired_gain([last[q] for q in questions], [now[q] for q in questions], seed=seed)
-                ),
-                "greedy_from_round_0": list(
-                    paired_gain([start_greedy[q] for q in questions], [greedy[q] for q in questions], seed=seed)
-                ),
+                "from_round_0": gain(start, now, questions),
+                "from_last_round": gain(last, now, questions),
+                "greedy_from_round_0": gain(start_greedy, greedy, questions),
             },
         }
     return figures

@@ -11,7 +11,6 @@ from flywheel.measure.bins import (
     fixed_bins,
     left_bin,
     migration,
-    migration_null,
     quantile_bins,
     quantile_edges,
 )
@@ -66,7 +65,7 @@ def test_sampling_again_alone_moves_questions_near_an_edge():
     def draw(samples: int) -> dict[str, float]:
         return {f"q{i}": sum(rng.random() < 0.22 for _ in range(samples)) / samples for i in range(400)}
 
-    small, large = (migration_null(draw(n), draw(n), EDGES) for n in (16, 1024))
+    small, large = (migration(*(fixed_bins(draw(n), EDGES) for _ in range(2))) for n in (16, 1024))
     assert left_bin(small, 5) > 0.4  # nothing was learned, and yet they leave
     assert left_bin(large, 5) is None or left_bin(large, 5) > 0.8  # at 0.22 hardly any is in bin 5
     assert left_bin(large, 4) < 0.15 < left_bin(small, 4)
