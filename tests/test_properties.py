@@ -12,11 +12,9 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rapidfuzz.distance import Levenshtein
 
 from flywheel.ledger import Ledger, total
 from flywheel.measure.bins import fixed_bins, quantile_bins
-from flywheel.measure.stats import edit_distance
 from flywheel.models.steps import Reader
 from flywheel.recipe import Loader, PromptSpec, Recipe, RecipeError, known_keys, parse
 from flywheel.records import (
@@ -148,12 +146,7 @@ def test_steps_are_a_partition_of_the_tokens(ids):
     assert solution.tokens == trimmed and solution.text == "".join(step.text for step in solution.steps)
 
 
-# ---- edit distance, selection, bins ------------------------------------------------------
-
-
-@given(st.lists(st.integers(0, 4), max_size=12), st.lists(st.integers(0, 4), max_size=12))
-def test_the_edit_distance_is_the_reference_library_s(a, b):
-    assert edit_distance(a, b) == Levenshtein.distance(a, b)
+# ---- selection, bins ---------------------------------------------------------------------
 
 
 @given(

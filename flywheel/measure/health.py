@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
 
 from flywheel.records import Finish, Solution
@@ -88,8 +88,3 @@ def copies(chains: Iterable[Sequence[tuple[Solution, bool]]]) -> float:
         new.tokens == last.tokens for chain in chains for (last, correct), (new, _) in pairwise(chain) if not correct
     ]
     return sum(after_incorrect) / len(after_incorrect) if after_incorrect else 0.0
-
-
-def figures(one: Health) -> dict[str, float]:
-    """The figures as a dict, for a manifest."""
-    return asdict(one)

@@ -1,12 +1,10 @@
-"""Estimates with bootstrap intervals, over questions or over runs and questions; pass@k; edit distance."""
+"""Estimates with bootstrap intervals, over questions or over runs and questions."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import comb
 
 import numpy as np
-from rapidfuzz.distance import Levenshtein
 
 Estimate = tuple[float, float, float]  # estimate, low and high end of its interval
 
@@ -69,18 +67,3 @@ def paired_gain(before: Sequence[float], after: Sequence[float], n: int = 2000, 
     if len(before) != len(after):
         raise ValueError(f"paired_gain: {len(before)} questions before, {len(after)} after; the same ones wanted")
     return bootstrap_mean(np.asarray(after, dtype=float) - np.asarray(before, dtype=float), n, seed)
-
-
-def pass_at_k(n: int, c: int, k: int) -> float:
-    """Unbiased estimate of P(at least one of k samples is correct) from c correct of n (Chen et al. 2021).
-
-    1 - C(n-c, k) / C(n, k). Raises ValueError unless 0 <= c <= n and 1 <= k <= n.
-    """
-    if not (0 <= c <= n and 1 <= k <= n):
-        raise ValueError(f"pass_at_k: impossible counts {n=} {c=} {k=}")
-    return 1.0 - comb(n - c, k) / comb(n, k)
-
-
-def edit_distance(a: Sequence[int], b: Sequence[int]) -> int:
-    """Levenshtein distance of two sequences of token ids: insertions, deletions, substitutions."""
-    return Levenshtein.distance(a, b)

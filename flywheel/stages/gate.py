@@ -8,6 +8,7 @@ The old policy's samples come from the sample stage; the new policy draws as man
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 
 from flywheel.measure import health
 from flywheel.measure.stats import paired_gain
@@ -60,7 +61,7 @@ def finish(ctx: Context) -> dict:
         "gain": list(gain),
         f"pass@{k}": [sum(reached[s]) / len(questions) for s in ("before", "after")],
         f"pass@{k}_gain": list(reach),
-        "health": {"before": health.figures(before_health), "after": health.figures(after_health)},
+        "health": {"before": asdict(before_health), "after": asdict(after_health)},
         **({"why": "; ".join(faults)} if faults else {}),
     }
 

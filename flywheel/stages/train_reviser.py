@@ -10,7 +10,8 @@ import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from flywheel.measure.stats import edit_distance
+from rapidfuzz.distance import Levenshtein
+
 from flywheel.records import Role, Solution, Split, Trajectory, Verdict
 from flywheel.runs.run import Context
 from flywheel.runs.stage import Input, Stage
@@ -38,7 +39,7 @@ def history(target: Solution, wrong: list[Solution], count: int, rng: random.Ran
     if not count:
         return []
     picked = rng.sample(wrong, count)
-    nearest = min(wrong, key=lambda s: edit_distance(s.tokens, target.tokens))
+    nearest = min(wrong, key=lambda s: Levenshtein.distance(s.tokens, target.tokens))
     others = [s for s in picked if s.id != nearest.id][: count - 1]
     return [*others, nearest]
 

@@ -6,14 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flywheel.measure.bins import (
-    fixed_bin,
-    fixed_bins,
-    left_bin,
-    migration,
-    quantile_bins,
-    quantile_edges,
-)
+from flywheel.measure.bins import fixed_bin, fixed_bins, left_bin, migration, quantile_bins, quantile_edges
 
 EDGES = [0.8, 0.6, 0.4, 0.2]
 

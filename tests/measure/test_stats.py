@@ -1,11 +1,10 @@
 """Intervals, pass@k and edit distance against cases worked by hand."""
 
-from itertools import combinations
 
 import numpy as np
 import pytest
 
-from flywheel.measure.stats import bootstrap_mean, bootstrap_runs, edit_distance, paired_gain, pass_at_k
+from flywheel.measure.stats import bootstrap_mean, bootstrap_runs, paired_gain
 
 
 def test_a_bootstrap_interval_holds_the_mean_and_narrows_with_the_data():
@@ -35,27 +34,6 @@ def test_a_paired_gain_sees_what_the_spread_between_questions_hides():
     assert gain == pytest.approx(0.055) and 0.05 < low < gain < high < 0.06
     with pytest.raises(ValueError, match="same ones"):
         paired_gain(before, after[1:])
-
-
-def test_pass_at_k_is_the_share_of_subsets_that_hold_a_right_one():
-    right = [True, True, False, False, False]
-    for k in range(1, 6):
-        subsets = list(combinations(right, k))
-        assert pass_at_k(5, 2, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
-    assert pass_at_k(64, 0, 64) == 0.0 and pass_at_k(64, 1, 64) == 1.0 and pass_at_k(1000, 1, 500) == pytest.approx(0.5)
-
-
-@pytest.mark.parametrize(("n", "c", "k"), [(4, 5, 1), (4, -1, 1), (4, 2, 5), (4, 2, 0)])
-def test_pass_at_k_refuses_impossible_counts(n, c, k):
-    with pytest.raises(ValueError, match="impossible"):
-        pass_at_k(n, c, k)
-
-
-def test_edit_distance_counts_tokens_not_characters():
-    assert edit_distance((5, 100, 7), (5, 200, 7)) == 1  # substituted
-    assert edit_distance((5, 100, 7), (5, 7)) == 1  # deleted
-    assert edit_distance((1, 2, 3, 4), (2, 3, 4, 5)) == 2
-    assert edit_distance((), (1, 2)) == 2 and edit_distance((70000,), (70000,)) == 0
 
 
 def test_runs_that_differ_widen_the_interval_and_runs_that_agree_share_their_questions():

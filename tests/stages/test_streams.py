@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 from stage_files import seal, store
 
-from flywheel.measure.health import figures, health
+from flywheel.measure.health import health
 from flywheel.recipe import load
 from flywheel.records import Finish, Grade, Harvested, Solution, Split, Step, StepValues, Verdict
 from flywheel.runs.files import read_table, write_table
@@ -147,7 +147,7 @@ def test_the_gate_compares_what_the_whole_tables_give(run):
         rates = pass_rates(r for r in records[1, stage] if isinstance(r, Grade) and r.question_id in asked)
         assert found["pass@1"][place] == sum(rates[q] for q in asked) / len(asked)
         solutions = [s for s in parted(records[1, stage])[0] if s.question_id in asked]
-        assert found["health"][("before", "after")[place]] == figures(health(solutions))
+        assert found["health"][("before", "after")[place]] == asdict(health(solutions))
 
 
 def test_the_evaluations_figures_are_those_of_all_solutions(run):
