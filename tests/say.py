@@ -17,6 +17,7 @@ from flywheel.models.steps import Reader
 from flywheel.recipe import PromptSpec, SampleSpec
 from flywheel.records import Finish, Question, Role
 from flywheel.search.head import Head
+from flywheel.search.limit import limited
 from flywheel.search.run import search
 from flywheel.search.strategy import Searcher
 
@@ -124,7 +125,8 @@ class Bench:
         )
 
     def search(self, strategy, question=QUESTION, tag="t", limit=None):
-        [outcome] = self.driver.run([question], lambda q: search(strategy, q, self.searcher, tag=tag, limit=limit))
+        searcher = self.searcher if limit is None else limited(self.searcher, limit)
+        [outcome] = self.driver.run([question], lambda q: search(strategy, q, searcher, tag=tag))
         return outcome
 
     def judged(self) -> list[str]:

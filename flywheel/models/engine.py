@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from flywheel.recipe import SampleSpec
 from flywheel.records import Finish, Role
 
 
@@ -39,20 +38,6 @@ class Sampling:
             "repetition_penalty": self.repetition_penalty,
             "stop_token_ids": sorted(self.stop),
         }
-
-    @classmethod
-    def of(cls, spec: SampleSpec, stop: frozenset[int], done: Callable | None = None) -> Sampling:
-        """A recipe's parameters for a whole solution."""
-        return cls(
-            spec.max_tokens,
-            spec.temperature,
-            spec.top_p,
-            stop,
-            done,
-            top_k=spec.top_k,
-            min_p=spec.min_p,
-            repetition_penalty=spec.repetition_penalty,
-        )
 
 
 @dataclass(frozen=True, slots=True)

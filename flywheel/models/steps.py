@@ -83,7 +83,8 @@ class Reader:
 
     def sampling(self, spec: SampleSpec) -> Sampling:
         """Sampling parameters for a whole solution."""
-        return Sampling.of(spec, self.stop, self.done)
+        named = {"temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_tokens"}
+        return Sampling(stop=self.stop, done=self.done, **spec.model_dump(include=named))
 
     def finished(self, tokens: Sequence[int]) -> bool:
         """Whether a solution whose text, or last part of whole steps, is `tokens` ends here."""

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from flywheel.records import Candidate, Question
-from flywheel.search.select import majority
 from flywheel.search.strategy import Searcher, Strategy, draw
 
 
@@ -38,6 +37,3 @@ class Greedy(Strategy):
 
     async def run(self, question: Question, searcher: Searcher, tag: str) -> Sequence[Candidate]:
         return await draw(self, searcher, question, tag, [0], temperature=0.0)
-
-    def answer(self, candidates: Sequence[Candidate]) -> str | None:
-        return majority([c.solution.answer for c in candidates])

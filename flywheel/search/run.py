@@ -9,24 +9,20 @@ from flywheel.ledger import metered
 from flywheel.models.driver import drawing
 from flywheel.models.prm import together
 from flywheel.records import Candidate, Outcome, Question
-from flywheel.search.limit import OutOfTokens, limited
+from flywheel.search.limit import OutOfTokens
 from flywheel.search.select import majority
 from flywheel.search.strategy import Searcher, Strategy
 
 
-async def search(
-    strategy: Strategy, question: Question, searcher: Searcher, *, tag: str, limit: int | None = None
-) -> Outcome:
+async def search(strategy: Strategy, question: Question, searcher: Searcher, *, tag: str) -> Outcome:
     """Search by `strategy` and select an answer. Solution ids are `question/tag/number`, so `tag` must be unique.
 
-    At most `limit` tokens are spent. A search that needs more is cut off and answers with its finished solutions, by
-    the strategy's selection; if that selects none, or needs scores and there are none, by majority. Raises ValueError
-    if `searcher` lacks a model that the strategy needs, and TooLong if the question does not fit the model.
+    A search by a `limited` searcher that needs more tokens is cut off and answers with its finished solutions, by the
+    strategy's selection; if that selects none, or needs scores and there are none, by majority. Raises ValueError if
+    `searcher` lacks a model that the strategy needs, and TooLong if the question does not fit the model.
     """
     if not searcher.can(strategy):
         raise ValueError(f"{strategy.name}: needs a model that this search was not given")
-    if limit is not None:
-        searcher = limited(searcher, limit)
     cut_off = False
     with metered() as spent, drawing(f"{question.id}/{tag}"):
         try:

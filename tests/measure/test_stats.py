@@ -1,5 +1,4 @@
-"""Intervals, pass@k and edit distance against cases worked by hand."""
-
+"""Intervals against cases worked by hand."""
 
 import numpy as np
 import pytest

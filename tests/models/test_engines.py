@@ -14,7 +14,7 @@ from flywheel.ledger import Ledger, total
 from flywheel.models.backend import open_backend
 from flywheel.models.driver import drawing
 from flywheel.models.engine import Sampling
-from flywheel.recipe import EngineSpec, SampleSpec
+from flywheel.recipe import EngineSpec
 from flywheel.records import Finish, ModelRef, Role
 from tests import micro
 
@@ -197,7 +197,7 @@ def test_top_k_min_p_and_the_repetition_penalty_decide_what_is_drawn(served, wei
     share = ((probability[order[2]] + probability[order[3]]) / 2 / probability[order[0]]).item()  # three tokens pass
 
     def drawn(**options) -> set[int]:
-        sampling = Sampling.of(SampleSpec(max_tokens=1, **options), frozenset())
+        sampling = Sampling(1, **options)
 
         async def work(i):
             return await backend.engine(Role.POLICY).generate(PROMPTS[i], sampling, purpose="sample", n=400)
