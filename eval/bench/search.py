@@ -84,7 +84,7 @@ def one(kit: Kit, ledger: Ledger, asked: Sequence[str], strategy: Strategy, bloc
         watches[key].put_on(device)
     ledger.take()
     searcher, begun = kit.searcher(reviser=False), time.perf_counter()
-    kit.run(asked, lambda q: search(strategy, kit.problems[q].question, searcher, tag="bench"))
+    kit.backend.run(asked, lambda q: search(strategy, kit.problems[q].question, searcher, tag="bench"))
     seconds = time.perf_counter() - begun
     spent = {role: s for (role,), s in total(ledger.rows(), "role")}
     processed = sum(s.tokens - s.cached for s in spent.values())

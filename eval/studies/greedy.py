@@ -54,9 +54,9 @@ def greedy(run: Run, model: ModelRef, questions: Sequence[str]) -> tuple[dict[st
             [grade] = await kit.grade([kit.reader.solution(done.tokens, done.finish, **named)])
             return grade.correct, len(prompt) + len(done.tokens) + done.eos
 
-        drawn = kit.run(questions, one)
-    right = {question: float(correct) for question, (correct, _) in drawn}
-    return right, float(np.mean([tokens for _, (_, tokens) in drawn]))
+        drawn = kit.backend.run(questions, one)
+    right = {question: float(correct) for question, (correct, _) in zip(questions, drawn)}
+    return right, float(np.mean([tokens for _, tokens in drawn]))
 
 
 def measure(args: argparse.Namespace) -> dict:

@@ -209,10 +209,6 @@ class Context(Run):
     def path(self, stage: str, round: int | None = None) -> Path:
         return super().path(stage, self.round if round is None else round)
 
-    def relative(self, path: str | Path) -> Path:
-        """`path` relative to this stage's directory, so that a run can be moved."""
-        return Path(path).relative_to(self.dir)
-
     def seed(self, *parts: object) -> int:
         """A 63-bit seed, a hash of the run's seed, round, stage and `parts` only."""
         text = "\x1f".join(map(str, (self._recipe.seed, self.round, self.stage.name, *parts)))

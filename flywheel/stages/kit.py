@@ -32,7 +32,6 @@ PUBLISHED = "prm:published"
 WINDOW = 4  # sequences kept in flight, in units of engine.max_running
 ON_GPU = Path("/dev/nvidiactl").exists()  # found without opening it
 T = TypeVar("T")
-R = TypeVar("R")
 
 
 def prompts_and_reader(run: Run) -> tuple[Prompts, Reader]:
@@ -63,12 +62,9 @@ def preflight(recipe: Recipe, ranks: int = 1) -> list[str]:
         raise UserError(str(error)) from None
     if recipe.prm.published:
         published.preflight(recipe.prm.published, recipe.engine)
-    for name, key in (
-        (recipe.problems.checker, "problems.checker"),
-        (recipe.problems.step_checker, "problems.step_checker"),
-    ):
-        if name:
-            load_function(name, key)
+    for key in ("checker", "step_checker"):
+        if name := getattr(recipe.problems, key):
+            load_function(name, f"problems.{key}")
     if ready := preflight_of(recipe.problems.checker):
         ready(Run(Path(), recipe, skipped=()).problems(*Split))
     for word in prompts.foreign():
@@ -180,11 +176,6 @@ class Kit:
             self.recipe.sample,
             head=Head(self.engine(Role.HEAD), self.prompts, self.recipe.calibrate.bins) if head else None,
         )
-
-    def run(self, items: Iterable[T], work: Callable[[T], Awaitable[R]]) -> list[tuple[T, R]]:
-        """Run `work` on all items concurrently; (item, result) in the order of `items`."""
-        items = list(items)
-        return list(zip(items, self.backend.run(items, work)))
 
     def stream(
         self, source: Callable[[], Coroutine[Any, Any, None] | None], full: Callable[[], bool] = lambda: False

@@ -10,9 +10,9 @@ import os
 import random
 import resource
 import time
-from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
+from statistics import fmean
 
 from flywheel.errors import TooLong
 from flywheel.ledger import Ledger
@@ -56,15 +56,11 @@ def sample(recipe: Recipe, force: bool) -> dict[str, float]:
             "open": opened,
             "generate": generate,
             "read": reading(kit, fitting[0], [done.tokens for done in drawn]),
-            "prompt": mean(solve),
-            "check": mean(check),
-            "solution": mean([len(solution.tokens) for solution in made]),
-            "steps": max(1.0, mean([len(solution.steps) for solution in made])),
+            "prompt": fmean(solve),
+            "check": fmean(check),
+            "solution": fmean(len(solution.tokens) for solution in made),
+            "steps": max(1.0, fmean(len(solution.steps) for solution in made)),
         }
-
-
-def mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
 
 
 def generated(kit: Kit, problems: list[Problem]) -> tuple[list[Completion], float]:
@@ -82,7 +78,7 @@ def generated(kit: Kit, problems: list[Problem]) -> tuple[list[Completion], floa
             prompt = kit.prompts.solve(problem.question, engine.bare)
             return await engine.generate(prompt, kit.sampling(max_tokens=most), purpose="rehearsal", n=SAMPLES)
 
-        return [one for _, drawn in kit.run(problems, some) for one in drawn]
+        return [one for drawn in kit.backend.run(problems, some) for one in drawn]
 
     draw(1)
     while True:
@@ -105,7 +101,7 @@ def reading(kit: Kit, problem: Problem, texts: list[tuple[int, ...]]) -> float:
     for count in (16, len(texts)):  # first a few, for an engine that would need minutes for all
         batch = [chance.sample(text, len(text))[:room] for text in texts[:count]]
         started = time.monotonic()
-        kit.run(batch, read)
+        kit.backend.run(batch, read)
         seconds = max(time.monotonic() - started, 1e-9)
         if seconds * len(texts) / len(batch) > SECONDS:
             break
@@ -169,7 +165,7 @@ def serve(recipe: Recipe, out: Path) -> dict[str, float]:
             outcomes = await search_all(wanted, problem.question, kit.searcher(), tag="rehearsal")
             await kit.grade(candidate.solution for _, _, outcome in outcomes for candidate in outcome.candidates)
 
-        kit.run(islice(fitting, 1), one)
+        kit.backend.run(islice(fitting, 1), one)
     return {"open": opened, "serve_memory": peak()}
 
 

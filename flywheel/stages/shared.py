@@ -207,15 +207,10 @@ def closed(solution: Solution, eos: int) -> tuple[int, ...]:
     return (*solution.tokens, eos)
 
 
-def start(ctx: Context, spec: TrainSpec) -> str | None:
-    """The adapter to initialise training from: the last policy's if `spec.start` is `policy`, else None."""
-    return ctx.model(Role.POLICY, ctx.round - 1).adapter if spec.start == "policy" else None
-
-
 def job(ctx: Context, spec: TrainSpec, keep: str, role: Role) -> Job:
     """What the stage trains: `spec` and `keep` as in `Job`, in the stage's folder, on its ledger."""
-    seed, adapter = ctx.seed("train"), start(ctx, spec)
-    return Job(ctx.recipe.model, spec, ctx.dir, seed, keep, role, ctx.ledger, adapter, ctx.progress)
+    start = ctx.model(Role.POLICY, ctx.round - 1).adapter if spec.start == "policy" else None
+    return Job(ctx.recipe.model, spec, ctx.dir, ctx.seed("train"), keep, role, ctx.ledger, start, ctx.progress)
 
 
 # ---- models of a round -----------------------------------------------------------------

@@ -9,6 +9,8 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
 
 from rapidfuzz.distance import Levenshtein
 
@@ -84,7 +86,8 @@ def train(ctx: Context) -> dict:
         "by_incorrect_attempts": made.figures["by_incorrect_attempts"],
         "curve": report.curve,
         "checkpoints": [
-            {"step": c.step, "epoch": c.epoch, "eval_loss": c.eval_loss, "path": str(ctx.relative(c.path))}
+            # relative, so that a run can be moved
+            {**asdict(c), "path": str(Path(c.path).relative_to(ctx.dir))}
             for c in report.checkpoints
         ],
         "train_seconds": report.seconds,

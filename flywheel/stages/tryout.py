@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections import Counter
 from collections.abc import Sequence
 
 from flywheel.errors import UserError
@@ -27,8 +28,8 @@ def try_out(kit: Kit, problems: Sequence[Problem], force: bool = False) -> list[
     recipe, fitting = kit.recipe, sorted(problem.id for problem in problems)
     asked = random.Random(recipe.seed).sample(fitting, min(QUESTIONS, len(fitting)))
     started = time.monotonic()
-    drawn = kit.run(asked, lambda question: kit.sampled(question, SAMPLES, purpose="try", tag="try"))
-    made = [record for _, records in drawn for record in records]
+    drawn = kit.backend.run(asked, lambda question: kit.sampled(question, SAMPLES, purpose="try", tag="try"))
+    made = [record for records in drawn for record in records]
     seconds = time.monotonic() - started
     solutions = [record for record in made if isinstance(record, Solution)]
     grades = [record for record in made if isinstance(record, Grade)]
@@ -40,7 +41,7 @@ def try_out(kit: Kit, problems: Sequence[Problem], force: bool = False) -> list[
     shares = ", ".join(f"{verdict} {count / len(grades):.0%}" for verdict, count in sorted(kit.ledger.verdicts.items()))
     length = sum(len(solution.tokens) for solution in solutions) / len(solutions)
     print(f"try-out: {shares}; {length:.0f} tokens a solution, {seconds:.1f} s", flush=True)
-    if (line := fault(solutions, grades)) and not force:
+    if (line := fault(grades)) and not force:
         raise UserError(line + FORCE)
     return solutions
 
@@ -76,10 +77,9 @@ def short(text: str, most: int = 100) -> str:
     return shown if len(shown) <= most else shown[: most - 3] + "..."
 
 
-def fault(solutions: Sequence[Solution], grades: Sequence[Grade]) -> str | None:
+def fault(grades: Sequence[Grade]) -> str | None:
     """One line that says which recipe key to look at, if no answer was read or none is right."""
-    counts = {verdict: sum(grade.verdict is verdict for grade in grades) for verdict in Verdict}
-    total = len(grades)
+    counts, total = Counter(grade.verdict for grade in grades), len(grades)
     if counts[Verdict.CORRECT]:
         return None
     if counts[Verdict.TRUNCATED] + counts[Verdict.UNPARSABLE] < total:

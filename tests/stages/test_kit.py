@@ -19,7 +19,7 @@ from flywheel.search.best_of_n import BestOfN
 from flywheel.search.plan import Trial
 from flywheel.stages import label, train_reviser
 from flywheel.stages.kit import preflight, prompts_and_reader
-from flywheel.stages.shared import start, votes
+from flywheel.stages.shared import job, votes
 from flywheel.stages.train_prm import Labelled, missing, pairs
 from flywheel.training import PrmExample
 from tests import families
@@ -213,7 +213,8 @@ def test_a_beam_dearer_than_every_best_of_n_is_compared_at_equal_answers_only():
 def test_a_training_begins_where_its_recipe_says(said, found):
     asked = []
     ctx = SimpleNamespace(
-        round=2,
+        **{"round": 2, "recipe": SimpleNamespace(model=None), "dir": None, "ledger": None, "progress": None},
+        seed=lambda *parts: 3,
         model=lambda role, round: asked.append((role, round)) or ModelRef("policy_1", "base", "adapter of policy_1"),
     )
-    assert start(ctx, TrainSpec(start=said)) == found and asked == ([(Role.POLICY, 1)] if said else [])
+    assert job(ctx, TrainSpec(start=said), "last", Role.POLICY).start == found and asked == ([(Role.POLICY, 1)] if said else [])
