@@ -17,7 +17,6 @@ import argparse
 from eval.shared import add_runs
 from flywheel.errors import UserError
 from flywheel.measure.stats import bootstrap_mean, paired_gain
-from flywheel.records import Grade
 from flywheel.stages.shared import pass_rates
 
 
@@ -32,7 +31,7 @@ def measure(args: argparse.Namespace) -> dict:
         if run.manifest("gate", args.round) is None:
             more = f"flywheel iterate --round {args.round} --no-test finishes it"
             raise UserError(f"{run.root}: the gate of round {args.round} is not finished; {more}")
-        rates = dict(sorted(pass_rates(run.read(Grade, "gate", args.round)).items()))
+        rates = dict(sorted(pass_rates(run, "gate", args.round).items()))
         if not rates:
             raise UserError(f"{run.root}: the gate of round {args.round} judged no new policy")
         first = first or rates

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from flywheel.errors import UserError
 from flywheel.measure.bins import quantile_bins
-from flywheel.records import Grade, ModelRef, Role, SampleScores, Split
+from flywheel.records import ModelRef, Role, SampleScores, Split
 from flywheel.runs.files import read_json, sha256, write_json
 from flywheel.runs.manifest import MANIFEST
 from flywheel.runs.reading import records
@@ -133,7 +133,7 @@ def calibrate(run: Run, round: int | None = None) -> System:
         raise UserError(f"{run.root}: an export without a plan; flywheel solve RUN --calibrate, then export again")
     round = served.round
 
-    found = cache(lambda: quantile_bins(pass_rates(ctx.read(Grade, "gate")), ctx.recipe.calibrate.bins))
+    found = cache(lambda: quantile_bins(pass_rates(ctx, "gate", round), ctx.recipe.calibrate.bins))
 
     async def work(ctx: Context, kit: Kit, questions: Sequence[str]) -> list[object]:
         known = {q: Counter() for q in questions}  # for the harvest alone

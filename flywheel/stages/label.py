@@ -16,7 +16,7 @@ from flywheel.records import Role, Solution, Split, StepValues, Verdict
 from flywheel.runs.run import Context
 from flywheel.runs.stage import Input, Stage
 from flywheel.stages.kit import Kit, kit
-from flywheel.stages.shared import LAST_POLICY, ids, rate, sampled, sampled_rates, trace
+from flywheel.stages.shared import LAST_POLICY, ids, pass_rates, rate, sampled, trace
 
 Tokens = tuple[int, ...]
 
@@ -28,7 +28,7 @@ def questions(ctx: Context) -> list[str]:
     answered right, its step values are all alike and teach little.
     """
     pool = ids(ctx, Split.TRAIN)
-    spec, rates = ctx.recipe.label, sampled_rates(ctx)
+    spec, rates = ctx.recipe.label, pass_rates(ctx, "sample", ctx.round)
     low, high = spec.prefer
     random.Random(ctx.seed("questions")).shuffle(pool)
     pool.sort(key=lambda question: not low <= rates[question] <= high)  # stable: shuffled within

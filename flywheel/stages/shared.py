@@ -45,11 +45,6 @@ def rate(verdicts: Mapping[Verdict, int]) -> float:
     return verdicts.get(Verdict.CORRECT, 0) / decided if decided else 0.0
 
 
-def pass_rates(grades: Iterable[Grade]) -> dict[str, float]:
-    """Fraction of correct solutions by question, leaving out undecided ones; 0.0 if all are undecided."""
-    return {question: rate(Counter(g.verdict for g in group)) for question, group in by_question(grades).items()}
-
-
 def tallies(
     run: Run, stage: str, round: int, purpose: str | None = None, questions: Iterable[str] | None = None
 ) -> dict[str, Counter[Verdict]]:
@@ -105,9 +100,9 @@ def sampled(ctx: Context, question: str) -> list[tuple[Solution, Verdict]]:
     return [pair for _, group in judged(ctx, "sample", ctx.round, questions=[question]) for pair in group]
 
 
-def sampled_rates(ctx: Context) -> dict[str, float]:
-    """pass@1 of the last policy on the train and calibrate questions, from the sample stage."""
-    return {question: rate(verdicts) for question, verdicts in tallies(ctx, "sample", ctx.round).items()}
+def pass_rates(run: Run, stage: str, round: int, purpose: str | None = None) -> dict[str, float]:
+    """pass@1 by question, from the solutions of a stage; `purpose` as in `tallies`."""
+    return {question: rate(verdicts) for question, verdicts in tallies(run, stage, round, purpose).items()}
 
 
 @lru_cache(maxsize=1)
@@ -118,7 +113,7 @@ def difficulties(ctx: Context) -> dict[str, Difficulty]:
     samples per question, which change how often a rate is exactly 0, would shift one split's bins.
     """
     spec = ctx.recipe.calibrate
-    rates = sampled_rates(ctx)
+    rates = pass_rates(ctx, "sample", ctx.round)
     quantile: dict[str, int] = {}
     for split in (Split.TRAIN, Split.CALIBRATE):
         quantile |= quantile_bins({q: rates[q] for q in ids(ctx, split)}, spec.bins)
@@ -128,7 +123,7 @@ def difficulties(ctx: Context) -> dict[str, Difficulty]:
 
 def test_rates(run: Run, round: int, purpose: str = "evaluate") -> dict[str, float]:
     """pass@1 by test question. `purpose`: `evaluate`, `greedy`, or in round 0 also `bin`."""
-    return {question: rate(verdicts) for question, verdicts in tallies(run, "evaluate", round, purpose).items()}
+    return pass_rates(run, "evaluate", round, purpose)
 
 
 def answer_is_right(answer: str | None, solutions: Iterable[Solution], correct: Mapping[str, bool]) -> float:

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 from flywheel.models.prm import aggregate, label_ids
 from flywheel.models.prompts import Prompts
 from flywheel.recipe import PrmSpec
-from flywheel.records import Grade, Problem, Role, Solution, Split, StepValues, Verdict
+from flywheel.records import Problem, Role, Solution, Split, StepValues, Verdict
 from flywheel.runs.reading import where
 from flywheel.runs.run import Context
 from flywheel.runs.stage import Input, Stage
 from flywheel.stages.kit import prompts_and_reader
-from flywheel.stages.shared import job, sampled_rates
+from flywheel.stages.shared import job, judged, pass_rates
 from flywheel.training import PrmExample, train_prm
 from flywheel.training.examples import targets
 from flywheel.training.stored import FOLDER, lengths, stored
@@ -51,7 +51,7 @@ class Labels:
 
     def __init__(self, ctx: Context, prompts: Prompts, problems: dict[str, Problem]):
         self.ctx, self.prompts, self.problems = ctx, prompts, problems
-        self.rates = sampled_rates(ctx)
+        self.rates = pass_rates(ctx, "sample", ctx.round)
         ids = ctx.written("label").tables(StepValues, ["question_id"])
         questions = {question for table in ids for question in table["question_id"].unique().to_pylist()}
         # `progress` is relative to the pass rate, so use `value` if no labelled question was ever answered right
@@ -120,7 +120,10 @@ def train(ctx: Context) -> dict:
     examples = {"examples": len(found.fit), "validation_examples": len(found.check)}
     if why := missing(found, spec):
         return {"model": "policy_0", **examples, "refused": True, "why": why}
-    pool, right = judged(ctx, found.held)
+    groups = judged(ctx, "sample", ctx.round, questions=found.held)
+    decided = (Verdict.CORRECT, Verdict.INCORRECT)
+    known = [pair for _, group in groups for pair in group if pair[1] in decided]
+    pool, right = [s for s, _ in known], [verdict is Verdict.CORRECT for _, verdict in known]
     scored = [example(prompts, problems[s.question_id], s, (0.0,) * len(s.steps)) for s in pool]
     report = train_prm(found.fit, found.check, labels, job(ctx, spec, "best", Role.PRM), scored)
     if ctx.rank:
@@ -148,14 +151,6 @@ def train(ctx: Context) -> dict:
         "curve": report.curve,
         **figures,
     }
-
-
-def judged(ctx: Context, held: set[str]) -> tuple[list[Solution], list[bool]]:
-    """The samples of the held-out questions that have a verdict, and whether each is right."""
-    verdicts = {g.solution_id: g.verdict for g in ctx.read(Grade, "sample", questions=held)}
-    decided = (Verdict.CORRECT, Verdict.INCORRECT)
-    pool = [s for s in ctx.read(Solution, "sample", questions=held) if verdicts[s.id] in decided]
-    return pool, [verdicts[s.id] is Verdict.CORRECT for s in pool]
 
 
 def quality(held: list[list[Sequence[float]]], right: list[bool], questions: list[str], chosen: str) -> dict:

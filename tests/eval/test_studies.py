@@ -61,24 +61,19 @@ def test_every_kept_result_names_runs_that_are_described():
         assert named <= RUNS["runs"].keys(), name
 
 
-def test_a_choice_is_shown_by_calibration_questions_alone():
+def test_a_choice_is_shown_by_calibration_questions_alone(monkeypatch):
     from eval.studies import choose
-    from flywheel.records import Grade, Verdict
+
+    monkeypatch.setattr(choose, "pass_rates", lambda run, *at: run.rates if at == ("gate", 1) else {})
 
     def run(name: str, rights: dict[str, list[int]]) -> SimpleNamespace:
-        grades = [
-            Grade(f"{question}/{i}", question, Verdict.CORRECT if right else Verdict.INCORRECT)
-            for question, group in rights.items()
-            for i, right in enumerate(group)
-        ]
         figures = {
             ("calibrate", 1): {"two_fold": [{"budget": 4, "accuracy": 0.5, "tokens": 10.0}]},
             ("train_prm", 1): {"auc_within_question": 0.7, "trained": True},
         }
-        read = {(Grade, "gate", 1): grades}
         return SimpleNamespace(
             root=name,
-            read=lambda *at: read.get(at, []),
+            rates={question: sum(group) / len(group) for question, group in rights.items()},
             figures=lambda *at: figures[at],
             manifest=lambda stage, round: {} if round < 3 else None,
         )

@@ -55,7 +55,7 @@ def test_votes_are_in_the_order_of_the_draws_so_ties_do_not_go_by_chance():
 
 def test_questions_that_are_sometimes_right_are_labelled_first(monkeypatch):
     rates = {f"q{i}": rate for i, rate in enumerate([0.0, 0.1, 0.5, 0.95, 1.0, 0.05])}
-    monkeypatch.setattr(label, "sampled_rates", lambda ctx: rates)
+    monkeypatch.setattr(label, "pass_rates", lambda *stage: rates)
 
     def asked(count: int, prefer: tuple[float, float] = (0.1, 0.95)) -> list[str]:
         ctx = SimpleNamespace(
@@ -217,4 +217,5 @@ def test_a_training_begins_where_its_recipe_says(said, found):
         seed=lambda *parts: 3,
         model=lambda role, round: asked.append((role, round)) or ModelRef("policy_1", "base", "adapter of policy_1"),
     )
-    assert job(ctx, TrainSpec(start=said), "last", Role.POLICY).start == found and asked == ([(Role.POLICY, 1)] if said else [])
+    assert job(ctx, TrainSpec(start=said), "last", Role.POLICY).start == found
+    assert asked == ([(Role.POLICY, 1)] if said else [])

@@ -16,7 +16,7 @@ from flywheel.runs.files import read_table, write_table
 from flywheel.runs.run import Context
 from flywheel.search.select import majority
 from flywheel.stages import distill, evaluate, gate, harvest, label, sample, train_reviser
-from flywheel.stages.shared import answer_is_right, by_question, difficulties, pass_rates, trace, votes
+from flywheel.stages.shared import answer_is_right, by_question, difficulties, rate, trace, votes
 
 SETTINGS = [
     "problems.limits={train: 12, calibrate: 6, validation: 1, test: 6}",
@@ -78,12 +78,16 @@ def run(tmp_path):
     return context, {at: records for at, (_, records) in made.items()}, ids
 
 
+def rates_of(grades) -> dict[str, float]:
+    return {q: rate(Counter(g.verdict for g in group)) for q, group in by_question(grades).items()}
+
+
 def test_the_sample_stages_figures_are_those_of_all_its_grades(run):
     context, records, ids = run
     ctx, (_, verdicts) = context(sample.STAGE), parted(records[1, "sample"])
     found = sample.finish(ctx)
     assert found["verdicts"] == {str(v): list(verdicts.values()).count(v) for v in Verdict}
-    rates = pass_rates(r for r in records[1, "sample"] if isinstance(r, Grade))
+    rates = rates_of(r for r in records[1, "sample"] if isinstance(r, Grade))
     assert {q: d.pass_at_1 for q, d in difficulties(ctx).items()} == rates and 0 < sum(rates.values()) < len(rates)
     for split in (Split.TRAIN, Split.CALIBRATE):
         assert found[f"pass@1_{split}"] == sum(rates[q] for q in ids[split]) / len(ids[split])
@@ -144,7 +148,7 @@ def test_the_gate_compares_what_the_whole_tables_give(run):
     found = gate.finish(context(gate.STAGE))
     asked = sorted(ids[Split.CALIBRATE])
     for place, stage in enumerate(("sample", "gate")):
-        rates = pass_rates(r for r in records[1, stage] if isinstance(r, Grade) and r.question_id in asked)
+        rates = rates_of(r for r in records[1, stage] if isinstance(r, Grade) and r.question_id in asked)
         assert found["pass@1"][place] == sum(rates[q] for q in asked) / len(asked)
         solutions = [s for s in parted(records[1, stage])[0] if s.question_id in asked]
         assert found["health"][("before", "after")[place]] == asdict(health(solutions))
