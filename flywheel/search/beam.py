@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import isqrt
@@ -76,7 +76,7 @@ class Beam(Strategy):
         """
         if not 1 <= self.width <= self.n:
             raise ValueError(f"beam: a width of 1 to {self.n} wanted, got {self.width}")
-        return await StepSearch(self, question, searcher, f"{question.id}/{tag}").run(self.max_rounds)
+        return await StepSearch(self, self.keep, question, searcher, f"{question.id}/{tag}").run(self.max_rounds)
 
     def keep(self, alive: Sequence[Prefix], places: int) -> list[tuple[Prefix, int]]:
         """The best of the `alive` prefixes, each with its number of continuations; `places` of them in all."""
@@ -97,16 +97,19 @@ class Prefix:
     count: int = 1
 
 
+Keep = Callable[[Sequence[Prefix], int], list[tuple[Prefix, int]]]  # alive, places -> those that go on
+
+
 class StepSearch:
     """One search step by step: the PRM values of prefixes, and the finished candidates.
 
-    `strategy` says how many candidates there will be (`n`), how far to look ahead (`lookahead`), and which prefixes go
-    on (`keep`). `finished`: the value of a finished solution's last step; `open`: those of an open prefix's last step
-    and of the steps looked ahead. Their keys lack trailing blank tokens.
+    `strategy` says how many candidates there will be (`n`) and how far to look ahead (`lookahead`), `keep` which
+    prefixes go on. `finished`: the value of a finished solution's last step; `open`: those of an open prefix's last
+    step and of the steps looked ahead. Their keys lack trailing blank tokens.
     """
 
-    def __init__(self, strategy, question: Question, searcher: Searcher, id: str):
-        self.strategy, self.question, self.searcher, self.id = strategy, question, searcher, id
+    def __init__(self, strategy, keep: Keep, question: Question, searcher: Searcher, id: str):
+        self.strategy, self.keep, self.question, self.searcher, self.id = strategy, keep, question, searcher, id
         self.head = searcher.prompts.solve(question, searcher.policy.bare)
         self.finished: dict[Tokens, tuple[float, ...]] = {}
         self.open: dict[Tokens, tuple[float, ...]] = {} if strategy.lookahead else self.finished
@@ -151,7 +154,7 @@ class StepSearch:
             values = (*drawn[-1].values, own)
             alive.append(Prefix(tokens, values, aggregate((*values, *ahead), how), len(drawn)))
         places = self.strategy.n - len(self.candidates)
-        return self.strategy.keep(alive, places) if alive else []
+        return self.keep(alive, places) if alive else []
 
     def sampling(self, tokens: Tokens, temperature: float | None = None) -> Sampling:
         """Sampling parameters for one more step after `tokens`, within `sample.max_tokens` for the whole solution."""

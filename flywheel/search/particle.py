@@ -9,7 +9,8 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, ClassVar
 
 from pydantic import Field
@@ -34,6 +35,7 @@ class Particle(Strategy):
     power: float = 1.0
 
     kind: ClassVar[str] = "particle"
+    lookahead: ClassVar[int] = 0
 
     @classmethod
     def at(cls, budget: int, *, power: Annotated[float, Field(ge=0)] = 1.0) -> Particle:
@@ -50,25 +52,11 @@ class Particle(Strategy):
     async def run(self, question: Question, searcher: Searcher, tag: str) -> Sequence[Candidate]:
         """The draws depend on the question and `tag` alone, so that a repeated search makes the same ones."""
         id = f"{question.id}/{tag}"
-        return await StepSearch(Draw(self, random.Random(id)), question, searcher, id).run(LONGEST)
+        return await StepSearch(self, partial(self.keep, random.Random(id)), question, searcher, id).run(LONGEST)
 
-
-@dataclass
-class Draw:
-    """What `StepSearch` asks of a strategy, with this search's own random numbers."""
-
-    strategy: Particle
-    chance: random.Random
-    lookahead: int = field(default=0, init=False)
-    kind: str = field(default=Particle.kind, init=False)
-
-    @property
-    def n(self) -> int:
-        return self.strategy.n
-
-    def keep(self, alive: Sequence[Prefix], places: int) -> list[tuple[Prefix, int]]:
+    def keep(self, chance: random.Random, alive: Sequence[Prefix], places: int) -> list[tuple[Prefix, int]]:
         """`places` draws from the `alive` prefixes, as (prefix, number of its draws)."""
         scores = [min(max(prefix.score, SURE), 1 - SURE) for prefix in alive]
-        odds = [prefix.count * (s / (1 - s)) ** self.strategy.power for prefix, s in zip(alive, scores)]
-        drawn = Counter(self.chance.choices(range(len(alive)), odds, k=places))
+        odds = [prefix.count * (s / (1 - s)) ** self.power for prefix, s in zip(alive, scores)]
+        drawn = Counter(chance.choices(range(len(alive)), odds, k=places))
         return [(alive[i], count) for i, count in sorted(drawn.items())]

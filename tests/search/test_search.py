@@ -16,7 +16,7 @@ from flywheel.search.beam import Beam, Prefix
 from flywheel.search.best_of_n import BestOfN
 from flywheel.search.dvts import Dvts
 from flywheel.search.greedy import Greedy
-from flywheel.search.particle import Draw, Particle
+from flywheel.search.particle import Particle
 from flywheel.search.revise import Revise
 from flywheel.search.run import read_off, search
 
@@ -551,7 +551,7 @@ def test_particles_survive_by_their_odds(power, seen):
 
 def test_a_prefix_drawn_more_often_has_more_particles_to_lose():
     """Three of four first steps are =9 (odds 3 / 7), one is =8 (odds 9): shares 9 / 7 to 9."""
-    draw = Draw(Particle(8000), random.Random(0))
-    kept = dict(draw.keep([Prefix((1,), (0.3,), 0.3, 3), Prefix((2,), (0.9,), 0.9, 1)], 8000))
+    alive = [Prefix((1,), (0.3,), 0.3, 3), Prefix((2,), (0.9,), 0.9, 1)]
+    kept = dict(Particle(8000).keep(random.Random(0), alive, 8000))
     share = kept[Prefix((1,), (0.3,), 0.3, 3)] / 8000
     assert share == pytest.approx((9 / 7) / (9 / 7 + 9), abs=0.02)  # four standard errors
