@@ -229,7 +229,7 @@ def step_values(run: Run, adapter: str | None, examples: Sequence[PrmExample]) -
     from flywheel.training.scores import score_all  # imported late to keep --help fast
 
     labels = label_ids(prompts_and_reader(run)[0].tokenizer, run.recipe.prm.labels)
-    return score_all(run.recipe.model.base, adapter, examples, labels, ledger=Ledger("scores", 0))
+    return score_all(run.recipe.model.base, adapter, examples, labels)
 
 
 def published_values(run: Run, texts: Sequence[tuple[Question, Sequence[Step]]]) -> list[tuple[float, ...]]:

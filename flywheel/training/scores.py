@@ -12,10 +12,7 @@ from accelerate.utils import gather_object
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from flywheel.ledger import Ledger, pairs
 from flywheel.models.vllm_cpu import has_bfloat16
-from flywheel.models.weights import attention_width
-from flywheel.records import Role
 from flywheel.training.examples import PrmExample, rows
 
 
@@ -100,42 +97,18 @@ def values_of(
     return [values[index] for index in range(len(rows))]
 
 
-def forward_values(
-    base: str, adapter: str | None, rows: list[dict], labels: tuple[int, int], batch_size: int
-) -> tuple[list[tuple[float, ...]], int]:
-    """(values at each row's reads, in the order of `rows`; number of parameters, adapter included)."""
+def score_all(
+    base: str, adapter: str | None, examples: Sequence[PrmExample], labels: tuple[int, int], batch_size: int = 64
+) -> list[tuple[float, ...]]:
+    """The values in [0, 1] at each example's reads, in the order of `examples`; one pass per example, on one rank.
+
+    For studies: no ledger is charged. Raises TrainingError for a malformed example.
+    """
     device = "cpu" if on_cpu() else "cuda"
     model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype(base), use_safetensors=True).to(device)
     if adapter:
         model = PeftModel.from_pretrained(model, adapter).to(device)
-    return values_of(model, rows, labels, batch_size, device), sum(p.numel() for p in model.parameters())
-
-
-def score_all(
-    base: str,
-    adapter: str | None,
-    examples: Sequence[PrmExample],
-    labels: tuple[int, int],
-    *,
-    ledger: Ledger,
-    purpose: str = "score",
-    batch_size: int = 64,
-) -> list[tuple[float, ...]]:
-    """The values in [0, 1] at each example's reads, in the order of `examples`; one pass per example.
-
-    Charges `ledger` with role PRM. Not distributed: call it on one rank. Raises TrainingError for a malformed example.
-    """
-    values, parameters = forward_values(base, adapter, rows("scored", examples), labels, batch_size)
-    lengths = [len(example.tokens) for example in examples]
-    ledger.charge(
-        Role.PRM,
-        purpose,
-        parameters=parameters,
-        scored=sum(lengths),
-        attention=attention_width(base),
-        attended=sum(pairs(0, length) for length in lengths),
-    )
-    return values
+    return values_of(model, rows("scored", examples), labels, batch_size, device)
 
 
 def within_question_auc(scores: Sequence[float], correct: Sequence[bool], questions: Sequence[str]) -> float | None:

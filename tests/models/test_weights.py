@@ -15,7 +15,7 @@ from flywheel.models.backend import open_backend
 from flywheel.models.weights import NotAModel, load_merged, load_tokenizer, parameters
 from flywheel.recipe import EngineSpec
 from flywheel.records import ModelRef, Role
-from flywheel.training.scores import forward_values
+from flywheel.training.scores import score_all
 from tests import micro
 
 
@@ -62,7 +62,7 @@ def test_pickled_weights_are_loaded_by_nobody(tmp_path, weights):
     with pytest.raises(NotAModel, match=r"no model could be loaded"):
         load_merged(ModelRef("p", str(folder)), "float32")
     with pytest.raises(OSError, match="safetensors"):
-        forward_values(str(folder), None, [], (9, 10), 1)
+        score_all(str(folder), None, [], (9, 10))
     with pytest.raises(EngineDied, match="did not start for p"):
         open_backend(
             EngineSpec(max_model_len=64), {Role.POLICY: ModelRef("p", str(folder))}, Ledger("t", 0), 0, tmp_path
