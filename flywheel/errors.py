@@ -46,22 +46,17 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def exit_code(work: Callable[[], int]) -> int:
+def exit_code(work: Callable[[], int], program: str = "flywheel") -> int:
     """What `work` returns; what a person can mend ends as one line on stderr and 1. Other exceptions pass."""
     try:
         return work()
     except Exception as error:
         if (line := explain(error)) is None:
             raise
-        print(f"flywheel: {line}", file=sys.stderr, flush=True)
+        print(f"{program}: {line}", file=sys.stderr, flush=True)
         return 1
 
 
 def one_line(work: Callable[[], str], program: str = "flywheel") -> int:
-    """The exit code of a command that prints one line: what `work` returns, or on stderr the UserError it raises."""
-    try:
-        print(work())
-    except UserError as error:
-        print(f"{program}: {error}", file=sys.stderr)
-        return 1
-    return 0
+    """As `exit_code`, of a command that prints one line: what `work` returns."""
+    return exit_code(lambda: print(work()) or 0, program)

@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from flywheel.errors import UserError
+from flywheel.errors import exit_code
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -17,20 +17,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("run", type=Path, help="a run directory, e.g. runs/chain")
     parser.add_argument("--json", action="store_true", help="as JSON")
     args = parser.parse_args(argv)
-    try:
+
+    def work() -> int:
         from flywheel.report import summary  # imported late to keep --help fast
         from flywheel.report.tables import print_all
         from flywheel.runs.run import Run
 
         data = summary(Run(args.run))
-    except UserError as error:
-        print(f"flywheel: {error}", file=sys.stderr)
-        return 1
-    if args.json:
-        print(json.dumps(data, indent=1, allow_nan=False))
-    else:
-        print_all(data)
-    return 0
+        print(json.dumps(data, indent=1, allow_nan=False)) if args.json else print_all(data)
+        return 0
+
+    return exit_code(work)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from heapq import nsmallest
 from pathlib import Path
 from threading import Thread
 
-from flywheel.errors import UserError
+from flywheel.errors import one_line
 from flywheel.ledger import total
 from flywheel.report.summary import summary
 from flywheel.runs.files import ROWS, opened, write_file
@@ -206,12 +206,8 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m flywheel.report.wandb", description="Write a run's history to W&B."
     )
     parser.add_argument("run", type=Path, help="a run directory, e.g. runs/chain")
-    try:
-        print(update(Run(parser.parse_args(argv).run)) or "W&B: disabled by track.mode of the run's recipe")
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 1
-    return 0
+    run = parser.parse_args(argv).run
+    return one_line(lambda: update(Run(run)) or "W&B: disabled by track.mode of the run's recipe")
 
 
 if __name__ == "__main__":
