@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from eval.shared import add_runs, folder
 from flywheel.errors import UserError
@@ -14,6 +15,7 @@ from flywheel.runs.run import Run
 from flywheel.runs.shards import shard_dirs
 from flywheel.search.strategies import AnyStrategy
 
+R = TypeVar("R")
 BUDGETS = (4, 16, 64)  # generations; the default
 
 
@@ -117,16 +119,19 @@ def check_origin(directory: Path, run: Run, round: int) -> None:
         raise UserError(f"{directory}: drawn with another {changed}; remove {directory.parent} and draw again")
 
 
+def read_part(run: Run, args: argparse.Namespace, part: str, cls: type[R]) -> list[R]:
+    """The records of one part of a study of a run. Raises UserError if it is not finished."""
+    directory = folder(run, args.round) / titles(args)[part]
+    if not (directory / "finished").is_file():
+        raise UserError(f"{directory}: not drawn; python -m eval study {run.root} --round {args.round} draws it")
+    check_origin(directory, run, args.round)
+    return list(records(directory, cls))
+
+
 def read_all(run: Run, args: argparse.Namespace) -> tuple[list[Difficult], list[Drawn], list[Tried]]:
     """All records of a study of a run. Raises UserError if a part is not finished."""
-    found: dict[str, list] = {}
-    for part, title in titles(args).items():
-        directory = folder(run, args.round) / title
-        if not (directory / "finished").is_file():
-            raise UserError(f"{directory}: not drawn; python -m eval study {run.root} --round {args.round} draws it")
-        check_origin(directory, run, args.round)
-        found[part] = list(records(directory, {"difficulty": Difficult, "pool": Drawn}.get(part, Tried)))
-    return found["difficulty"], found["pool"], [*found["trials"], *found["adaptive"]]
+    tried = [row for part in ("trials", "adaptive") for row in read_part(run, args, part, Tried)]
+    return read_part(run, args, "difficulty", Difficult), read_part(run, args, "pool", Drawn), tried
 
 
 def largest(run: Run, args: argparse.Namespace) -> argparse.Namespace:

@@ -123,14 +123,6 @@ def interval(values, seed: int = 0, resamples: int = 2000) -> list[float]:
     return [round(float(x), 4) for x in (values.mean(), *np.percentile(draws, [2.5, 97.5]))]
 
 
-def pass_at(n_right: int, n: int, k: int) -> float:
-    """The unbiased estimate of pass@k from n samples (Chen et al. 2021)."""
-    miss = 1.0
-    for i in range(k):
-        miss *= max(0, n - n_right - i) / (n - i)
-    return 1 - miss
-
-
 def select(answers: list[str | None], weights) -> str | None:
     """The answer with the largest sum of weights; the first one wins a tie."""
     total: dict[str, float] = defaultdict(float)

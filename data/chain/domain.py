@@ -117,14 +117,6 @@ def derivation(question: str) -> list[str]:
     return [f"{fact.value} {fact.op} ={fact.right}" for fact in facts] + [f"Answer {facts[-1].right}"]
 
 
-def author_odds(question: str) -> float:
-    """The probability that the author solves the question right, if he does not misread it."""
-    odds = 1.0
-    for fact in facts_of(question):
-        odds *= fact.class_.author
-    return odds
-
-
 def parse_step(line: str) -> tuple[int, str, int] | None:
     """``5 +3 =8`` -> (5, "+3", 8); None if the line is not a step."""
     words = line.split()

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from flywheel.ledger import Ledger
 from flywheel.models.backend import open_backend
+from flywheel.models.driver import Backend
 from flywheel.models.engine import Sampling
 from flywheel.models.weights import load_tokenizer
 from flywheel.recipe import EngineSpec
@@ -40,6 +41,16 @@ def questions(base: str, count: int, seed: int) -> list[list[int]]:
     return [[*head, *chance.choices(words, k=chance.randint(1, 12)), *tail] for _ in range(count)]
 
 
+def sampled(backend: Backend, prompts: list[list[int]], sampling: Sampling, samples: int) -> int:
+    """The tokens of `samples` completions of each prompt, EOS included."""
+
+    async def work(prompt: list[int]) -> int:
+        drawn = await backend.engine(Role.POLICY).generate(prompt, sampling, purpose="sample", n=samples)
+        return sum(len(one.tokens) + one.eos for one in drawn)
+
+    return sum(backend.run(prompts, work))
+
+
 def measure(base: str, requests: int, samples: int, max_tokens: int, repeats: int, spec: EngineSpec) -> dict:
     """The figures that `main` prints, for `requests` prompts with `samples` samples each."""
     from flywheel.models.vllm import engine_arguments  # sets vLLM's environment before its import
@@ -49,14 +60,10 @@ def measure(base: str, requests: int, samples: int, max_tokens: int, repeats: in
     )
     from vllm import LLM, SamplingParams
 
-    llm, engine = LLM(**engine_arguments(spec, base)), backend.engine(Role.POLICY)
+    llm = LLM(**engine_arguments(spec, base))
 
     def scheduler(prompts: list[list[int]]) -> int:
-        async def work(prompt: list[int]) -> int:
-            drawn = await engine.generate(prompt, Sampling(max_tokens), purpose="sample", n=samples)
-            return sum(len(one.tokens) + one.eos for one in drawn)
-
-        return sum(backend.run(prompts, work))
+        return sampled(backend, prompts, Sampling(max_tokens), samples)
 
     def generate(prompts: list[list[int]]) -> int:
         params = SamplingParams(n=samples, max_tokens=max_tokens, temperature=1.0, detokenize=False)
@@ -84,15 +91,21 @@ def measure(base: str, requests: int, samples: int, max_tokens: int, repeats: in
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+def options(about: str, requests: int) -> argparse.ArgumentParser:
+    """The options of the benchmarks of sampling; `requests`: the default."""
+    parser = argparse.ArgumentParser(description=about.split("\n\n")[0])
     parser.add_argument("model", help="model directory, e.g. data/chain/seed_model")
-    parser.add_argument("--requests", type=int, default=512, help="prompts in a repeat")
+    parser.add_argument("--requests", type=int, default=requests, help="prompts in a repeat")
     parser.add_argument("--samples", type=int, default=1, help="samples of each prompt")
     parser.add_argument("--max-tokens", type=int, default=96)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
     parser.add_argument("--max-running", type=int, default=EngineSpec().max_running)
+    return parser
+
+
+def main() -> None:
+    parser = options(__doc__, requests=512)
+    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
     args = parser.parse_args()
     spec = EngineSpec(max_model_len=512, dtype=args.dtype, max_running=args.max_running, gpu_memory=0.4)
     print(json.dumps(measure(args.model, args.requests, args.samples, args.max_tokens, args.repeats, spec), indent=1))

@@ -9,7 +9,6 @@ and greatest ratio server / process.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import sys
@@ -18,13 +17,14 @@ import time
 from contextlib import redirect_stdout
 from pathlib import Path
 
-from eval.bench.engine import questions
-from eval.bench.serve import free_port, server
+from eval.bench.engine import options, questions, sampled
+from eval.bench.serve import server
 from flywheel.ledger import Ledger
 from flywheel.models.backend import open_backend
 from flywheel.models.engine import Sampling
 from flywheel.recipe import EngineSpec
 from flywheel.records import ModelRef, Role
+from flywheel.runs.ranks import free_port
 
 
 def measure(base: str, requests: int, samples: int, max_tokens: int, repeats: int, running: int) -> dict:
@@ -42,26 +42,17 @@ def measure(base: str, requests: int, samples: int, max_tokens: int, repeats: in
     with tempfile.TemporaryDirectory() as folder, server(command, port, Path(folder)):
         backends = {name: open_backend(spec, models, Ledger(name, 0), 0, Path(folder)) for name, spec in specs.items()}
 
-        def sampled(name: str, prompts: list[list[int]], streamed: bool) -> float:
+        def rate_of(name: str, prompts: list[list[int]], streamed: bool) -> float:
             """Tokens/s."""
-            engine, sampling = (
-                backends[name].engine(Role.POLICY),
-                Sampling(max_tokens, done=never if streamed else None),
-            )
-
-            async def work(prompt: list[int]) -> int:
-                drawn = await engine.generate(prompt, sampling, purpose="sample", n=samples)
-                return sum(len(one.tokens) + one.eos for one in drawn)
-
-            begun = time.perf_counter()
-            return sum(backends[name].run(prompts, work)) / (time.perf_counter() - begun)
+            sampling, begun = Sampling(max_tokens, done=never if streamed else None), time.perf_counter()
+            return sampled(backends[name], prompts, sampling, samples) / (time.perf_counter() - begun)
 
         rates: dict[bool, dict[str, list[float]]] = {way: {name: [] for name in specs} for way in (False, True)}
         for repeat in range(-1, repeats):
             prompts = questions(base, requests, repeat)
             for way in rates:
                 for name in specs if repeat % 2 else reversed(specs):
-                    rate = sampled(name, prompts, way)
+                    rate = rate_of(name, prompts, way)
                     if repeat >= 0:
                         rates[way][name].append(rate)
         for backend in backends.values():
@@ -81,14 +72,7 @@ def never(tokens: list[int]) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("model", help="model directory, e.g. data/chain/seed_model")
-    parser.add_argument("--requests", type=int, default=256, help="prompts in a repeat")
-    parser.add_argument("--samples", type=int, default=1, help="samples of each prompt")
-    parser.add_argument("--max-tokens", type=int, default=96)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--max-running", type=int, default=EngineSpec().max_running)
-    args = parser.parse_args()
+    args = options(__doc__, requests=256).parse_args()
     with redirect_stdout(sys.stderr):
         found = measure(args.model, args.requests, args.samples, args.max_tokens, args.repeats, args.max_running)
     print(json.dumps(found, indent=1))

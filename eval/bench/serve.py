@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -30,6 +29,7 @@ import numpy as np
 
 from flywheel.export import export
 from flywheel.records import Split
+from flywheel.runs.ranks import free_port
 from flywheel.runs.run import Run
 from flywheel.stages.kit import prompts_and_reader
 
@@ -60,12 +60,6 @@ def ready(url: str) -> bool:
         return httpx.get(f"{url}/health").status_code == 200
     except httpx.TransportError:
         return False
-
-
-def free_port() -> int:
-    with socket.socket() as door:
-        door.bind(("127.0.0.1", 0))
-        return door.getsockname()[1]
 
 
 def all_at_once(asked: Sequence, ask: Callable) -> tuple[list, float]:

@@ -23,12 +23,8 @@ from types import SimpleNamespace
 import numpy as np
 
 from eval.curves import SELECT, is_right
-from eval.draws import Drawn, add_sizes, check_origin, check_sizes, titles
-from eval.shared import folder
-from flywheel.errors import UserError
+from eval.draws import Drawn, add_sizes, check_sizes, read_part
 from flywheel.measure.stats import bootstrap_mean, paired_gain
-from flywheel.runs.reading import records
-from flywheel.runs.run import Run
 from flywheel.search.adaptive import Adaptive, certainty, votes
 from flywheel.stages.shared import by_question
 
@@ -114,19 +110,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--orders", type=int, default=20, help="orders of the pool (%(default)s)")
 
 
-def pools_of(run: Run, args: argparse.Namespace) -> dict[str, list[Drawn]]:
-    directory = folder(run, args.round) / titles(args)["pool"]
-    if not (directory / "finished").is_file():
-        raise UserError(f"{directory}: not drawn; python -m eval study {run.root} --round {args.round} draws it")
-    check_origin(directory, run, args.round)
-    return by_question(records(directory, Drawn))
-
-
 def measure(args: argparse.Namespace) -> dict:
     check_sizes(args)
     out = {}
     for run in args.runs:
-        pools, rows = pools_of(run, args), []
+        pools, rows = by_question(read_part(run, args, "pool", Drawn)), []
         for mean in args.budgets:
             found = compare(pools, mean, args.orders, random.Random(mean))
             base = found["best_of_n"]["right"].tolist()

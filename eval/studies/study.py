@@ -19,7 +19,6 @@ import multiprocessing
 import os
 import re
 import sys
-from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from functools import partial
@@ -30,6 +29,7 @@ from eval.draws import Difficult, Drawn, Tried, add_sizes, check_origin, titles
 from eval.shared import draw, folder, whole_test
 from flywheel.errors import UserError
 from flywheel.ledger import metered
+from flywheel.measure.health import repeats
 from flywheel.records import ModelRef, Problem, Role, Solution
 from flywheel.runs.processes import default_workers
 from flywheel.runs.run import Context, Run
@@ -87,12 +87,11 @@ def stopping(budgets: Sequence[int], reviser: bool) -> Asked:
 
 def shape(solution: Solution, usual: int | None) -> str:
     """`repeated`: a step occurs twice; `short` or `long`: fewer or more steps than `usual`, if known; else ""."""
-    texts = [step.text.strip() for step in solution.steps]
-    if max(Counter(texts).values(), default=0) > 1:
+    if repeats(solution):
         return "repeated"
-    if usual is None or len(texts) == usual:
+    if usual is None or len(solution.steps) == usual:
         return ""
-    return "short" if len(texts) < usual else "long"
+    return "short" if len(solution.steps) < usual else "long"
 
 
 def usual_steps(ctx: Context, text: str) -> int | None:
