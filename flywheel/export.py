@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flywheel.errors import UserError, one_line
+from flywheel.errors import UserError, first_line, one_line
 from flywheel.records import Role
 from flywheel.runs.hub import name_of
 
@@ -76,8 +76,7 @@ def _merge(base: str, adapter: Path | None, sample: SampleSpec, out: Path) -> No
         model = AutoModelForCausalLM.from_pretrained(base, dtype="auto", use_safetensors=True)
         tokenizer = AutoTokenizer.from_pretrained(base)
     except (OSError, ValueError) as error:
-        why = str(error).splitlines()[0]
-        raise UserError(f"model.base {base!r} cannot be loaded from {Path.cwd()}: {why}") from None
+        raise UserError(f"model.base {base!r} cannot be loaded from {Path.cwd()}: {first_line(error)}") from None
     if adapter is not None:
         from peft import PeftModel
 

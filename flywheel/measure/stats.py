@@ -9,8 +9,8 @@ import numpy as np
 Estimate = tuple[float, float, float]  # estimate, low and high end of its interval
 
 
-def bootstrap_mean(values: Sequence[float], n: int = 2000, seed: int = 0, level: float = 0.95) -> Estimate:
-    """(mean, low, high): the mean over questions and its percentile-bootstrap interval from `n` resamples.
+def bootstrap_mean(values: Sequence[float], n: int = 2000, seed: int = 0) -> Estimate:
+    """(mean, low, high): the mean over questions and its 95% percentile-bootstrap interval from `n` resamples.
 
     `values`: one number per question. Constant data (or a single question) gives (c, c, c). Raises ValueError if
     there are no values or one is not finite.
@@ -25,18 +25,12 @@ def bootstrap_mean(values: Sequence[float], n: int = 2000, seed: int = 0, level:
     # percentile, not BCa: the mean needs no bias correction, and BCa's jackknife is undefined on nearly constant
     # data, such as a bin that is almost completely solved or unsolved
     interval = bootstrap(
-        (data,),
-        np.mean,
-        n_resamples=n,
-        batch=100,
-        confidence_level=level,
-        method="percentile",
-        rng=np.random.default_rng(seed),
+        (data,), np.mean, n_resamples=n, batch=100, method="percentile", rng=np.random.default_rng(seed)
     ).confidence_interval
     return float(data.mean()), float(interval.low), float(interval.high)
 
 
-def bootstrap_runs(values: Sequence[Sequence[float]], n: int = 2000, seed: int = 0, level: float = 0.95) -> Estimate:
+def bootstrap_runs(values: Sequence[Sequence[float]], n: int = 2000, seed: int = 0) -> Estimate:
     """(mean, low, high) of a (runs, questions) array: the mean of the runs' means, resampling runs and questions.
 
     Each resample uses the same questions for all runs; NaN where a run lacks a question. With few runs the interval is
@@ -55,15 +49,15 @@ def bootstrap_runs(values: Sequence[Sequence[float]], n: int = 2000, seed: int =
     weights = rng.multinomial(runs, np.full(runs, 1 / runs), size=n) * (counts > 0)
     total = weights.sum(axis=1)
     means = ((weights * means).sum(axis=1) / np.where(total, total, 1))[total > 0]
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(means, [(1 - 0.95) / 2, (1 + 0.95) / 2])
     return float((filled.sum(axis=1) / there.sum(axis=1)).mean()), float(low), float(high)
 
 
-def paired_gain(before: Sequence[float], after: Sequence[float], n: int = 2000, seed: int = 0) -> Estimate:
+def paired_gain(before: Sequence[float], after: Sequence[float], seed: int = 0) -> Estimate:
     """(gain, low, high) of after - before, for the same questions in the same order (paired bootstrap).
 
     Raises ValueError if the numbers of questions differ, and as `bootstrap_mean` does.
     """
     if len(before) != len(after):
         raise ValueError(f"paired_gain: {len(before)} questions before, {len(after)} after; the same ones wanted")
-    return bootstrap_mean(np.asarray(after, dtype=float) - np.asarray(before, dtype=float), n, seed)
+    return bootstrap_mean(np.asarray(after, dtype=float) - np.asarray(before, dtype=float), seed=seed)

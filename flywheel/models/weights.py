@@ -151,7 +151,7 @@ def check_targets(spec: ModelSpec) -> None:
     try:
         get_peft_model(model, LoraConfig(target_modules=spec.lora_targets), low_cpu_mem_usage=True)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"model.lora_targets: {str(error).splitlines()[0]}; the modules are {names}") from None
+        raise ValueError(f"model.lora_targets: {first_line(error)}; the modules are {names}") from None
 
 
 def save_judge(ref: ModelRef, dtype: str, folder: str) -> None:

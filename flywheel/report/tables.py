@@ -10,12 +10,12 @@ from typing import TextIO
 WIDTH = 100  # characters
 
 
-def print_all(data: dict, file: TextIO | None = None) -> None:
+def print_all(data: dict) -> None:
     """Print everything in a `summary` as tables."""
-    console = _console(file)
+    console = _console()
     console.print(f"recipe {data['recipe']}, {data['finished_rounds']} rounds finished after the base")
     for item in data["rounds"]:
-        print_round(data, item["round"], file)
+        print_round(data, item["round"])
     for item in data.get("unfinished", []):
         console.print(f"round {item['round']} under way: {', '.join(item['finished_stages'])} done")
     ledger = data["ledger"]
@@ -54,9 +54,9 @@ def print_round(data: dict, round: int, file: TextIO | None = None) -> None:
         console.print(line)
 
 
-def print_untested(now: dict, file: TextIO | None = None) -> None:
+def print_untested(now: dict) -> None:
     """Print a round without its test, as `summary.untested` gives it."""
-    console = _console(file)
+    console = _console()
     if now["round"]:
         table = _table(f"round {now['round']}: serve plan", "budget", "accuracy, held out", "tokens")
         for row in now["serve"]:
@@ -67,7 +67,7 @@ def print_untested(now: dict, file: TextIO | None = None) -> None:
     console.print(f"round {now['round']}: test questions were not read (--no-test)")
 
 
-def _console(file: TextIO | None):
+def _console(file: TextIO | None = None):
     from rich.console import Console
 
     file = file or sys.stdout

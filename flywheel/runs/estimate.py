@@ -165,7 +165,7 @@ def strategy(kind: str, budget: int, rates: Rates, recipe: Recipe) -> Work:
 
 def parameters(base: str) -> int | None:
     """Number of parameters of a model directory, or of a Hub name in the cache; None if it is not known."""
-    folder, config = Path(base), None
+    folder = Path(base)
     if not folder.is_dir():
         from huggingface_hub import try_to_load_from_cache
 
@@ -173,9 +173,7 @@ def parameters(base: str) -> int | None:
         if not isinstance(cached, str):
             return None
         folder = Path(cached).parent
-    count = sum(map(weights, folder.glob("*.safetensors")))
-    config = read_json(folder / "config.json") or {}
-    return count or by_config(config)
+    return sum(map(weights, folder.glob("*.safetensors"))) or by_config(read_json(folder / "config.json") or {})
 
 
 def weights(path: Path) -> int:
@@ -265,8 +263,7 @@ def estimate(
             spent = work.generated / rates.generate + work.read / rates.read
             opened = rates.open * ENGINES.get(stage.name, 1)
             seconds, size = STAGE + opened + spent / (many * (SHARED if many > 1 else 1)), STORED * work.tokens
-        tokens = work.tokens
-        rows.append(Row(r, stage.name, state, left, tokens, seconds, size))
+        rows.append(Row(r, stage.name, state, left, work.tokens, seconds, size))
     return rows
 
 

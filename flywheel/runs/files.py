@@ -21,7 +21,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-from flywheel.errors import UserError
+from flywheel.errors import UserError, first_line
 
 R = TypeVar("R")
 ROWS = 4096  # of a long table that are in memory at a time
@@ -296,7 +296,7 @@ def opened(path: Path) -> Iterator[Any]:
     except FileNotFoundError:
         raise Damaged(f"{path}: missing") from None
     except (pa.ArrowInvalid, OSError) as error:
-        raise Damaged(f"{path}: not a parquet file, or cut short: {str(error).splitlines()[0]}") from None
+        raise Damaged(f"{path}: not a parquet file, or cut short: {first_line(error)}") from None
 
 
 def read_arrow(path: Path, columns: Sequence[str] | None = None):

@@ -56,9 +56,10 @@ class Limited:
     """An engine (see `flywheel.models.engine.Engine`) whose requests reserve tokens from an allowance."""
 
     def __init__(self, engine: Engine, allowance: Allowance):
-        self.role, self.name, self.parameters = engine.role, engine.name, engine.parameters
-        self.max_model_len, self.bare = engine.max_model_len, engine.bare
         self.engine, self.allowance = engine, allowance
+
+    def __getattr__(self, name: str):
+        return getattr(self.engine, name)
 
     async def generate(
         self, prompt: Sequence[int], sampling: Sampling, *, purpose: str, n: int = 1
@@ -75,9 +76,6 @@ class Limited:
     ) -> list[float]:
         async with self.allowance.hold(self.engine.score_tokens(reads)):
             return await self.engine.score(prompt, reads, labels, purpose=purpose)
-
-    def score_tokens(self, reads: Sequence[int]) -> int:
-        return self.engine.score_tokens(reads)
 
 
 def limited(searcher: Searcher, limit: int) -> Searcher:
