@@ -49,7 +49,7 @@ def bootstrap_runs(values: Sequence[Sequence[float]], n: int = 2000, seed: int =
     weights = rng.multinomial(runs, np.full(runs, 1 / runs), size=n) * (counts > 0)
     total = weights.sum(axis=1)
     means = ((weights * means).sum(axis=1) / np.where(total, total, 1))[total > 0]
-    low, high = np.quantile(means, [(1 - 0.95) / 2, (1 + 0.95) / 2])
+    low, high = np.quantile(means, [0.025, 0.975])
     return float((filled.sum(axis=1) / there.sum(axis=1)).mean()), float(low), float(high)
 
 
