@@ -16,7 +16,7 @@ demo: setup
 	$(BIN)/accelerate launch -m flywheel.iterate --round 3
 
 test: lint
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
 
 test-slow: setup
 	$(BIN)/python -m pytest -m "slow and not gpu"

@@ -166,7 +166,7 @@ list(pool.check([(sys.argv[1], "import time\\ntime.sleep(600)")]))
 """
 
 
-@pytest.mark.parametrize("worker_too", [False, True])
+@pytest.mark.parametrize("worker_too", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_no_program_outlives_a_parent_that_was_killed(worker_too):
     before = processes()
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, [ROOT, *sys.path]))}

@@ -32,6 +32,7 @@ def may_mount() -> bool:
 
 
 can_mount = pytest.mark.skipif(not may_mount(), reason="this user may not mount a file system")
+SLOW = pytest.mark.slow
 can_unshare = pytest.mark.skipif(not allowed(*ELSEWHERE, "true"), reason="this user may not make a namespace")
 
 
@@ -68,7 +69,7 @@ def the_line(done: subprocess.CompletedProcess) -> str:
 
 
 @can_mount
-@pytest.mark.parametrize("size", ["48k", "160k", "320k"])
+@pytest.mark.parametrize("size", [pytest.param("48k", marks=SLOW), "160k", pytest.param("320k", marks=SLOW)])
 def test_a_full_disk_is_one_line_and_room_alone_mends_it(project, finished, size):
     with small_disk(project.runs, size):
         assert "no room to write" in the_line(project.run("--round", "2"))
@@ -129,7 +130,7 @@ def test_the_clock_decides_nothing(project, finished):
     assert seen.items() <= {p: p.stat().st_mtime_ns for p in project.run_dir.rglob("shards/[0-9]*/*")}.items()
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=SLOW) for seed in range(2, 6))])
 def test_any_beginning_of_a_run_goes_on_to_the_same_end(finished, project, seed):
     """All that was made after a random moment is taken away: later rounds, later stages, some of a stage's chunks."""
     shutil.copytree(finished.root, project.root, dirs_exist_ok=True)

@@ -156,6 +156,7 @@ def test_a_finished_run_says_that_there_is_nothing_to_do(finished):
     assert before == {p: p.stat().st_mtime_ns for p in run.rglob("*.parquet")}
 
 
+@pytest.mark.slow
 def test_a_deleted_shard_alone_is_made_again_and_draws_the_same(finished):
     """A chunk is seeded by what it asks, so the harvest of a run that lost a shard is the same harvest."""
     import shutil
@@ -202,6 +203,7 @@ def test_the_studies_read_a_finished_run(finished):
     )  # one question of eight
 
 
+@pytest.mark.slow
 def test_the_claims_are_measured_on_a_finished_run(finished, tmp_path):
     run, _ = finished
     sizes = ["--questions", "5", "--oracle", "8", "--judged", "4", "--pool", "8", "--budgets", "4"]
@@ -316,6 +318,17 @@ def test_a_file_of_questions_is_answered_graded_billed_and_not_asked_again(finis
     assert again.returncode == 0 and again.stderr.splitlines()[-1].startswith("2 answered")
     assert len(out.read_text().splitlines()) == 6
     assert "nothing to do" in flywheel(*command).stderr
+
+
+@pytest.mark.slow
+def test_an_export_answers_as_its_run_does(finished, tmp_path):
+    run, _ = finished
+    rows = [json.loads(line) for line in (ROOT / "data/chain/problems/test.jsonl").read_text().splitlines()[:6]]
+    asked, out = tmp_path / "questions.jsonl", tmp_path / "answers.jsonl"
+    asked.write_text("".join(json.dumps({k: r[k] for k in ("id", "question", "answer")}) + "\n" for r in rows))
+    done = flywheel("solve", str(run), "--problems", str(asked), "--out", str(out), "--calibrate", "--tokens", "900")
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = [json.loads(line) for line in out.read_text().splitlines()]
     exported, theirs = tmp_path / "exported", tmp_path / "theirs.jsonl"
     assert flywheel("export", str(run), "--out", str(exported)).returncode == 0
     done = flywheel("solve", str(exported), "--problems", str(asked), "--out", str(theirs), "--tokens", "900")
