@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from flywheel.ledger import Ledger
-from flywheel.models.driver import Backend, Device, ServedModel
-from flywheel.models.weights import attention_width
+from flywheel.models.driver import Backend
 from flywheel.problems.grading import load_function
 from flywheel.recipe import EngineSpec
 from flywheel.records import ModelRef
@@ -29,13 +27,3 @@ def open_backend(spec: EngineSpec, models: Mapping[str, ModelRef], ledger: Ledge
     else:
         opener = load_function(spec.kind, "engine.kind")
     return opener(spec, models, ledger, seed, scratch)
-
-
-def served(
-    role: str, ref: ModelRef, size: int, spec: EngineSpec, device: Device, ledger: Ledger, adapter: Any, seed: int
-) -> ServedModel:
-    """A model of `size` parameters on its device, by what a recipe and the run say of it."""
-    bare, attention = ref.adapter is None, attention_width(ref.base)
-    return ServedModel(
-        role, ref.name, size, spec.max_model_len, device, ledger, adapter, bare=bare, attention=attention, seed=seed
-    )

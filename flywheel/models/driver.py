@@ -20,7 +20,9 @@ from flywheel.errors import TooLong
 from flywheel.ledger import Ledger, pairs
 from flywheel.models.engine import Completion, Sampling
 from flywheel.models.stepping import drive, runner, stream
-from flywheel.records import Finish
+from flywheel.models.weights import attention_width
+from flywheel.recipe import EngineSpec
+from flywheel.records import Finish, ModelRef
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -228,3 +230,13 @@ class Backend:
             for ledger in self._ledgers.values():
                 ledger.so_far += self._told - before
         return any(stepped)
+
+
+def served(
+    role: str, ref: ModelRef, size: int, spec: EngineSpec, device: Device, ledger: Ledger, adapter: Any, seed: int
+) -> ServedModel:
+    """A model of `size` parameters on its device, by what a recipe and the run say of it."""
+    bare, attention = ref.adapter is None, attention_width(ref.base)
+    return ServedModel(
+        role, ref.name, size, spec.max_model_len, device, ledger, adapter, bare=bare, attention=attention, seed=seed
+    )

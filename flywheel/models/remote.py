@@ -19,8 +19,7 @@ import aiohttp
 
 from flywheel.errors import EngineDied, UserError, first_line
 from flywheel.ledger import Ledger
-from flywheel.models.backend import served
-from flywheel.models.driver import Backend, Output, Scoring
+from flywheel.models.driver import Backend, Output, Scoring, served
 from flywheel.models.endpoints import (
     FAULTS,
     Endpoints,

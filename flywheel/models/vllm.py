@@ -29,8 +29,7 @@ import numpy as np
 from flywheel.errors import EngineDied, UserError
 from flywheel.ledger import Ledger
 from flywheel.models import vllm_cpu
-from flywheel.models.backend import served
-from flywheel.models.driver import Backend, Labels, Output, Scoring
+from flywheel.models.driver import Backend, Labels, Output, Scoring, served
 from flywheel.models.engine import Sampling
 from flywheel.models.weights import (
     MAX_LORA_RANK,

@@ -13,7 +13,7 @@ from flywheel.runs.reading import Written, where
 from flywheel.runs.run import Context
 from flywheel.runs.shards import Shards
 from flywheel.stages import label
-from flywheel.stages.shared import sampled, sampled_rates
+from flywheel.stages.shared import pass_rates, sampled
 
 QUESTIONS = [f"q{i}" for i in range(10)]
 
@@ -59,7 +59,7 @@ def test_a_stage_opens_only_the_shards_of_its_chunks_questions(tmp_path):
     ids = [p.id for p in ctx.problems(Split.TRAIN, Split.CALIBRATE)]
     store(tmp_path, 1, "sample", ids, records(ids))
     assert set(label.questions(ctx)) == set(ids[:10])
-    assert sampled_rates(ctx) == dict.fromkeys(ids, 0.5)  # one right of two decided
+    assert pass_rates(ctx, "sample", 1) == dict.fromkeys(ids, 0.5)  # one right of two decided
     spoil(stage_dir(tmp_path, 1, "sample"), ["00002"])
     assert [verdict for _, verdict in sampled(ctx, ids[5])] == list(
         (Verdict.CORRECT, Verdict.INCORRECT, Verdict.UNDECIDED)

@@ -62,6 +62,7 @@ def test_questions_that_are_sometimes_right_are_labelled_first(monkeypatch):
             problems=lambda split: [Problem(Question(q, q), "7", Split.TRAIN) for q in rates],
             recipe=SimpleNamespace(label=SimpleNamespace(questions=count, prefer=prefer)),
             seed=lambda *parts: 3,
+            round=1,
         )
         return label.questions(ctx)
 
