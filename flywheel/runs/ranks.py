@@ -148,6 +148,7 @@ class Launch:
         watched = range(1, self.ranks.world) if self.ranks.rank == 0 else [0]
         seen = {r: (0, time.monotonic()) for r in watched}  # rank -> its count, and since when
         try:
+            self._look(seen)  # at once, or a rank that dies early is said not to have come
             while not self.over.wait(BEAT):
                 self._look(seen)
         except LaunchFailed as error:
