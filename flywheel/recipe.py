@@ -361,10 +361,15 @@ class Recipe(Spec):
             yield "reviser.probe_attempts: 2 or more wanted for reviser.choose change"
         if self.label.prefer[0] > self.label.prefer[1]:
             yield f"label.prefer: a rising pair wanted, got {list(self.label.prefer)}"
-        for key in ("prm", "reviser", "distill"):
-            batch, micro = getattr(self, key).batch_size, getattr(self, key).micro_batch_size
-            if batch % micro:
-                yield f"{key}.batch_size: {batch} is not a multiple of {key}.micro_batch_size {micro}"
+        for key, spec in self.trainings.items():
+            if spec.batch_size % (micro := spec.micro_batch_size):
+                yield f"{key}.batch_size: {spec.batch_size} is not a multiple of {key}.micro_batch_size {micro}"
+
+    @property
+    def trainings(self) -> dict[str, TrainSpec]:
+        """The sections of the trainings, by key."""
+        every = {"prm": self.prm, "reviser": self.reviser, "head": self.head, "distill": self.distill}
+        return {key: spec for key, spec in every.items() if spec}
 
 
 def load(path: str | Path, overrides: list[str] = ()) -> Recipe:

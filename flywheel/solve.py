@@ -61,6 +61,8 @@ def parser() -> argparse.ArgumentParser:
 
 def read_questions(path: Path) -> list[Problem]:
     """The questions of a JSONL file; those without an answer have an empty gold. Raises UserError."""
+    from flywheel.problems.sources import accepted
+    from flywheel.recipe import ProblemSpec
     from flywheel.records import Problem, Question, Split
 
     if not path.is_file():
@@ -79,10 +81,9 @@ def read_questions(path: Path) -> list[Problem]:
         id = str(number if row.get("id") is None else row["id"])
         if id in found:
             raise UserError(f"{where}: the id {id} occurs twice")
-        gold = row.get("answer")
-        found[id] = Problem(
-            Question(id, row["question"], str(row.get("level", ""))), "" if gold is None else str(gold), Split.TEST
-        )
+        gold, *also = [""] if row.get("answer") in (None, "") else accepted(row, ProblemSpec(path=str(path)), where)
+        question = Question(id, row["question"], str(row.get("level", "")))
+        found[id] = Problem(question, gold, Split.TEST, tuple(also))
     if not found:
         raise UserError(f"{path}: no questions in it")
     return list(found.values())

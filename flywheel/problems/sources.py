@@ -96,7 +96,7 @@ def _rows(spec: ProblemSpec, found: Iterable[tables.Read], notes: list[str]) -> 
             unmapped.add(theirs)
             continue
         count += 1
-        answers = [_cut(spec.answer, answer) for answer in _answers(row, spec, where)]
+        answers = [_cut(spec.answer, answer) for answer in accepted(row, spec, where)]
         if None in answers:
             uncut.append(where)
             continue
@@ -227,7 +227,7 @@ def _cell(row: dict, name: str, field: str, spec: ProblemSpec, where: str) -> ob
     return value[number]
 
 
-def _answers(row: dict, spec: ProblemSpec, where: str) -> list[str]:
+def accepted(row: dict, spec: ProblemSpec, where: str) -> list[str]:
     """The texts of the answer field: one, or all that are accepted."""
     column = spec.fields.get("answer", "answer")
     if isinstance(column, list):

@@ -32,7 +32,7 @@ def card(run: Run, round: int, adapters: Iterable[Role], solutions: int) -> str:
     base, spent = name_of(recipe.model.base), data["ledger"]
     front = ABOUT if Path(base).exists() else {"base_model": base, **ABOUT}  # `base_model` must be a name on the Hub
     if made:
-        origin = f"a LoRA adapter trained from the frozen base on the harvest of rounds 1 to {made}, merged"
+        origin = f"a LoRA adapter on the frozen base, trained on the harvests of rounds 1 to {made}, merged"
     else:
         origin = "the base itself. No round's distillation has passed its gate"
     tables = StringIO()
@@ -81,8 +81,8 @@ The prompt is `{json.dumps(recipe.prompts.solve)}` {"in the chat template" if re
 ## Cost
 
 {cost}
-- {spent["flops"]:.3g} FLOPs (2N a token, 6N in training), {data["wall_seconds"]:,.0f} s of stages
-  (whole run, {data["finished_rounds"]} rounds)
+- {spent["flops"]:.3g} FLOPs (2N a token, 4N + 2T in training with T trained parameters, and attention),
+  {data["wall_seconds"]:,.0f} s of stages (whole run, {data["finished_rounds"]} rounds)
 
 ## Recipe
 

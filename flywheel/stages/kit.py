@@ -93,9 +93,11 @@ def preflight(recipe: Recipe, ranks: int = 1) -> list[str]:
 
 def check_batches(recipe: Recipe, ranks: int) -> None:
     """Raises UserError if `ranks` processes cannot share a training's batch equally."""
-    for key in ("prm", "reviser", "distill"):
-        if (batch := getattr(recipe, key).batch_size) % ranks:
-            raise UserError(f"{key}.batch_size: {batch} cannot be shared by {ranks} processes; take a multiple of it")
+    for key, spec in recipe.trainings.items():
+        if spec.batch_size % ranks:
+            raise UserError(
+                f"{key}.batch_size: {spec.batch_size} cannot be shared by {ranks} processes; take a multiple of it"
+            )
 
 
 def runtime_adapters(recipe: Recipe) -> bool:

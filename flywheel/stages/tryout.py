@@ -16,7 +16,7 @@ from flywheel.records import Grade, Problem, Solution, Verdict
 from flywheel.stages.kit import Kit
 
 QUESTIONS, SAMPLES, SHOWN = 8, 4, 3
-FORCE = "; --force starts the run all the same"
+FORCE = "; flywheel iterate --force starts the run all the same"
 
 
 def try_out(kit: Kit, problems: Sequence[Problem], force: bool = False) -> list[Solution]:

@@ -164,17 +164,20 @@ def test_questions_have_ids_of_their_own_and_faults_name_their_line(tmp_path):
     asked = tmp_path / "asked.jsonl"
     asked.write_text(
         '\ufeff{"id": 0, "question": "a\u2028b"}\n\n{"id": 1, "question": "c", "answer": 7}\n{"question": "d"}\n'
+        '{"id": "e", "question": "e", "answer": ["1", "one"]}\n'
     )
     found = read_questions(asked)
-    assert [(p.id, p.question.text, p.answer) for p in found] == [
-        ("0", "a\u2028b", ""),
-        ("1", "c", "7"),
-        ("4", "d", ""),
+    assert [(p.id, p.question.text, p.answer, p.also) for p in found] == [
+        ("0", "a\u2028b", "", ()),
+        ("1", "c", "7", ()),
+        ("4", "d", "", ()),
+        ("e", "e", "1", ("one",)),
     ]
     for text, said in (
         ('{"question": "a"}\n{"q": "b"}', "asked.jsonl:2: a field question"),
         ("{", "asked.jsonl:1: not JSON"),
         ('{"id": 1, "question": "a"}\n{"id": 1, "question": "b"}', "asked.jsonl:2: the id 1 occurs twice"),
+        ('{"question": "a", "answer": {"b": 1}}', "asked.jsonl:1: answer: text or a number wanted"),
         ("\n", "asked.jsonl: no questions"),
     ):
         asked.write_text(text)

@@ -89,11 +89,14 @@ def test_what_the_model_cannot_do_is_known_before_a_run_is_written(change, named
     assert preflight(load("recipes/chain.yaml")) == []
 
 
-def test_a_batch_that_the_ranks_cannot_share_is_named():
-    recipe = load("recipes/chain.yaml", ["reviser.batch_size=16", "reviser.micro_batch_size=16"])
+@pytest.mark.parametrize("key", ["reviser", "head"])
+def test_a_batch_that_the_ranks_cannot_share_is_named(key):
+    recipe = load("recipes/chain.yaml", [f"{key}.batch_size=16", f"{key}.micro_batch_size=16"])
     preflight(recipe, ranks=16)
-    with pytest.raises(UserError, match="reviser.batch_size: 16 cannot be shared by 32 processes"):
+    with pytest.raises(UserError, match=f"{key}.batch_size: 16 cannot be shared by 32 processes"):
         preflight(recipe, ranks=32)
+    with pytest.raises(UserError, match=f"{key}.batch_size: 30 is not a multiple"):
+        load("recipes/chain.yaml", [f"{key}.batch_size=30"])
 
 
 def test_long_questions_are_left_out_of_every_split_if_the_recipe_says_so(tmp_path):
