@@ -13,7 +13,7 @@ COMMANDS = {
     "iterate": "train a run up to a round, or continue it",
     "solve": "answer questions with what a run has learned",
     "serve": "the same behind an OpenAI-compatible API",
-    "summary": "print every figure of a run and what it cost",
+    "summary": "print the figures of every round and what they cost",
     "report": "write a run as one HTML page",
     "verify": "check a run's files and say what would have to be redone",
     "export": "write a run's models, its harvest and a model card to a directory",

@@ -23,7 +23,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--host", default="127.0.0.1", help="address to listen at (default: this machine alone)")
     p.add_argument("--port", type=int, default=8000, help="(default: %(default)s)")
     p.add_argument("--round", type=int, metavar="R", help="the models after this round (default: the last)")
-    p.add_argument("--budget", type=int, metavar="N", help="generations, for the plan (default: evaluate.budget)")
+    p.add_argument(
+        "--budget", type=int, metavar="N", help="generations, for the plan or until sure (default: evaluate.budget)"
+    )
     p.add_argument("--queue", type=int, default=256, metavar="N", help="requests under way at most; more get 429")
     p.add_argument("--api-key", metavar="KEY", default=os.environ.get("FLYWHEEL_API_KEY"), help="or FLYWHEEL_API_KEY")
     p.add_argument("--calibrate", action="store_true", help="make the plan for these models first, if there is none")
