@@ -13,7 +13,7 @@ from flywheel.errors import exit_code
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="flywheel summary",
-        description="Print the figures of every round of a run, and its tokens and what it cost, read from its manifests.",
+        description="Print the figures of every round of a run and what it cost, read from its manifests.",
     )
     parser.add_argument("run", type=Path, help="a run directory, e.g. runs/chain")
     parser.add_argument("--json", action="store_true", help="as JSON")
