@@ -15,6 +15,7 @@ from flywheel.runs.run import Context
 from flywheel.search.best_of_n import BestOfN
 from flywheel.search.plan import Entry, Plan
 from flywheel.stages import harvest
+from flywheel.stages.harvest import Row, balanced
 from flywheel.stages.kit import Kit
 
 
@@ -89,3 +90,9 @@ def test_questions_without_a_verified_solution_get_extra_draws(extra, again, mon
     more = asked.pop("r1/extra", {})
     assert sorted(more) == again and set(more.values()) <= {BestOfN(8, select="majority")} and not asked
     assert len(made) == 4 * (len(rights) + len(again))
+
+
+def test_a_bin_is_cut_to_its_share_and_keeps_what_most_draws_wrote():
+    rows = [*(Row(f"e{i}", 1, 9 - i) for i in range(8)), Row("h", 5, 2)]
+    assert sum(balanced(rows, 3.0)) == 9  # 27 / 2 a bin: nothing is cut
+    assert balanced(rows, 1.0) == [True] * 4 + [False] * 4 + [True]
