@@ -98,7 +98,7 @@ class Launch:
         path = self.project.root / f"host_{i}.yaml"
         path.write_text(yaml.safe_dump(config))
         where += [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(path)]
-        where += ["--rdzv_conf", "timeout=50", "--max_restarts", str(self.restarts), "--no_python"]
+        where += ["--rdzv_conf", "timeout=25", "--max_restarts", str(self.restarts), "--no_python"]
         return self.project.start("--round", "1", wrapper=where, **env)
 
 
@@ -196,7 +196,9 @@ def main() -> int:
                     port += 1
                     launch = Launch(Project(Path(scratch, name.replace(" ", "_"))), args.launcher, port)
                     seconds, said, found = one_harm(launch, harm, victim)
-                    found += ["not one line"] * (len(said) != 1) + ["too late"] * (seconds > LIMIT)
+                    # accelerate starts no rank before all hosts are there, and gives up with words of its own
+                    wanted_lines = 0 if (harm, args.launcher) == ("never started", "accelerate") else 1
+                    found += ["not one line"] * (len(said) != wanted_lines) + ["too late"] * (seconds > LIMIT)
                     port += 1
                     found += both(Launch(launch.project, args.launcher, port), wanted)
                     print(f"{name:24s} {seconds:6.1f} s  {' | '.join(said)}", *found, sep="\n  FAULT ", flush=True)
