@@ -275,7 +275,7 @@ class HarvestSpec(Spec):
     keep: Positive = 4  # traces per question, at most
     vote: Literal["answer", "trace"] = "answer"  # what independent draws vote for: their answer, or their very text
     min_votes: Positive = 2  # draws that must agree: what was drawn once is often luck
-    extra: Annotated[int, Field(ge=0)] = 0  # more samples for a question that still has fewer than `min_votes` right
+    extra: Annotated[int, Field(ge=0)] = 0  # more samples, at most, until a question has `min_votes` right ones
     balance: Annotated[float, Field(ge=1)] = 3.0  # a bin's limit, in units of the mean size of non-empty bins
 
 

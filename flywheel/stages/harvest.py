@@ -2,7 +2,8 @@
 
 Gold is known here, so every verified candidate counts, not only the selected one. The solutions
 of the sample stage are candidates too: their tokens are already spent. The plan spends little where it sees little to
-gain, so that late rounds would leave hard questions alone: `harvest.extra` gives these a number of draws.
+gain, so that late rounds would leave hard questions alone: with `harvest.extra` a question is sampled on until a
+solution of it is verified, or that often.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from flywheel.stages.shared import (
 )
 
 SOURCES = ("sample", "harvest")  # the stages whose verified solutions are kept
+AT_ONCE = 4  # draws of `harvest.extra` before a question is looked at again
 
 
 async def work(ctx: Context, kit: Kit, questions: Sequence[str]) -> list[object]:
@@ -44,14 +46,22 @@ async def work(ctx: Context, kit: Kit, questions: Sequence[str]) -> list[object]
     async def one(question: str) -> list[object]:
         strategy = plan.strategy(bins[question].quantile_bin, budget)
         made = await kit.searched(question, searcher, strategy, f"r{ctx.round}/harvest")
-        correct = {record.solution_id for record in made if isinstance(record, Grade) and record.correct}
-        right = [s for s, verdict in sampled(ctx, question) if verdict is Verdict.CORRECT]
-        right += [record for record in made if isinstance(record, Solution) and record.id in correct]
-        if spec.extra and most_votes(spec, right) < spec.min_votes:
-            made += await kit.searched(question, searcher, BestOfN(spec.extra, "majority"), f"r{ctx.round}/extra")
+        right = [s for s, verdict in sampled(ctx, question) if verdict is Verdict.CORRECT] + correct(made)
+        for first in range(0, spec.extra, AT_ONCE):
+            if most_votes(spec, right) >= spec.min_votes:
+                break
+            few = BestOfN(min(AT_ONCE, spec.extra - first), "majority")
+            more = await kit.searched(question, searcher, few, f"r{ctx.round}/extra{first}")
+            made, right = made + more, right + correct(more)
         return made
 
     return await kit.each(questions, one)
+
+
+def correct(records: Sequence[object]) -> list[Solution]:
+    """The solutions among `records` that a grade among them calls correct."""
+    right = {record.solution_id for record in records if isinstance(record, Grade) and record.correct}
+    return [record for record in records if isinstance(record, Solution) and record.id in right]
 
 
 def most_votes(spec: HarvestSpec, right: Sequence[Solution]) -> int:
