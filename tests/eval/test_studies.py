@@ -13,9 +13,10 @@ import yaml
 from stage_files import store
 
 from eval.__main__ import main, questions
-from eval.studies import compare
+from eval.studies import compare, coverage
 from flywheel.errors import UserError
 from flywheel.recipe import load
+from flywheel.records import Finish, Solution, Step
 from flywheel.runs.run import Run
 
 EVAL = Path(__file__).parents[2] / "eval"
@@ -34,7 +35,7 @@ def test_help_lists_the_studies(capsys):
     assert main(["--help"]) == 0
     printed = capsys.readouterr().out
     assert all(f"  {study} " in printed and question in printed for study, question in questions().items())
-    assert len(questions()) == 17
+    assert len(questions()) == 18
 
 
 def test_what_a_person_can_mend_is_one_line(tmp_path, capsys):
@@ -173,3 +174,35 @@ def test_seeds_of_one_recipe_are_compared_as_one(monkeypatch):
     assert within["rounds"] == [1, 1] and within["pass@1_each_run"] == pytest.approx([0.1, 0.3])
     with pytest.raises(UserError, match="two groups of --seeds 3"):
         compare.measure(argparse.Namespace(runs=runs, seeds=3, without=[]))
+
+
+def test_a_harvest_plan_is_compared_with_samples_for_no_more_tokens(monkeypatch):
+    """Two draws of one text cover a question. The plan's 8 tokens buy one sample a question, or two of each that lacks them."""
+
+    def draws(name: str, rights: str) -> list:
+        return [
+            (Solution(f"{name}{i}", name[0], (Step("7", (7,)),), Finish.STOP, "7", "x", "m", f"{name}{i}"), r == "+")
+            for i, r in enumerate(rights)
+        ]
+
+    made = {
+        ("loop", "sample"): {"a": draws("a", "++"), "b": draws("b", "+-"), "c": draws("c", "--")},
+        ("loop", "harvest"): {"b": draws("bh", "-"), "c": draws("ch", "++")},
+        ("restem", "harvest"): {"a": draws("au", "++++"), "b": draws("bu", "--++"), "c": draws("cu", "----")},
+    }
+    made["restem", "sample"] = made["loop", "sample"]
+    spec = SimpleNamespace(vote="trace", min_votes=2)
+    runs = [
+        SimpleNamespace(
+            root=name, name=name, recipe=SimpleNamespace(harvest=spec), manifest=lambda *_, t=t: {"tokens": t}
+        )
+        for name, t in (("loop", 8), ("restem", 24))
+    ]
+    monkeypatch.setattr(coverage, "ids", lambda run, split: ["a", "b", "c"])
+    monkeypatch.setattr(coverage, "drawn", lambda run, stage: made[run.name, stage])
+    ways, spent = coverage.one_run(*runs)
+    assert spent == {"plan_tokens": 8, "uniform_each": 1, "until_at_most": 2, "all_tokens": 24}
+    assert ways == {"samples": [1, 0, 0], "plan": [1, 0, 1], "uniform": [1, 0, 0], "until": [1, 0, 0], "all": [1, 1, 0]}
+    made["restem", "sample"] = {}
+    with pytest.raises(UserError, match="restem: its first samples are not those of loop"):
+        coverage.one_run(*runs)
