@@ -177,7 +177,7 @@ def test_seeds_of_one_recipe_are_compared_as_one(monkeypatch):
 
 
 def test_a_harvest_plan_is_compared_with_samples_for_no_more_tokens(monkeypatch):
-    """Two draws of one text cover a question. The plan's 8 tokens buy one sample a question, or two of each that lacks them."""
+    """Two draws of one text cover a question. 8 tokens buy one sample a question, or two of each that lacks them."""
 
     def draws(name: str, rights: str) -> list:
         return [
