@@ -77,13 +77,22 @@ def compare(data: dict) -> Iterator[Found]:
         yield f"15.{other}", claim, "not measured", ends["pass@1"], ends.get("pass@1_each_run") or ends["pass@1"][:1]
 
 
+def coverage(data: dict) -> Iterator[Found]:
+    each = data["each_run"]
+    for way, rival in (("uniform", "uniform samples"), ("until", "samples until a question is covered")):
+        claim = f"The harvest plan covers more training questions than {rival} for no more tokens (round 1)"
+        alone = [ours - theirs for ours, theirs in zip(each["plan"], each[way], strict=True)]
+        yield f"harvest.{way}", claim, "not compared", data["plan_less"][way], alone
+
+
 def group(runs: str) -> str:
     """The name of a run, or of several seeds of a recipe: `restem` of `runs/restem_s0 runs/restem_s1`."""
     names = [Path(run).name for run in runs.split()]
     return names[0] if len(names) == 1 else re.sub(r"_s\d+$", "", names[0])
 
 
-STUDIES = (history_verifier, on_policy_reviser, foreign_prm, flops_matched, compare)
+STUDIES = (history_verifier, on_policy_reviser, foreign_prm, flops_matched, compare, coverage)
+UNITS = {compare: "pass@1", coverage: "share of questions"}
 
 
 def minus(interval: Interval) -> list[float]:
@@ -99,7 +108,7 @@ def kept(folder: Path) -> list[Claim]:
             try:
                 data = json.loads(path.read_text(encoding="utf-8"))
                 for id, claim, paper, (mean, low, high), alone in study(data):
-                    unit = "pass@1" if study is compare else "accuracy"
+                    unit = UNITS.get(study, "accuracy")
                     decided = verdict(low, high)
                     out.append(Claim(id, claim, paper, mean, low, high, decided, unit, list(alone), data["command"]))
             except (ValueError, KeyError, TypeError) as error:

@@ -4,7 +4,7 @@ Snell et al. 2024: what the paper has, what these runs (seeds) have with the 95%
 claims.json, figures.json, CLAIMS.md and pictures into eval/results/ (of other --budgets than the usual ones into a
 folder of their own). A figure is the mean of the runs' own, and its interval a bootstrap over questions and runs; a run
 counts with the most questions that were drawn of it. A plan is always chosen on one half of the questions and scored on
-the other. `--from-results` only writes CLAIMS.md again, from the two files.
+the other. `--from-results` only takes in what other studies have printed since, and writes CLAIMS.md again.
 """
 
 from __future__ import annotations
@@ -61,16 +61,17 @@ def measure(args: argparse.Namespace) -> dict:
         if None in found:
             raise UserError(f"{results}: no claims.json and figures.json; python -m eval claims RUN writes them")
         claims, figures = [Claim(**row) for row in found[0]], found[1]
+        claims = [claim for claim in claims if "python -m eval claims" in claim.command]  # the others are read anew
     else:
         if not args.runs:
             raise UserError("which runs? name their directories, or say --from-results")
         claims, figures = of_runs(args)
-        claims += other_studies.kept(RESULTS) if is_usual else []
         if (matched := read_json(results / "flops_matched.json")) is not None:
             figures[0]["flops_matched"] = matched
         results.mkdir(parents=True, exist_ok=True)
-        write_json(results / "claims.json", [asdict(claim) for claim in claims])
         write_json(results / "figures.json", figures)
         pictures.draw(figures[0], results)
+    claims += other_studies.kept(RESULTS) if is_usual else []
+    write_json(results / "claims.json", [asdict(claim) for claim in claims])
     write_file(results / "CLAIMS.md", markdown(claims, figures).encode())
     return {"written": str(results / "CLAIMS.md"), "claims": len(claims)}
