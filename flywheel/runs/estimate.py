@@ -26,6 +26,7 @@ CORE_SAMPLING, CORE_TRAINING = 2.2e10, 7e10  # FLOP/s of a CPU core with AVX-512
 GPU_SAMPLING, GPU_TRAINING = 2e13, 1e14
 STORED = 4  # bytes for a sampled token, compressed
 STAGE = 1.0  # seconds of a stage besides: its processes, checks and files
+UNCOVERED = 0.4  # of the tokens of all draws that `harvest.extra` allows: the default recipe's first round
 ENGINES = {"calibrate": 3, "harvest": 3, "search": 4}  # models that a stage opens, if more than one
 SHARED = 0.8  # speed of a process beside those on the other cores; a guess
 
@@ -123,7 +124,9 @@ def planned(recipe: Recipe, rates: Rates, counts: dict[str, int], stage: str, ro
             trained=(train + calibrate) * rates.prompt * (recipe.head.epochs if recipe.head else 0)
         ),
         "calibrate": lambda: sum(tried, Work()) * calibrate,
-        "harvest": lambda: sum(at_harvest, Work()) * (train / len(at_harvest)),
+        "harvest": lambda: (
+            sum(at_harvest, Work()) * (train / len(at_harvest)) + sample * (train * recipe.harvest.extra * UNCOVERED)
+        ),
         "distill": lambda: Work(trained=train * recipe.harvest.keep / 4 * example * recipe.distill.epochs * round),
         "gate": lambda: sample * (calibrate * recipe.sample.calibrate),
         "evaluate": lambda: sample * (test * recipe.evaluate.samples * (2 if round == 0 else 1)),
