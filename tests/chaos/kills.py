@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -209,12 +210,13 @@ def main() -> int:
         if not ended(start(alone, 1), PATIENCE):
             raise SystemExit("the undisturbed run did not end")
         wanted = alone.tables()
-        while done < args.kills:
-            case = CASES[done % len(CASES)]
-            rng = random.Random(f"{args.seed}/{done}")
-            one_run(rng, case, Path(scratch, f"run{done}"), wanted, tallies[case], args.ranks)
-            tallies[case].tries += 1
-            done += 1
+        with suppress(KeyboardInterrupt):  # the table is of the runs that ended
+            while done < args.kills:
+                case = CASES[done % len(CASES)]
+                rng = random.Random(f"{args.seed}/{done}")
+                one_run(rng, case, Path(scratch, f"run{done}"), wanted, tallies[case], args.ranks)
+                tallies[case].tries += 1
+                done += 1
     print(f"{'case':36s} {'tries':>5s} {'lost':>5s} {'hung':>5s} {'leaked':>6s} {'redone':>6s} {'missed':>6s} of kills")
     for case, t in tallies.items():
         print(
