@@ -6,9 +6,9 @@ sampling, no PRM, no reviser), a single round with more samples, or a loop with 
 leaves out what the other runs computed and their policies never used, as ReST^EM's PRM.
 
 By run and round: FLOPs so far, pass@1 on the test questions, greedy answers, majority vote and pass@k; then the paired
-difference of pass@1 and of greedy answers with its 95% interval over questions, at the last round of each, and for each
-round of the other run the first run's last round that had cost no more. With `--seeds K` each K runs in a row are seeds
-of one recipe: FLOPs are their mean, and rates are averaged question by question.
+difference of pass@1 and of greedy answers with its 95% interval over questions and runs, at the last round of each, and
+for each round of the other run the first run's last round that had cost no more. With `--seeds K` each K runs in a row
+are seeds of one recipe, in the same order: FLOPs are their mean.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from eval.shared import add_runs, over_runs
+from eval.shared import add_runs
 from flywheel.errors import UserError
-from flywheel.measure.stats import bootstrap_mean, paired_gain
+from flywheel.measure.stats import bootstrap_runs
 from flywheel.runs.run import Run
 from flywheel.stages.shared import test_rates
 
@@ -37,18 +37,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @dataclass(frozen=True)
 class Reached:
-    """The end of a round: FLOPs spent on making the policy so far, pass@1 and greedy answers by question.
+    """The end of a round: FLOPs spent on making the policy so far, pass@1 and greedy answers by run and question.
 
-    `rates`: pass@1, greedy answers, majority vote and pass@k over all questions, by name; `each_run`: pass@1.
+    `rates`: pass@1, greedy answers, majority vote and pass@k over all questions, by name.
     """
 
     round: int
     flops: float
     questions: list[str]
-    singles: list[float]
-    greedy: list[float]
+    singles: np.ndarray
+    greedy: np.ndarray
     rates: dict[str, float]
-    each_run: list[float]
 
 
 def course(runs: Sequence[Run], unused: Sequence[str] = ()) -> list[Reached]:
@@ -61,17 +60,24 @@ def course(runs: Sequence[Run], unused: Sequence[str] = ()) -> list[Reached]:
         figures = [run.figures("evaluate", r)["policy"] for run in runs]
         names = [name for name in figures[0] if "@" in name and not name.endswith("_ci")]
         rates = {name: float(np.mean([found[name] for found in figures])) for name in names}
-        singles, greedy = ([test_rates(run, r, purpose) for run in runs] for purpose in ("evaluate", "greedy"))
-        each = [float(np.mean(list(run.values()))) for run in singles]
-        out.append(Reached(r, flops, sorted(singles[0]), over_runs(singles), over_runs(greedy), rates, each))
+        questions = sorted(test_rates(runs[0], r))
+        singles, greedy = (
+            np.array([[found[q] for q in questions] for found in (test_rates(run, r, purpose) for run in runs)])
+            for purpose in ("evaluate", "greedy")
+        )
+        out.append(Reached(r, flops, questions, singles, greedy, rates))
     return out
 
 
 def against(ours: Reached, theirs: Reached) -> dict:
-    gains = {"pass@1": paired_gain(theirs.singles, ours.singles), "greedy@1": paired_gain(theirs.greedy, ours.greedy)}
-    each = [mine - other for mine, other in zip(ours.each_run, theirs.each_run)]
-    flops = [ours.flops, theirs.flops]
-    return {"rounds": [ours.round, theirs.round], **gains, "pass@1_each_run": each, "flops": flops}
+    lead = ours.singles - theirs.singles
+    gains = {"pass@1": bootstrap_runs(lead), "greedy@1": bootstrap_runs(ours.greedy - theirs.greedy)}
+    return {
+        "rounds": [ours.round, theirs.round],
+        **gains,
+        "pass@1_each_run": lead.mean(axis=1),
+        "flops": [ours.flops, theirs.flops],
+    }
 
 
 def measure(args: argparse.Namespace) -> dict:
@@ -86,7 +92,7 @@ def measure(args: argparse.Namespace) -> dict:
         if reached[-1].questions != first[0].questions:
             raise UserError(f"{name}: other test questions than {names[0]}")
         out["runs"][name] = [
-            {"round": at.round, "flops": at.flops, **at.rates, "pass@1": bootstrap_mean(at.singles)} for at in reached
+            {"round": at.round, "flops": at.flops, **at.rates, "pass@1": bootstrap_runs(at.singles)} for at in reached
         ]
     for name, others in zip(names[1:], courses[1:]):
         within = [against([mine for mine in first if mine.flops <= other.flops][-1], other) for other in others[1:]]

@@ -162,7 +162,9 @@ def test_seeds_of_one_recipe_are_compared_as_one(monkeypatch):
         )
 
     monkeypatch.setattr(
-        compare, "test_rates", lambda run, r, purpose: {q: rates.get((run.name, r), 0.1) for q in ("q1", "q2")}
+        compare,
+        "test_rates",
+        lambda run, r, purpose="evaluate": {q: rates.get((run.name, r), 0.1) for q in ("q1", "q2")},
     )
     runs = [run("a", 3), run("b", 3), run("c", 2), run("d", 2)]
     found = compare.measure(argparse.Namespace(runs=runs, seeds=2, without=[]))
@@ -172,6 +174,7 @@ def test_seeds_of_one_recipe_are_compared_as_one(monkeypatch):
     assert ahead["last_rounds"]["rounds"] == [2, 1] and ahead["last_rounds"]["pass@1"][0] == pytest.approx(0.5)
     [within] = ahead["within_the_other_s_flops"]
     assert within["rounds"] == [1, 1] and within["pass@1_each_run"] == pytest.approx([0.1, 0.3])
+    assert within["pass@1"] == pytest.approx([0.2, 0.1, 0.3])  # the questions are alike, but the seeds are not
     with pytest.raises(UserError, match="two groups of --seeds 3"):
         compare.measure(argparse.Namespace(runs=runs, seeds=3, without=[]))
 
