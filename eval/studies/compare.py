@@ -60,11 +60,9 @@ def course(runs: Sequence[Run], unused: Sequence[str] = ()) -> list[Reached]:
         figures = [run.figures("evaluate", r)["policy"] for run in runs]
         names = [name for name in figures[0] if "@" in name and not name.endswith("_ci")]
         rates = {name: float(np.mean([found[name] for found in figures])) for name in names}
-        questions = sorted(test_rates(runs[0], r))
-        singles, greedy = (
-            np.array([[found[q] for q in questions] for found in (test_rates(run, r, purpose) for run in runs)])
-            for purpose in ("evaluate", "greedy")
-        )
+        by_run = [[test_rates(run, r, purpose) for run in runs] for purpose in ("evaluate", "greedy")]
+        questions = sorted(by_run[0][0])
+        singles, greedy = (np.array([[found[q] for q in questions] for found in rates_of]) for rates_of in by_run)
         out.append(Reached(r, flops, questions, singles, greedy, rates))
     return out
 
