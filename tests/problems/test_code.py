@@ -8,7 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import hostile_programs
@@ -39,9 +39,15 @@ def isolated():
         pytest.skip(str(error))
 
 
-def processes() -> set[int]:
-    """The judges and programs that run on this machine."""
-    return {p.pid for p in psutil.process_iter(["cmdline"]) if "problems.judge" in " ".join(p.info["cmdline"] or [])}
+def processes(of: int | None = None) -> set[int]:
+    """The judges and programs that run on this machine, or below the process `of` alone."""
+    candidates = psutil.process_iter() if of is None else psutil.Process(of).children(recursive=True)
+    found = set()
+    for process in candidates:
+        with suppress(psutil.NoSuchProcess):
+            if "problems.judge" in " ".join(process.cmdline()):
+                found.add(process.pid)
+    return found
 
 
 def gold(*tests: str, **more) -> str:
@@ -168,11 +174,10 @@ list(pool.check([(sys.argv[1], "import time\\ntime.sleep(600)")]))
 
 @pytest.mark.parametrize("worker_too", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_no_program_outlives_a_parent_that_was_killed(worker_too):
-    before = processes()
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, [ROOT, *sys.path]))}
     with subprocess.Popen([sys.executable, "-c", CHECKS_UNTIL_KILLED, CHECK], env=env) as parent:
-        wait_for(lambda: len(processes() - before) >= 3, 60)  # the one that waits, judge, program
-        started = processes() - before
+        wait_for(lambda: len(processes(parent.pid)) >= 3, 60)  # the one that waits, judge, program
+        started = processes(parent.pid)
         [worker] = psutil.Process(parent.pid).children()
         forks = worker.children()
         parent.kill()
