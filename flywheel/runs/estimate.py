@@ -10,7 +10,7 @@ import json
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -36,8 +36,9 @@ class Rates:
     """Speeds in tokens/s of one sampling process (`generate`, `read`) and of one rank's training (`train`).
 
     open, start: seconds to open an engine, and until a training does its first step. prompt, check, solution: mean
-    tokens of a question's prompt, of the PRM's prompt, of a solution; steps: of a solution. train_memory, serve_memory:
-    bytes of a training, and of a process with policy, PRM and reviser open. A speed that is not known is NaN, memory 0.
+    tokens of a question's prompt, of the PRM's prompt, of a solution; steps: of a solution. right: tokens of a right
+    solution, which is what later policies learn to write; 0: not known. train_memory, serve_memory: bytes of a
+    training, and of a process with policy, PRM and reviser open. A speed that is not known is NaN, memory 0.
     """
 
     open: float
@@ -49,6 +50,7 @@ class Rates:
     check: float
     solution: float
     steps: float
+    right: float = 0
     train_memory: float = 0
     serve_memory: float = 0
     measured: bool = True
@@ -88,7 +90,10 @@ class Work:
 
 
 def planned(recipe: Recipe, rates: Rates, counts: dict[str, int], stage: str, round: int) -> Work:
-    """What a stage computes, if every round samples as the base does. Nothing for an unknown stage."""
+    """What a stage computes, if later policies write as much as the base does where it is right; else nothing."""
+    if rates.right and (round > 1 or (round == 1 and stage in ("distill", "gate", "evaluate"))):
+        share = rates.right / rates.solution
+        rates = replace(rates, solution=rates.right, steps=max(1.0, rates.steps * share))
     train, calibrate, validation, test = (
         counts.get(split, 0) for split in ("train", "calibrate", "validation", "test")
     )

@@ -27,6 +27,8 @@ from flywheel.stages.kit import Kit, open_kit, prompts_and_reader, too_long
 from flywheel.stages.tryout import try_out
 
 SECONDS = 3.0  # after which no further batch is begun
+SAMPLING = 10.0  # seconds for the measured batch of solutions
+RIGHT = 4  # solutions at least, for their mean length
 SAMPLES = 4  # a question in the sampled batches
 
 
@@ -34,9 +36,9 @@ def sample(recipe: Recipe, force: bool) -> dict[str, float]:
     """Try the base out (`try_out`), then measure its sampling by one process.
 
     open: seconds to open an engine, the first of this machine, so more than later ones take. generate, read: tokens/s
-    that it generates in full batches, and reads of texts that it has not seen. prompt, check, solution: mean tokens of
-    a question's prompt, of the PRM's, of a solution; steps: mean number of its steps. Raises UserError as `try_out`
-    does, and TooLong if no question fits the model.
+    that it generates in large batches, and reads of texts that it has not seen. prompt, check, solution: mean tokens of
+    a question's prompt, of the PRM's, of a solution; right: of a right one, 0 if fewer than RIGHT are; steps: mean
+    number of a solution's steps. Raises UserError as `try_out` does, and TooLong if no question fits the model.
     """
     run, started = Run(Path(), recipe, skipped=()), time.monotonic()
     models = {Role.POLICY: ModelRef("policy_0", recipe.model.base)}
@@ -46,48 +48,49 @@ def sample(recipe: Recipe, force: bool) -> dict[str, float]:
         fitting = [problem for problem in kit.problems.values() if not too_long(recipe, kit.prompts, problem)]
         if not fitting:
             raise TooLong("no question fits engine.max_model_len")
-        made = try_out(kit, fitting, force)
+        tried = try_out(kit, fitting, force)
+        made = [len(solution.tokens) for solution, _ in tried]
+        right = [len(solution.tokens) for solution, grade in tried if grade.correct]
         solve, check = (
             [len(tokens) for tokens in map(make, fitting)]
             for make in (lambda p: kit.prompts.solve(p.question), lambda p: kit.prompts.check(p.question, ())[0])
         )
-        drawn, generate = generated(kit, fitting)
+        drawn, generate = generated(kit, fitting, round(fmean(made)))
         return {
             "open": opened,
             "generate": generate,
             "read": reading(kit, fitting[0], [done.tokens for done in drawn]),
             "prompt": fmean(solve),
             "check": fmean(check),
-            "solution": fmean(len(solution.tokens) for solution in made),
-            "steps": max(1.0, fmean(len(solution.steps) for solution in made)),
+            "solution": fmean(made),
+            "right": fmean(right) if len(right) >= RIGHT else 0.0,
+            "steps": max(1.0, fmean(len(solution.steps) for solution, _ in tried)),
         }
 
 
-def generated(kit: Kit, problems: list[Problem]) -> tuple[list[Completion], float]:
-    """(completions, tokens/s) of full batches of ever longer completions, up to `sample.max_tokens`.
+def generated(kit: Kit, problems: list[Problem], length: int) -> tuple[list[Completion], float]:
+    """(completions, tokens/s) of a batch of up to `length` tokens each, a full one if SAMPLING seconds are enough.
 
     The prompts are in the prefix cache by then, as they are for all but the first sample of a question.
     """
-    longest, most = kit.recipe.sample.max_tokens, 4
     count = max(1, kit.recipe.engine.max_running // SAMPLES)
     problems = random.Random(0).sample(problems, min(count, len(problems)))
     engine = kit.engine()
 
-    def draw(most: int) -> list[Completion]:
+    def draw(problems: list[Problem], most: int) -> tuple[list[Completion], float]:
         async def some(problem: Problem) -> list[Completion]:
             prompt = kit.prompts.solve(problem.question, engine.bare)
             return await engine.generate(prompt, kit.sampling(max_tokens=most), purpose="rehearsal", n=SAMPLES)
 
-        return [one for drawn in kit.backend.run(problems, some) for one in drawn]
+        started = time.monotonic()
+        done = [one for drawn in kit.backend.run(problems, some) for one in drawn]
+        return done, max(time.monotonic() - started, 1e-9)
 
-    draw(1)
-    while True:
-        most, started = min(most, longest), time.monotonic()
-        done = draw(most)
-        seconds = max(time.monotonic() - started, 1e-9)
-        if most == longest or seconds > SECONDS / 2:
-            return done, sum(len(one.tokens) for one in done) / seconds
-        most *= 4
+    draw(problems, 1)
+    _, seconds = draw(problems, few := min(4, length))
+    share = min(1.0, SAMPLING / (seconds * length / few))
+    done, seconds = draw(problems[: max(1, int(len(problems) * share))], length)
+    return done, sum(len(one.tokens) for one in done) / seconds
 
 
 def reading(kit: Kit, problem: Problem, texts: list[tuple[int, ...]]) -> float:

@@ -19,11 +19,11 @@ QUESTIONS, SAMPLES, SHOWN = 8, 4, 3
 FORCE = "; flywheel iterate --force starts the run all the same"
 
 
-def try_out(kit: Kit, problems: Sequence[Problem], force: bool = False) -> list[Solution]:
+def try_out(kit: Kit, problems: Sequence[Problem], force: bool = False) -> list[tuple[Solution, Grade]]:
     """Sample QUESTIONS of `problems` SAMPLES times each by the base, print what was read, and judge it.
 
-    Returns the solutions. Raises UserError, naming the recipe key to look at, if no answer could be read or none is
-    right, unless `force`.
+    Returns the solutions with their grades. Raises UserError, naming the recipe key to look at, if no answer could be
+    read or none is right, unless `force`.
     """
     recipe, fitting = kit.recipe, sorted(problem.id for problem in problems)
     asked = random.Random(recipe.seed).sample(fitting, min(QUESTIONS, len(fitting)))
@@ -43,7 +43,7 @@ def try_out(kit: Kit, problems: Sequence[Problem], force: bool = False) -> list[
     print(f"try-out: {shares}; {length:.0f} tokens a solution, {seconds:.1f} s", flush=True)
     if (line := fault(grades)) and not force:
         raise UserError(line + FORCE)
-    return solutions
+    return list(zip(solutions, grades, strict=True))
 
 
 def shown(solutions: Sequence[Solution], grades: Sequence[Grade]) -> list[tuple[Solution, Grade]]:

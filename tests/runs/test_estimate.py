@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,16 @@ def test_the_tokens_told_are_those_that_the_default_recipe_spent(tmp_path):
     for stage in set(told) - {"harvest"}:  # a plan may choose any strategy
         assert 1 / 1.6 < told[stage] / true[stage][0] < 1.6, (stage, told[stage], true[stage])
     assert 1 / 1.5 < sum(told.values()) / true["all"][0] < 1.5
+
+
+@pytest.mark.parametrize(
+    ("round", "stage", "short"),
+    [(0, "evaluate", False), (1, "sample", False), (1, "distill", True), (1, "evaluate", True), (2, "search", True)],
+)
+def test_later_policies_write_solutions_as_long_as_the_base_s_right_ones(round, stage, short):
+    recipe, half = load(ROOT / "recipes" / "chain.yaml"), replace(RATES, solution=18.5, steps=4)
+    told = planned(recipe, replace(RATES, right=18.5), COUNTS, stage, round)
+    assert told == planned(recipe, half if short else RATES, COUNTS, stage, round)
 
 
 def test_a_dry_run_says_where_its_speed_comes_from(tmp_path):

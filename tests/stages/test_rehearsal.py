@@ -12,7 +12,7 @@ from tests.stages.test_tryout import opened  # noqa: F401
 
 def test_lengths_are_those_of_the_questions_and_solutions(opened):  # noqa: F811
     found = rehearsal.sample(opened("1 + 2 = 3 \n Answer 3"), force=False)
-    assert found["solution"] == 8 and found["steps"] == pytest.approx(2)
+    assert found["solution"] == found["right"] == 8 and found["steps"] == pytest.approx(2)
     assert found["prompt"] == found["check"] == len(micro.tokenizer().encode("Q 1 + 2 ?\nTry "))
     assert min(found["generate"], found["read"], found["open"]) > 0
 
