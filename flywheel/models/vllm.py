@@ -43,6 +43,7 @@ from flywheel.models.weights import (
 )
 from flywheel.recipe import EngineSpec
 from flywheel.records import Finish, ModelRef, PrmHead
+from flywheel.runs.malloc import give_memory_back
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # read at import and at every engine's start
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # each engine on a CPU prints a page of warnings
@@ -87,7 +88,7 @@ def open_backend(spec: EngineSpec, models: Mapping[str, ModelRef], ledger: Ledge
     sizes = {role: parameters(ref) for role, ref in models.items()}  # before an engine starts: see `_shape`
     run_seed = vllm_cpu.RunSeed(seed, len(groups))
     devices: dict[Hashable, VllmDevice] = {}
-    with ExitStack() as opened:
+    with ExitStack() as opened, give_memory_back():
         for key, refs in groups.items():
             arguments = engine_arguments(spec, refs[0].base, seed, len(groups))
             if merged or refs[0].prm_head:

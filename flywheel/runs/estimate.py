@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from flywheel.recipe import Recipe
-from flywheel.runs import manifest
+from flywheel.runs import cgroup, manifest
 from flywheel.runs.files import read_json, write_json
 from flywheel.runs.shards import shard_dirs
 from flywheel.runs.stage import Scheduled
@@ -28,6 +28,7 @@ STORED = 4  # bytes for a sampled token, compressed
 STAGE = 1.0  # seconds of a stage besides: its processes, checks and files
 UNCOVERED = 0.4  # of the tokens of all draws that `harvest.extra` allows: the default recipe's first round
 ENGINES = {"calibrate": 3, "harvest": 3, "search": 4}  # models that a stage opens, if more than one
+RATES_VERSION = 2  # of what the rehearsal measures: others are not read
 SHARED = 0.8  # speed of a process beside those on the other cores; a guess
 
 
@@ -38,7 +39,7 @@ class Rates:
     open, start: seconds to open an engine, and until a training does its first step. prompt, check, solution: mean
     tokens of a question's prompt, of the PRM's prompt, of a solution; steps: of a solution. right: tokens of a right
     solution, which is what later policies learn to write; 0: not known. train_memory, serve_memory: bytes of a
-    training, and of a process with policy, PRM and reviser open. A speed that is not known is NaN, memory 0.
+    training, and of a process with policy, PRM, reviser and base open. A speed that is not known is NaN, memory 0.
     """
 
     open: float
@@ -322,6 +323,13 @@ def overview(
             f"memory: {short(rates.train_memory)}B to train, {short(rates.serve_memory)}B to search"
             + (f" in each of {workers} processes" if workers > 1 else "")
         )
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        needed, there = here * max(workers * rates.serve_memory, rates.train_memory), cgroup.memory()
+        if needed > there:
+            lines.append(
+                f"memory: {short(needed)}B are needed together and {short(there)}B there:"
+                " lower engine.workers, engine.kv_cache_mb or a training's micro_batch_size"
+            )
     return "\n".join(lines)
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 import importlib
 import inspect
-import math
 import multiprocessing
 import os
 import signal
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from flywheel.errors import StartAgain, UserError, explain
+from flywheel.runs.cgroup import cpu_quota
 
 PRELOAD = ("torch", "transformers", "trl.trainer.sft_trainer", "peft", "datasets")
 # Imports take 4.5 of the 6 s of an engine's start. Only without a GPU: some of them may open it before the fork.
@@ -81,20 +81,6 @@ def omp_threads() -> int:
             launcher = Path(f"/proc/{os.getppid()}/environ").read_bytes().decode(errors="replace").split("\0")
             found = next((item.partition("=")[2] for item in launcher if item.startswith("OMP_NUM_THREADS=")), "")
     return int(found) if found.isdigit() else 0  # OpenMP allows a list, one number for each level of nesting
-
-
-def cpu_quota(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float:
-    """The CPUs that this process's cgroup and those above it may use (version 2); infinite without a quota."""
-    lines = own.read_text().splitlines() if own.exists() else []
-    group = next((line.removeprefix("0::/") for line in lines if line.startswith("0::/")), "")
-    least = math.inf
-    for folder in (root / group, *(root / group).parents):
-        with suppress(OSError, ValueError):  # no such file at the root of all groups; `max` is no number
-            quota, period = (folder / "cpu.max").read_text().split()
-            least = min(least, int(quota) / int(period))
-        if folder == root:
-            break
-    return least
 
 
 def start_server(threads: int, preload: tuple[str, ...] = PRELOAD) -> None:

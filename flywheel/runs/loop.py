@@ -21,7 +21,7 @@ from flywheel.errors import StartAgain, UserError
 from flywheel.problems.sources import load
 from flywheel.recipe import Recipe
 from flywheel.runs import isolate, manifest
-from flywheel.runs.estimate import Rates, cpu_name, guessed, keep, measured, overview
+from flywheel.runs.estimate import RATES_VERSION, Rates, cpu_name, guessed, keep, measured, overview
 from flywheel.runs.files import read_json, write_file, write_json
 from flywheel.runs.fork import fork
 from flywheel.runs.manifest import stage_dir
@@ -175,7 +175,7 @@ class Loop:
         threads = threads_of(self.ranks, self.recipe)
         sections = {"model", "engine", "prompts", "sample", "calibrate", "problems"}
         recipe = self.recipe.model_dump(mode="json", include=sections)
-        key = {"recipe": recipe, "sources": sources, "threads": threads, "cpu": cpu_name()}
+        key = {"recipe": recipe, "sources": sources, "threads": threads, "cpu": cpu_name(), "rates": RATES_VERSION}
         known = measured(key)
         if new and self.rehearsal and not (self.args.dry_run and (known or self.needs_download)):
             isolate.start_server(threads, self.preload)

@@ -149,15 +149,15 @@ def train(recipe: Recipe, out: Path, length: int) -> dict[str, float]:
 
 
 def serve(recipe: Recipe, out: Path) -> dict[str, float]:
-    """Open policy, PRM and reviser with the adapters in `out`, and run every strategy on one question.
+    """Open policy, PRM, reviser and the base as a PRM, as the search on test questions does; run every strategy once.
 
-    open: seconds to open one of these three engines. serve_memory: bytes of one process with all three, at its peak.
+    open: seconds to open one of these engines. serve_memory: bytes of one process with all of them, at its peak.
     """
     run, started = Run(Path(), recipe, skipped=()), time.monotonic()
     models = {
         role: ModelRef(f"{role}_1", recipe.model.base, str(out / ("prm" if role is Role.PRM else "policy") / "adapter"))
         for role in (Role.POLICY, Role.PRM, Role.REVISER)
-    }
+    } | {"prm:base": ModelRef("policy_0", recipe.model.base)}
     smallest = min(recipe.calibrate.budgets)
     wanted = [(budget, strategy) for budget, strategy in strategies(recipe.calibrate) if budget == smallest]
     with open_kit(run, models, Split.TRAIN, ledger=Ledger("rehearsal", 0), seed=0) as kit:

@@ -5,7 +5,6 @@ Nothing here sets torch's number of threads: the launcher does.
 
 from __future__ import annotations
 
-import ctypes
 import math
 import os
 import sys
@@ -27,6 +26,7 @@ from trl import SFTConfig
 from flywheel.ledger import pairs
 from flywheel.models.weights import attention_width
 from flywheel.runs.files import names_in, read_json, write_json
+from flywheel.runs.malloc import keep_memory
 from flywheel.training.checkpoints import (
     ROOM,
     Job,
@@ -141,17 +141,6 @@ def _trainer(
     trainer.processing_class = None  # or checkpoints would hold the tokenizer and training would change the config
     trainer.remove_callback(PrinterCallback)
     return trainer
-
-
-def keep_memory() -> None:
-    """Make glibc keep freed memory. It gives large blocks back at once, and every step pays for mapping them again:
-    a quarter of a step of 135M parameters. Other C libraries have no such setting and are left as they are.
-    """
-    M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1  # named and numbered as in malloc.h
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt:
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def with_deepspeed() -> bool:

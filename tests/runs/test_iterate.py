@@ -18,7 +18,7 @@ import toy_stages
 from toy import HERE, Project, finish, gone, wait_for
 
 from flywheel.recipe import load
-from flywheel.runs import isolate
+from flywheel.runs import cgroup, isolate
 from flywheel.runs.processes import run_stage
 from flywheel.runs.ranks import Launch, Ranks, free_port
 from flywheel.runs.run import Context
@@ -597,10 +597,19 @@ def test_the_quota_is_the_least_of_the_groups_above(tmp_path):
     own = tmp_path / "own"
     own.write_text("0::/a/b\n")
     (tmp_path / "a" / "b").mkdir(parents=True)
-    assert isolate.cpu_quota(tmp_path, own) == float("inf")
+    assert cgroup.cpu_quota(tmp_path, own) == float("inf")
     (tmp_path / "a" / "cpu.max").write_text("150000 100000\n")
     (tmp_path / "a" / "b" / "cpu.max").write_text("max 100000\n")
-    assert isolate.cpu_quota(tmp_path, own) == 1.5
+    assert cgroup.cpu_quota(tmp_path, own) == 1.5
+    machine = cgroup.memory(tmp_path, own)
+    (tmp_path / "a" / "memory.max").write_text("max\n")
+    assert cgroup.memory(tmp_path, own) == machine
+    (tmp_path / "a" / "memory.max").write_text("8000\n")
+    assert cgroup.memory(tmp_path, own) == 8000
+    own.write_text("4:memory:/c\n0::/a/b\n")
+    (tmp_path / "memory" / "c").mkdir(parents=True)
+    (tmp_path / "memory" / "memory.limit_in_bytes").write_text("7000\n")
+    assert cgroup.memory(tmp_path, own) == 7000
 
 
 def test_a_long_chunk_gives_signs_of_life_with_its_tokens(project, monkeypatch, capsys):
