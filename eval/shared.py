@@ -12,7 +12,7 @@ import numpy as np
 
 from flywheel.errors import UserError
 from flywheel.ledger import Ledger
-from flywheel.measure.stats import bootstrap_mean
+from flywheel.measure.stats import bootstrap_runs
 from flywheel.measure.step_errors import best_threshold, step_errors
 from flywheel.models.prm import aggregate, label_ids
 from flywheel.models.published import preflight as check_published
@@ -140,10 +140,10 @@ def chains(
 # ---- averages ----------------------------------------------------------------------------
 
 
-def over_runs(runs: Sequence[Mapping[str, float]]) -> list[float]:
-    """The mean over the runs for each question that all runs have, in the order of question ids."""
+def over_runs(runs: Sequence[Mapping[str, float]]) -> np.ndarray:
+    """Runs x the questions that all runs have, in the order of their ids."""
     questions = sorted(set.intersection(*(set(run) for run in runs)))
-    return [float(np.mean([run[question] for run in runs])) for question in questions]
+    return np.array([[run[question] for question in questions] for run in runs])
 
 
 def answers(run: Run, round: int) -> dict[str, dict[str, float]]:
@@ -203,9 +203,9 @@ class Verified:
 
 
 def verifier_figures(runs: Sequence[Verified]) -> dict:
-    """Accuracy, averaged over runs per question, with its 95% interval over questions; the other figures by run."""
+    """Accuracy with its 95% interval over questions and runs; the other figures by run."""
     steps = {"step_f1": [run.step_f1 for run in runs], "score_by_steps": [run.score_by_steps for run in runs]}
-    accuracy = {name: bootstrap_mean(over_runs([run.accuracy[name] for run in runs])) for name in runs[0].accuracy}
+    accuracy = {name: bootstrap_runs(over_runs([run.accuracy[name] for run in runs])) for name in runs[0].accuracy}
     known = {name: [run.auc[name] for run in runs if run.auc[name] is not None] for name in runs[0].auc}
     auc = {k: np.mean(v) if v else None for k, v in known.items()}
     return {"accuracy": accuracy, "auc_within_question": auc, **(steps if runs[0].step_f1 else {})}

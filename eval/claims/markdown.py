@@ -47,26 +47,26 @@ def table(head: str, rows: Iterable[Sequence[object]]) -> list[str]:
 def detailed(c: Claim) -> list[str]:
     runs = " ".join(f"{value:+.3f}" for value in c.runs)
     ours = f"{c.ours:+.3f} [{c.low:+.3f}, {c.high:+.3f}] {c.unit}"
-    return [f"{c.id}: {c.claim}", c.paper, ours, runs, f"**{c.verdict}**"]
+    decided = f"**{c.verdict}**" if len(c.runs) > 1 else f"one run: {c.verdict}"
+    return [f"{c.id}: {c.claim}", c.paper, ours, runs, decided]
 
 
 def number(value: float | None) -> str:
     return "never" if value is None else f"{value:,.0f}"
 
 
-def planned(row: dict, most: str) -> list[str]:
-    def ratio(tokens: float) -> str:
-        return f"above {most}" if row["best_of_n_needs"] is None else f"{row['best_of_n_needs'] / tokens:.2f}"
-
+def planned(row: dict) -> list[str]:
+    needs = row["best_of_n_needs"]  # None: no number of samples that was drawn is as accurate
     served = [number(row["net_by_served"][str(count)]) for count in SERVED]
-    tokens = [number(row["tokens"]), number(row["net_tokens"]), number(row["best_of_n_needs"])]
-    ratios = [ratio(row["tokens"]), ratio(row["net_tokens"])]
+    rest = ["not reached", "-", "-", *served, "-"]
+    if needs is not None:
+        ratios = [f"{needs / row[paid]:.2f}" for paid in ("tokens", "net_tokens")]
+        rest = [number(needs), *ratios, *served, number(row["break_even"])]
     start = [row["of"], row["budget"], row["grade"], f"{row['accuracy']:.3f}"]
-    return [*start, *tokens, *ratios, *served, number(row["break_even"])]
+    return [*start, number(row["tokens"]), number(row["net_tokens"]), *rest]
 
 
 def tables(f: Figures) -> list[str]:
-    most = list(f["best_of_n_tokens"])[-1]
     lines = ["", "## Difficulty", ""]
     lines += table(
         "grade | Spearman with oracle | same bin | tokens a question | confusion (row: oracle bin)",
@@ -111,15 +111,15 @@ def tables(f: Figures) -> list[str]:
         "",
         "## Compute-optimal, gross and net of difficulty",
         "",
-        "Tokens a question. `needs`: what best-of-N weighted spends for the same accuracy. Net of its bin for every",
-        "question; calibration and the reviser's training are shared by the questions served. `break-even`: served",
-        "questions from which the plan is cheaper than best-of-N.",
+        "Tokens a question. `needs`: what best-of-N weighted spends for the same accuracy, if any number of samples",
+        "that was drawn reaches it. Net of its bin for every question; calibration is shared by the questions served.",
+        "`break-even`: served questions from which the plan is cheaper than best-of-N.",
         "",
     ]
     lines += table(
         "of | budget | bins | accuracy | gross | net | needs | ratio, gross | ratio, net | net at 10^2 | 10^4 | 10^6 "
         "| break-even",
-        (planned(row, most) for row in f["compute_optimal"]),
+        (planned(row) for row in f["compute_optimal"]),
     )
     fixed = ", ".join(f"{part} {tokens:,.0f}" for part, tokens in f["fixed"].items())
     lines += ["", "## Paid once", "", f"In tokens of inference of the same FLOPs: {fixed}."]

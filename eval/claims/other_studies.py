@@ -23,7 +23,7 @@ def history_verifier(data: dict) -> Iterator[Found]:
     """The verifier of revisions (Snell et al., 6.1)."""
     [(plain, gains)] = [(key.removeprefix("over_"), value) for key, value in data.items() if key.startswith("over_")]
     how = plain.partition(":")[2]
-    for name in (f"prm+history:{how}", f"own+history:{how}"):
+    for name in (f"prm+history:{how}", "own+history:last"):  # its own was trained on outcomes: the last value is one
         ours = f"A verifier that sees the revision history ({name})"
         claim = f"{ours} is ahead of the round's PRM ({plain}) on the same chains"
         yield f"history.{name}", claim, "used", gains[name], gains[name][:1]
@@ -68,13 +68,19 @@ def flops_matched(data: dict) -> Iterator[Found]:
 def compare(data: dict) -> Iterator[Found]:
     loop = group(next(iter(data["runs"])))
     for runs, found in data["first_less_others"].items():
-        ends, other = found["within_the_other_s_flops"][-1], group(runs)
+        ends, other = found.get("at_equal_flops") or found["within_the_other_s_flops"][-1], group(runs)
         ours, theirs = (flops / 1e12 for flops in ends["flops"])
         claim = (
             f"Single samples of `{loop}` are ahead of those of `{other}` for no more FLOPs "
-            f"(rounds {' and '.join(map(str, ends['rounds']))}, {ours:.1f} and {theirs:.1f} TFLOPs)"
+            f"(rounds {' and '.join(f'{r:.3g}' for r in ends['rounds'])}, {ours:.1f} and {theirs:.1f} TFLOPs)"
         )
-        yield f"15.{other}", claim, "not measured", ends["pass@1"], ends.get("pass@1_each_run") or ends["pass@1"][:1]
+        yield (
+            f"15.{loop}:{other}",
+            claim,
+            "not measured",
+            ends["pass@1"],
+            ends.get("pass@1_each_run") or ends["pass@1"][:1],
+        )
 
 
 def coverage(data: dict) -> Iterator[Found]:

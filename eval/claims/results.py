@@ -47,7 +47,7 @@ def spread(rows: Mapping[str, Row], own: Sequence[str], every: Sequence[str]) ->
     return out
 
 
-def combine(runs: Sequence[Mapping[str, Row]], command: str, seed: int = 0) -> list[Claim]:
+def combine(runs: Sequence[Mapping[str, Row]], command: str) -> list[Claim]:
     """Each claim over all runs that have its row; rows must be over the same questions in the same order.
 
     `ours` is the mean of the runs' means, its interval a bootstrap over questions and runs.
@@ -56,7 +56,7 @@ def combine(runs: Sequence[Mapping[str, Row]], command: str, seed: int = 0) -> l
     for id in dict.fromkeys(id for rows in runs for id in rows):
         found = [row for rows in runs if (row := rows.get(id)) and not np.isnan(row.values).all()]
         if found:
-            mean, low, high = bootstrap_runs([row.values for row in found], seed=seed)
+            mean, low, high = bootstrap_runs([row.values for row in found])
             decided, alone = verdict(low, high, found[0].zero), [float(np.nanmean(row.values)) for row in found]
             first = found[0]
             claims.append(Claim(id, first.claim, first.paper, mean, low, high, decided, first.unit, alone, command))

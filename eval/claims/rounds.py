@@ -14,14 +14,17 @@ from flywheel.stages.shared import test_rates
 
 
 class Rounds:
-    """All arrays are over `questions`, the test questions that the loop evaluates, in that order."""
+    """All arrays are over `questions`, the test questions that the loop evaluates, in that order.
 
-    def __init__(self, run: Run):
-        self.run, self.last = run, max(run.rounds)
+    last: the round whose policy is compared with round 0's; of several runs it is the last that all have reached.
+    """
+
+    def __init__(self, run: Run, last: int):
+        self.run, self.last = run, last
         self.questions = sorted(test_rates(run, 0))
 
-    def rates(self, round: int, purpose: str = "evaluate") -> np.ndarray:
-        found = test_rates(self.run, round, purpose)
+    def rates(self, round: int) -> np.ndarray:
+        found = test_rates(self.run, round)
         return np.array([found[q] for q in self.questions])
 
     @cached_property

@@ -237,9 +237,9 @@ class Study:
         served = {t.question_id: t for t in held_out(trials, fit, seed=self.seed)[budget]}
         chosen = [served[q] for q in self.questions]
         paid = self.grade_tokens(grade)
-        if grade == "probe":  # best-of-N reuses the probe's samples, so they are charged only once
+        if grade == "probe":  # best-of-N at the probe's temperature reuses its samples: they are charged only once
             for i, trial in enumerate(chosen):
-                if isinstance(trial.strategy, BestOfN):
+                if isinstance(trial.strategy, BestOfN) and trial.strategy.temperature is None:
                     first = self.pools[i][: min(PROBE, budget)]
                     paid[i] -= sum(d.cost + trial.strategy.judged * d.score_cost for d in first)
         tokens = self.over(lambda t: t.tokens, chosen)

@@ -48,7 +48,8 @@ def of_runs(args: argparse.Namespace) -> tuple[list[Claim], list[Figures]]:
     studies = [Study(*read_all(run, one), seed=run.recipe.seed) for run, one in asked]
     every = sorted({question for study in studies for question in study.questions})
     claims = combine([spread(study_rows(study), study.questions, every) for study in studies], command)
-    claims += combine([round_rows(Rounds(run)) for run in args.runs], command)
+    last = min(max(run.rounds) for run in args.runs)
+    claims += combine([round_rows(Rounds(run, last)) for run in args.runs], command)
     figures = [of_run(run, study, args.round) for run, study in zip(args.runs, studies)]
     return claims, [plain(of_one) for of_one in figures]
 

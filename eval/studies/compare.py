@@ -6,8 +6,9 @@ sampling, no PRM, no reviser), a single round with more samples, or a loop with 
 leaves out what the other runs computed and their policies never used, as ReST^EM's PRM.
 
 By run and round: FLOPs so far, pass@1 on the test questions, greedy answers, majority vote and pass@k; then the paired
-difference of pass@1 and of greedy answers with its 95% interval over questions and runs, at the last round of each, and
-for each round of the other run the first run's last round that had cost no more. With `--seeds K` each K runs in a row
+difference of pass@1 and of greedy answers with its 95% interval over questions and runs: at the last round of each; at
+equal FLOPs, those of the cheaper one's last round, where the dearer one lies between two of its rounds; and for each
+round of the other run at the first run's last round that had cost no more. With `--seeds K` each K runs in a row
 are seeds of one recipe, in the same order: FLOPs are their mean.
 """
 
@@ -39,10 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 class Reached:
     """The end of a round: FLOPs spent on making the policy so far, pass@1 and greedy answers by run and question.
 
-    `rates`: pass@1, greedy answers, majority vote and pass@k over all questions, by name.
+    `rates`: pass@1, greedy answers, majority vote and pass@k over all questions, by name. `round` has a fraction
+    between two rounds.
     """
 
-    round: int
+    round: float
     flops: float
     questions: list[str]
     singles: np.ndarray
@@ -65,6 +67,17 @@ def course(runs: Sequence[Run], unused: Sequence[str] = ()) -> list[Reached]:
         singles, greedy = (np.array([[found[q] for q in questions] for found in rates_of]) for rates_of in by_run)
         out.append(Reached(r, flops, questions, singles, greedy, rates))
     return out
+
+
+def at(reached: Sequence[Reached], flops: float) -> Reached:
+    """The point of a course at which `flops` are spent: its last round, or on a line between the rounds around it."""
+    if reached[-1].flops <= flops:
+        return reached[-1]
+    before = max(i for i, end in enumerate(reached) if end.flops <= flops)
+    low, high = reached[before], reached[before + 1]
+    part = (flops - low.flops) / (high.flops - low.flops)
+    singles, greedy = ((1 - part) * getattr(low, kind) + part * getattr(high, kind) for kind in ("singles", "greedy"))
+    return Reached(low.round + part, flops, low.questions, singles, greedy, {})
 
 
 def against(ours: Reached, theirs: Reached) -> dict:
@@ -96,6 +109,9 @@ def measure(args: argparse.Namespace) -> dict:
         within = [against([mine for mine in first if mine.flops <= other.flops][-1], other) for other in others[1:]]
         out["first_less_others"][name] = {
             "last_rounds": against(first[-1], others[-1]),
+            "at_equal_flops": against(
+                *(at(reached, min(first[-1].flops, others[-1].flops)) for reached in (first, others))
+            ),
             "within_the_other_s_flops": within,
         }
     return out

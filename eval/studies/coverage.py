@@ -22,7 +22,7 @@ from flywheel.errors import UserError
 from flywheel.measure.stats import bootstrap_runs
 from flywheel.records import Solution, Split, Verdict
 from flywheel.runs.run import Run
-from flywheel.stages.harvest import most_votes
+from flywheel.stages.harvest import AT_ONCE, most_votes
 from flywheel.stages.shared import ids, judged
 
 Drawn = Mapping[
@@ -77,7 +77,8 @@ def one_run(run: Run, other: Run) -> tuple[dict[str, list[float]], dict[str, flo
     most = max(map(len, uniform.values()))
     price, limit = tokens(other) / sum(map(len, uniform.values())), tokens(run)
     each = largest(lambda k: k * len(questions) * price, most, limit)
-    until = largest(lambda k: sum(k if n is None else min(k, n) for n in need.values()) * price, most, limit)
+    drawn_for = {q: most if n is None else AT_ONCE * -(-n // AT_ONCE) for q, n in need.items()}  # as the stage draws
+    until = largest(lambda k: sum(min(k, n) for n in drawn_for.values()) * price, most, limit)
 
     def within(k: int) -> list[float]:
         return [float(need[q] is not None and need[q] <= k) for q in questions]

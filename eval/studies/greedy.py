@@ -21,7 +21,7 @@ import yaml
 
 from eval.shared import add_runs, over_runs, whole_test
 from flywheel.ledger import Ledger
-from flywheel.measure.stats import bootstrap_mean, paired_gain
+from flywheel.measure.stats import bootstrap_runs
 from flywheel.recipe import Loader, parse
 from flywheel.records import ModelRef, Role, Split
 from flywheel.runs.run import Run
@@ -61,18 +61,18 @@ def greedy(run: Run, model: ModelRef, questions: Sequence[str]) -> tuple[dict[st
 
 def measure(args: argparse.Namespace) -> dict:
     runs, rows = [asking(run, args.problems) if args.problems else whole_test(run) for run in args.runs], []
-    first: list[float] = []
+    first: np.ndarray | None = None
     for r in range(min(max(run.rounds) for run in runs) + 1):
         found, spent = zip(*(greedy(run, run.model(Role.POLICY, r), ids(run, Split.TEST)) for run in runs))
         values = over_runs(found)
-        first = first or values
+        first = values if first is None else first
         rows.append(
             {
                 "round": r,
-                "accuracy": bootstrap_mean(values),
+                "accuracy": bootstrap_runs(values),
                 "runs": [np.mean(list(right.values())) for right in found],
-                "gain": paired_gain(first, values),
+                "gain": bootstrap_runs(values - first),
                 "tokens": np.mean(spent),
             }
         )
-    return {"questions": len(first), "rounds": rows}
+    return {"questions": first.shape[1], "rounds": rows}

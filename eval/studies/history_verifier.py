@@ -19,7 +19,7 @@ import argparse
 from collections.abc import Sequence
 
 from eval.shared import Verified, add_runs, chains, fit_prm, folder, over_runs, step_values, verifier_figures
-from flywheel.measure.stats import paired_gain
+from flywheel.measure.stats import bootstrap_runs
 from flywheel.models.prompts import Prompts
 from flywheel.records import Problem, Solution, Split
 from flywheel.runs.run import Run
@@ -90,7 +90,7 @@ def measure(args: argparse.Namespace) -> dict:
     by_name = {name: over_runs([run.accuracy[name] for run in runs]) for name in runs[0].accuracy}
     plain = f"prm:{args.runs[0].recipe.prm.aggregate}"
     return {
-        "questions": len(by_name["majority"]),
+        "questions": by_name["majority"].shape[1],
         **verifier_figures(runs),
-        f"over_{plain}": {m: paired_gain(by_name[plain], values) for m, values in by_name.items() if m != plain},
+        f"over_{plain}": {m: bootstrap_runs(values - by_name[plain]) for m, values in by_name.items() if m != plain},
     }

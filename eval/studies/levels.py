@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 
 from eval.shared import add_runs, over_runs
-from flywheel.measure.stats import bootstrap_mean, paired_gain
+from flywheel.measure.stats import bootstrap_runs
 from flywheel.records import Split
 from flywheel.stages.shared import test_rates
 
@@ -33,7 +33,7 @@ def measure(args: argparse.Namespace) -> dict:
                 over_runs([{q: v for q, v in rate.items() if levels[q] == level} for rate in by_run])
                 for by_run in rates
             ]
-            row[figure] = [bootstrap_mean(values) for values in inside]
-            row[f"{figure}_gain"] = [paired_gain(inside[0], values) for values in inside[1:]]
+            row[figure] = [bootstrap_runs(values) for values in inside]
+            row[f"{figure}_gain"] = [bootstrap_runs(values - inside[0]) for values in inside[1:]]
         out.append(row)
     return {"levels": out}

@@ -14,7 +14,7 @@ import numpy as np
 
 from eval.shared import add_runs, answers, over_runs
 from flywheel.measure.bins import fixed_bins, left_bin
-from flywheel.measure.stats import bootstrap_mean, paired_gain
+from flywheel.measure.stats import bootstrap_runs
 from flywheel.records import Split
 from flywheel.runs.run import Run
 from flywheel.stages.shared import test_rates
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def figure(runs: Sequence[Rates]) -> dict:
-    mean, low, high = bootstrap_mean(over_runs(runs))
+    mean, low, high = bootstrap_runs(over_runs(runs))
     return {"mean": mean, "ci": [low, high], "runs": [np.mean(list(run.values())) for run in runs]}
 
 
@@ -36,8 +36,8 @@ def one_round(runs: Sequence[Run], r: int, rates: Sequence[Sequence[Rates]], sta
     now, count = over_runs(rates[r]), len(runs[0].recipe.calibrate.edges) + 1
     row: dict = {"round": r, "pass@1": figure(rates[r])}
     if r:
-        row["gain_from_last_round"] = paired_gain(over_runs(rates[r - 1]), now)
-        row["gain_from_round_0"] = paired_gain(over_runs(rates[0]), now)
+        row["gain_from_last_round"] = bootstrap_runs(now - over_runs(rates[r - 1]))
+        row["gain_from_round_0"] = bootstrap_runs(now - over_runs(rates[0]))
         row["times_round_0"] = row["pass@1"]["mean"] / figure(rates[0])["mean"]
         found = [answers(run, r) for run in runs]
         row["search"] = {m: figure([f[m] for f in found]) for m in found[0] if all(m in f for f in found)}
@@ -65,5 +65,5 @@ def measure(args: argparse.Namespace) -> dict:
         names = out["rounds"][1]["search"]
         best = next(m for m in names if m.startswith("best_of_n_weighted@") and not m.endswith("verifier"))
         searched = over_runs([answers(run, 1)[best] for run in runs])
-        out[f"round_{last}_single_samples_over_round_1_{best}"] = paired_gain(searched, over_runs(rates[last]))
+        out[f"round_{last}_single_samples_over_round_1_{best}"] = bootstrap_runs(over_runs(rates[last]) - searched)
     return out

@@ -24,7 +24,7 @@ from eval.shared import (
     verifier_figures,
     with_published,
 )
-from flywheel.measure.stats import paired_gain
+from flywheel.measure.stats import bootstrap_runs
 from flywheel.records import Solution, Split, StepValues, Verdict
 from flywheel.runs.run import Run
 from flywheel.search.select import majority
@@ -104,10 +104,10 @@ def measure(args: argparse.Namespace) -> dict:
     vote, ours = by_name[next(iter(by_name))], by_name[f"monte_carlo:{chosen}"]
     return {
         "runs": len(runs),
-        "questions": len(vote),
+        "questions": vote.shape[1],
         "aggregate": chosen,
         **verifier_figures(runs),
-        "monte_carlo_over_majority": paired_gain(vote, ours),
-        "monte_carlo_over_base": {how: paired_gain(by_name[f"base:{how}"], ours) for how in AGGREGATES},
-        "true_steps_over_monte_carlo": paired_gain(ours, by_name[f"true_steps:{chosen}"]),
+        "monte_carlo_over_majority": bootstrap_runs(ours - vote),
+        "monte_carlo_over_base": {how: bootstrap_runs(ours - by_name[f"base:{how}"]) for how in AGGREGATES},
+        "true_steps_over_monte_carlo": bootstrap_runs(by_name[f"true_steps:{chosen}"] - ours),
     }

@@ -265,7 +265,7 @@ def test_a_study_is_written_out_and_drawn(tmp_path):
     made = tables()
     text = markdown(combine([study_rows(study())], "command"), [made])
     assert "| 1.gross@4: Compute-optimal search of 4 is ahead of best-of-4 weighted" in text
-    assert "| search | 4 | oracle | 1.000 | 58 | 158 | never |" in text
+    assert "| search | 4 | oracle | 1.000 | 58 | 158 | not reached | - | - |" in text
     drawn = {"figure_3_search.png", "figure_4_8_compute_optimal.png", "net_cost.png"}
     assert {p.name for p in pictures.draw(made, tmp_path)} == drawn
     bins = [{"bin": b, "lead": [0.1, 0.05, 0.2]} for b in range(1, 6)]
@@ -372,7 +372,7 @@ def test_a_small_model_spends_what_the_larger_one_cost_to_train():
 def test_what_other_studies_printed_becomes_rows_with_their_own_command(tmp_path):
     bins = [{"bin": b, "small": 0.5, "larger": 0.4, "lead": [0.1, 0.05, 0.2]} for b in range(1, 6)]
     gain = {"pass@1": [0.05, 0.03, 0.07], "pass@1_each_run": [0.06, 0.04]}
-    ends = [{"rounds": [3, 2], **gain, "flops": [2e13, 2.1e13]}]
+    ends = {"rounds": [2.75, 2], **gain, "flops": [2e13, 2e13]}
     files = {
         "flops_matched.json": {
             "command": "python -m eval flops_matched",
@@ -382,7 +382,7 @@ def test_what_other_studies_printed_becomes_rows_with_their_own_command(tmp_path
         "compare_restem.json": {
             "command": "python -m eval compare",
             "runs": {"runs/loop_s0 runs/loop_s1": [], "runs/restem_s0 runs/restem_s1": []},
-            "first_less_others": {"runs/restem_s0 runs/restem_s1": {"within_the_other_s_flops": ends}},
+            "first_less_others": {"runs/restem_s0 runs/restem_s1": {"at_equal_flops": ends}},
         },
     }
     for file, data in files.items():
@@ -392,8 +392,8 @@ def test_what_other_studies_printed_becomes_rows_with_their_own_command(tmp_path
     assert (one.ours, one.low, one.high, one.verdict, one.runs) == (0.1, 0.05, 0.2, "holds", [0.1])
     hardest = found["13.bin5@22"]  # there the claim is the larger model's
     assert (hardest.ours, hardest.low, hardest.high, hardest.verdict) == (-0.1, -0.2, -0.05, "fails")
-    claim = found["15.restem"]
-    said = "`loop` are ahead of those of `restem` for no more FLOPs (rounds 3 and 2, 20.0 and 21.0 TFLOPs)"
+    claim = found["15.loop:restem"]
+    said = "`loop` are ahead of those of `restem` for no more FLOPs (rounds 2.75 and 2, 20.0 and 20.0 TFLOPs)"
     assert claim.runs == [0.06, 0.04]
     assert said in claim.claim and claim.command == "python -m eval compare" and claim.unit == "pass@1"
     assert len(found) == 7
@@ -420,7 +420,7 @@ def test_rows_of_other_studies_are_signed_as_their_claims_are():
         f"{name}+history:{how}": [place, place, place]
         for place, (name, how) in enumerate([("prm", "min"), ("own", "min"), ("own", "last")])
     }
-    assert [row[3][0] for row in other_studies.history_verifier({"over_prm:min": gains})] == [0, 1]
+    assert [row[3][0] for row in other_studies.history_verifier({"over_prm:min": gains})] == [0, 2]
 
 
 def test_as_many_questions_and_solutions_of_each_and_the_best_n_of_the_other_half():

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import yaml
 from stage_files import store
@@ -175,6 +176,10 @@ def test_seeds_of_one_recipe_are_compared_as_one(monkeypatch):
     [within] = ahead["within_the_other_s_flops"]
     assert within["rounds"] == [1, 1] and within["pass@1_each_run"] == pytest.approx([0.1, 0.3])
     assert within["pass@1"] == pytest.approx([0.2, 0.1, 0.3])  # the questions are alike, but the seeds are not
+    equal = ahead["at_equal_flops"]
+    assert equal["rounds"] == [1, 1] and equal["flops"] == [10, 10] and equal["pass@1"] == within["pass@1"]
+    between = compare.at(compare.course(runs[:2]), 17.5)
+    assert between.round == 1.75 and between.singles == pytest.approx(np.array([[0.8, 0.8], [0.85, 0.85]]))
     with pytest.raises(UserError, match="two groups of --seeds 3"):
         compare.measure(argparse.Namespace(runs=runs, seeds=3, without=[]))
 
