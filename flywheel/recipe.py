@@ -351,6 +351,9 @@ class Recipe(Spec):
                 f"calibrate.strategies: best_of_n is missing{at};"
                 " a round without a reviser has nothing else, and all else is measured against it"
             )
+        revising = [s.options.get("context", 4) for s in self.calibrate.strategies if s.kind == "revise"]
+        if any(isinstance(shown, int) and shown > self.reviser.context for shown in revising):
+            yield f"calibrate.strategies: revise shows more attempts than reviser.context {self.reviser.context}"
         fitting = {"progress": ("product", "min"), "ratio": ("odds", "min")}.get(self.prm.target)
         if fitting and self.prm.aggregate not in fitting:
             yield (

@@ -87,6 +87,7 @@ def test_a_recipe_is_a_file_or_the_name_of_one_that_ships(tmp_path, monkeypatch)
             "calibrate.strategies=[{kind: best_of_n}, {kind: revise, max_budget: 2}]",
             "calibrate.strategies: revise with max_budget 2 is never tried",
         ),
+        ("reviser.context=3", "calibrate.strategies: revise shows more attempts than reviser.context 3"),
         (
             "calibrate.strategies=[{kind: best_of_n, max_budget: 4}]",
             "calibrate.strategies: best_of_n is missing at budget 16;",

@@ -219,7 +219,7 @@ def read(stage: str, ctx: Context) -> None:
         case "label":
             [label.chosen(ctx, question) for question in chunk]
         case "calibrate":
-            [calibrate.known_traces(ctx, question) for question in chunk]
+            [calibrate.known_right(ctx, question) for question in chunk]
             difficulties(ctx)
         case "harvest":
             [sampled(ctx, question) for question in chunk]

@@ -22,8 +22,8 @@ from flywheel.errors import UserError
 from flywheel.measure.stats import bootstrap_runs
 from flywheel.records import Solution, Split, Verdict
 from flywheel.runs.run import Run
-from flywheel.stages.harvest import AT_ONCE, most_votes
-from flywheel.stages.shared import ids, judged
+from flywheel.stages.harvest import AT_ONCE
+from flywheel.stages.shared import enough_votes, ids, judged
 
 Drawn = Mapping[
     str, Sequence[tuple[Solution, bool]]
@@ -50,12 +50,12 @@ def tokens(run: Run) -> int:
 def first_covered(have: Sequence[tuple[Solution, bool]], more: Sequence[tuple[Solution, bool]], spec) -> int | None:
     """How many of `more` it takes until the question is covered; None: all of them do not cover it."""
     right = [s for s, correct in have if correct]
-    if most_votes(spec, right) >= spec.min_votes:
+    if enough_votes(spec, right):
         return 0
     for count, (solution, correct) in enumerate(more, 1):
         if correct:
             right.append(solution)
-            if most_votes(spec, right) >= spec.min_votes:
+            if enough_votes(spec, right):
                 return count
     return None
 

@@ -169,7 +169,7 @@ async def trials(
                 id,
                 strategy,
                 budget,
-                correct=bool(answer_is_right(o.answer, solutions, right)),
+                correct=answer_is_right(o.answer, solutions, right),
                 tokens=o.tokens,
                 cached=o.cached,
                 odd=sum(bool(shape(s, usual)) for s in solutions) / len(solutions),

@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from flywheel.records import Solution
 
 
-def diversity(samples: Sequence[tuple[Solution, bool]]) -> dict[str, float]:
+def diversity(samples: Sequence[tuple[Solution, bool]], key: Callable[[str], object]) -> dict[str, float]:
     """Figures of one question; `samples`: its solutions, each with whether it is right.
 
     distinct_right: different right texts, white space aside. answer_entropy: of the distribution of answers, in nats; 0
-    if all samples give the same one. Solutions without an answer count as one answer.
+    if all samples give the same one. Answers with one `key` are one, and so are solutions without an answer.
     """
     right = len({" ".join(s.text.split()) for s, correct in samples if correct})
-    shares = [count / len(samples) for count in Counter(s.answer for s, _ in samples).values()]
+    shares = [count / len(samples) for count in Counter(s.answer and key(s.answer) for s, _ in samples).values()]
     return {"distinct_right": right, "answer_entropy": -math.fsum(share * math.log(share) for share in shares)}

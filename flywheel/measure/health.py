@@ -58,8 +58,8 @@ def health(solutions: Iterable[Solution]) -> Health:
 
 
 def repeats(solution: Solution) -> bool:
-    """Whether some step occurs twice."""
-    texts = [step.text.strip() for step in solution.steps]
+    """Whether some step occurs twice, blank ones aside."""
+    texts = [text for step in solution.steps if (text := step.text.strip())]
     return len(set(texts)) < len(texts)
 
 

@@ -32,13 +32,13 @@ _DRAWING: ContextVar[tuple[str, Counter[bytes]] | None] = ContextVar("drawing", 
 
 
 @contextmanager
-def drawing(what: str) -> Iterator[None]:
+def drawing(what: str, nested: bool = True) -> Iterator[None]:
     """Inside, the coroutine and the tasks that it starts draw by `what`, not by how often others asked the same prompt.
 
     So what is drawn does not depend on what else is under way, or on the process. Blocks can be nested: `what`, with
-    those around it, is unique in a stage.
+    those around it, is unique in a stage; not `nested`, it is by itself.
     """
-    around, _ = _DRAWING.get() or ("", None)
+    around, _ = (nested and _DRAWING.get()) or ("", None)
     token = _DRAWING.set((f"{around}/{what}", Counter()))
     try:
         yield

@@ -31,6 +31,7 @@ Same = Callable[[str, str], bool]  # of two tidy texts; `decide` passes one that
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 _INTEGER = re.compile(r"\$?(-?(?:\d{1,15}|[1-9]\d{0,2}(?:,\d{3}){1,4}))\.?\$?")
+_DECIMAL_COMMA = re.compile(r"-?\d+,(?!\d{3}$)\d\d+")  # not 1,234, which is a thousand and more
 _MATHS = re.compile(r"\$[^$]*\$|\\\(.*?\\\)|\\\[.*?\\\]|\\[A-Za-z]+(?:\{[^{}]*\})?", re.S)
 # What may stand before an answer: "The answer is", "x is 3, which is", "Thus it is". What hedges (8 or 9?) is none
 _LEAD = re.compile(
@@ -105,10 +106,8 @@ def _judge(gold: str, answer: str, same: Same, same_solution: Same) -> tuple[boo
         return False, "exact"  # math-verify drops control characters, so it would read "4\x002" as 42
     integers = [found[1] for text in (gold, answer) if (found := _INTEGER.fullmatch(text.strip()))]
     if len(integers) == 2:  # most pairs of word problems: twenty times faster than what follows
-        same_text = integers[0] == integers[1]
-        return int(integers[0].replace(",", "")) == int(
-            integers[1].replace(",", "")
-        ), "exact" if same_text else "number"
+        ours, theirs = (int(text.replace(",", "")) for text in integers)
+        return ours == theirs, "exact" if integers[0] == integers[1] else "number"
     a, b = tidy(gold), tidy(answer)
     if flat(a) == flat(b):
         return bool(a), "exact"
@@ -142,7 +141,7 @@ def _by_words(a: str, b: str, same: Same) -> bool | None:
 
 
 def _by_items(a: str, b: str, same: Same) -> bool | None:
-    decimals = [text.replace(",", ".") for text in (a, b) if re.fullmatch(r"-?\d+,\d\d+", text)]
+    decimals = [text.replace(",", ".") for text in (a, b) if _DECIMAL_COMMA.fullmatch(text)]
     if len(decimals) == 1 and decimals[0] in (a, b):
         return True  # 1,22 and 1.22: a decimal comma
     first, second = _items(a), _items(b)

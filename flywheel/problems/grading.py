@@ -108,17 +108,20 @@ class Grader:
         Raises ValueError if a solution belongs to another question.
         """
         for pair in (hard := self._plain(pairs)):
-            if pair not in self._asked or self._asked[pair].done():
+            if pair not in self._asked:
                 self._asked[pair] = asyncio.ensure_future(self._check(pair))
         await asyncio.gather(*(asyncio.shield(self._asked[pair]) for pair in hard))  # others wait for them too
         return [self._grade(p, s) for p, s in pairs]
 
     async def _check(self, pair: tuple[str, str]) -> None:
-        same, why = await self.pool.checked(pair)
+        try:
+            same, why = await self.pool.checked(pair)
+        finally:
+            del self._asked[pair]
         if same is None:
             log.info("undecided: %s; gold %.80r, answer %.80r", why, *pair)
-        rule = "undecided" if same is None else rule_of(*pair)
-        self._known[pair] = same, rule if self.shortcuts else ""
+        rule = ("undecided" if same is None else rule_of(*pair)) if self.shortcuts else ""
+        self._known[pair] = same, rule
         self.counts["undecided" if same is None else "checked"] += 1
 
     def _grade(self, problem: Problem, solution: Solution) -> Grade:

@@ -100,7 +100,7 @@ def _rows(spec: ProblemSpec, found: Iterable[tables.Read], notes: list[str]) -> 
         if None in answers:
             uncut.append(where)
             continue
-        split = ours.get(theirs) or (_split(theirs, where) if theirs and not spec.splits else None)
+        split = ours.get(theirs) or (_own_split(theirs, spec, where) if theirs and not ours else None)
         id = values["id"] or id
         yield Row(values["question"], answers[0], split, id, values["level"], where, tuple(answers[1:]))
     if unmapped and not count:
@@ -269,6 +269,13 @@ def _scalar(value: object, where: str) -> str:
 
 def _shown(value: object) -> str:
     return json.dumps(value, default=str)[:40]
+
+
+def _own_split(name: str, spec: ProblemSpec, where: str) -> Split | None:
+    """The split that the row itself names; None, to be drawn, if `problems.splits` has a share for it or others'."""
+    if spec.splits and (name not in SPLITS or SPLITS[name] in spec.splits):
+        return None
+    return _split(name, where)
 
 
 def _split(name: str, where: str) -> Split:

@@ -70,12 +70,13 @@ def _contradiction(row: Row, here: str, other: Row, there: str) -> UserError:
 
 
 def draw_splits(
-    rows: Sequence[Row], source: str, notes: list[str], shares: Mapping[str, float] = FRACTIONS
+    rows: Sequence[Row], source: str, notes: list[str], shares: Mapping[str, float] = {}
 ) -> dict[str, Split]:
     """Row key -> split, for the rows whose split is None or TRAIN.
 
-    Splits that no row names get their `shares` (by default FRACTIONS), scaled to sum to 1, of these rows, at least one
-    each (UserError if there are too few); TRAIN gets the rest. A line on what was drawn is added to `notes`.
+    Splits that no row names get their `shares` of these rows, or FRACTIONS, scaled to sum to 1; with shares but none
+    for TRAIN, it gets the rest. Each gets a row at least (UserError if there are too few). A line on what was drawn
+    is added to `notes`.
     """
     given = {row.split for row in rows} - {None, Split.TRAIN}
     missing = [split for split in Split if split not in given]
@@ -84,7 +85,12 @@ def draw_splits(
         mend = "add questions or a `split` field"
         raise UserError(f"{source}: {len(pool)} questions cannot be cut into {', '.join(missing)}; {mend}")
     place = {row.key: int(row.hash[:16], 16) / 2**64 for row in pool}  # in [0, 1)
-    drawn = {key: _split_at(at, missing, {**FRACTIONS, **shares}) for key, at in place.items()}
+    wanted = {**FRACTIONS, **shares}
+    if shares and Split.TRAIN not in shares:
+        wanted[Split.TRAIN] = 1 - sum(wanted[split] for split in missing if split is not Split.TRAIN)
+        if wanted[Split.TRAIN] <= 0:
+            raise UserError(f"{source}: problems.splits: the shares leave no question for train")
+    drawn = {key: _split_at(at, missing, wanted) for key, at in place.items()}
     for split in missing:  # in a small file, an empty split takes a question from the largest
         sizes = Counter(drawn.values())
         if not sizes[split]:

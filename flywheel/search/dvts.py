@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from flywheel.ledger import metered
+from flywheel.models.driver import drawing
 from flywheel.models.prm import together
 from flywheel.recipe import Positive
 from flywheel.records import Candidate, Question
@@ -48,9 +49,9 @@ class Dvts(Strategy):
 
     async def tree(self, question: Question, searcher: Searcher, tag: str) -> Sequence[Candidate]:
         """One tree. Its first candidate carries the cost of all, so that fewer trees cost what they drew (`part`)."""
-        with metered() as spent:
-            found = await Beam(self.width, self.width).run(question, searcher, tag)
-        return [replace(c, cost=spent.tokens, cached=spent.cached) if c is found[0] else c for c in found]
+        with metered() as spent, drawing(tag):
+            first, *others = await Beam(self.width, self.width).run(question, searcher, tag)
+        return [replace(first, cost=spent.tokens, cached=spent.cached), *others]
 
     def covers(self, other: Strategy) -> bool:
         """True if `other` has no more trees, of the same width."""

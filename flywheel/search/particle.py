@@ -38,7 +38,7 @@ class Particle(Strategy):
     lookahead: ClassVar[int] = 0
 
     @classmethod
-    def at(cls, budget: int, *, power: Annotated[float, Field(ge=0)] = 1.0) -> Particle:
+    def at(cls, budget: int, *, power: Annotated[float, Field(ge=0, le=50)] = 1.0) -> Particle:
         return cls(budget, power)
 
     @property

@@ -26,8 +26,8 @@ ENOUGH = 5  # questions; a bin with fewer borrows its neighbours'
 class Trial:
     """One strategy on one calibration question.
 
-    `correct`: the selected answer is right. `verified`: number of distinct verified solutions that reach
-    `harvest.min_votes` only with this trial's candidates. `tokens`: all tokens charged.
+    `correct`: the selected answer is right. `verified`: number of distinct verified solutions that have
+    `harvest.min_votes`, by `harvest.vote`, only with this trial's candidates. `tokens`: all tokens charged.
     """
 
     question_id: str
@@ -141,8 +141,11 @@ def simplest(trials: Sequence[Trial]) -> dict[int, Strategy]:
     for trial in trials:
         if isinstance(trial.strategy, Greedy | BestOfN):
             groups.setdefault((trial.budget, trial.strategy), []).append(trial)
-    ranked = sorted(groups, key=lambda key: (-sum(t.correct for t in groups[key]), sum(t.tokens for t in groups[key])))
-    return {budget: strategy for budget, strategy in reversed(ranked)}
+    best: dict[int, Strategy] = {}
+    rank = lambda key: (-sum(t.correct for t in groups[key]), sum(t.tokens for t in groups[key]))  # noqa: E731
+    for budget, strategy in sorted(groups, key=rank):
+        best.setdefault(budget, strategy)
+    return best
 
 
 def harvest_plan(trials: Sequence[Trial], models: Mapping[str, str], budget: int, keep: int, bins: int = 5) -> Plan:

@@ -44,10 +44,11 @@ async def by_probe(plan: Plan, budget: int, size: int, edges: Sequence[float], a
     if shares and chosen.n <= size:
         candidates = drawn[: chosen.n]
     else:
-        rest = await ask(*(replace(chosen, n=chosen.n - size), "after_probe") if shares else (chosen, chosen.name))
+        asked = (replace(chosen, n=chosen.n - size), "after_probe") if shares else (chosen, chosen.name)
+        rest = await ask(*asked)
         known = {c.solution.id for c in drawn}  # a search that was cut off returns the probe too
         more = tuple(c for c in rest.candidates if c.solution.id not in known)
-        candidates = (*drawn, *more) if shares else more if isinstance(chosen, Greedy) else (*more, *drawn)
+        candidates = (*drawn, *more) if shares else more if more and isinstance(chosen, Greedy) else (*more, *drawn)
         outcomes.append(rest)
     if not chosen.judged:  # the probe's scores would outweigh all votes that have none
         candidates = tuple(replace(c, values=(), score=0.0) for c in candidates)

@@ -72,7 +72,11 @@ def read_off(done: Strategy, outcome: Outcome, wanted: Strategy) -> Outcome:
     if done == wanted:
         return outcome
     part: Sequence[Candidate] = wanted.part(outcome.candidates)
-    if not wanted.judged:
+    if wanted.judged:  # equal solutions are scored once: the first of those that `wanted` has pays for it
+        costs = {c.solution.tokens: (c.score_cost, c.score_cached) for c in outcome.candidates if c.score_cost}
+        paid = [costs.pop(c.solution.tokens, (0, 0)) for c in part]
+        part = [replace(c, score_cost=cost, score_cached=cached) for c, (cost, cached) in zip(part, paid)]
+    else:
         part = [replace(c, values=(), score=0.0, score_cost=0, score_cached=0) for c in part]
     if not sum(c.cost for c in part):
         raise ValueError(f"{done.name}: what its candidates cost is not known, so {wanted.name} cannot be read off it")

@@ -7,7 +7,6 @@ samples that the gate drew of that policy.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -136,7 +135,7 @@ def calibrate(run: Run, round: int | None = None) -> System:
     found = cache(lambda: quantile_bins(pass_rates(ctx, "gate", round), ctx.recipe.calibrate.bins))
 
     async def work(ctx: Context, kit: Kit, questions: Sequence[str]) -> list[object]:
-        known = {q: Counter() for q in questions}  # for the harvest alone
+        known = {q: () for q in questions}  # for the harvest alone
         searcher = kit.searcher(reviser=Role.REVISER in served.models)
         return await try_all(kit, searcher, {q: found()[q] for q in questions}, known, f"r{round}/serving")
 

@@ -7,14 +7,13 @@ bin never score a strategy on that question.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 from flywheel.measure.bins import quantile_edges
 from flywheel.measure.stats import bootstrap_mean, paired_gain
 from flywheel.models.prm import Prm
 from flywheel.recipe import Recipe
-from flywheel.records import Answered, Role, SampleScores, Split, Verdict
+from flywheel.records import Answered, Role, SampleScores, Solution, Split, Verdict
 from flywheel.runs.run import Context
 from flywheel.runs.stage import Input, Stage
 from flywheel.search.best_of_n import BestOfN
@@ -28,18 +27,17 @@ from flywheel.stages.shared import (
     LAST_POLICY,
     answer_is_right,
     difficulties,
+    enough_votes,
     ids,
     model_names,
     sampled,
     search_models,
-    trace,
-    votes,
 )
 
 
 async def work(ctx: Context, kit: Kit, questions: Sequence[str]) -> list[object]:
     searcher, bins = kit.searcher(reviser=Role.REVISER in search_models(ctx)), difficulties(ctx)
-    known = {q: known_traces(ctx, q) for q in questions}
+    known = {q: known_right(ctx, q) for q in questions}
     rival = kit.prm(PUBLISHED) if ctx.recipe.prm.published else None
     tag = f"r{ctx.round}/calibrate"
     return await try_all(kit, searcher, {q: bins[q].quantile_bin for q in questions}, known, tag, rival)
@@ -49,38 +47,38 @@ async def try_all(
     kit: Kit,
     searcher: Searcher,
     bins: Mapping[str, int],
-    known: Mapping[str, Counter[str]],
+    known: Mapping[str, Sequence[Solution]],
     tag: str,
     rival: Prm | None = None,
 ) -> list[SampleScores | Trial | Answered]:
     """A Trial of each strategy of the recipe on each question of `bins` (id -> bin), and scores for the probe's edges.
 
-    known: votes by verified trace that a question has before; see `Trial.verified`. rival: judges the draws of
+    known: the right solutions that a question has before; see `Trial.verified`. rival: judges the draws of
     best-of-N weighted too; an Answered for each N.
     """
     wanted = [item for item in strategies(kit.recipe.calibrate) if searcher.can(item[1])]
-    enough = kit.recipe.harvest.min_votes
+    spec = kit.recipe.harvest
 
     async def one(question: str) -> list[SampleScores | Trial | Answered]:
         asked = kit.problems[question].question
         outcomes = await search_all(wanted, asked, searcher, tag=tag)
         drawn = [o.candidates for _, s, o in outcomes if isinstance(s, BestOfN) and s == BestOfN(s.n)]
-        again = await judge(asked, max(drawn, key=len), rival) if rival and drawn else ()
-        again, rows = {c.solution.id: c for c in again}, []
-        if drawn:  # as the probe draws
-            rows.append(SampleScores(question, tuple(c.score for c in max(drawn, key=len))))
+        largest = max(drawn, key=len, default=())
+        again = {c.solution.id: c for c in await judge(asked, largest, rival)} if rival else {}
+        rows = [SampleScores(question, tuple(c.score for c in largest))] if largest else []  # as the probe draws
         distinct = {c.solution.id: c.solution for _, _, o in outcomes for c in o.candidates}
         correct = await kit.correct(distinct.values())
         for budget, strategy, outcome in outcomes:
             solutions = [c.solution for c in outcome.candidates]
-            before, won = known[question], votes(s for s in solutions if correct[s.id])
-            verified = sum(before[text] < enough <= before[text] + count for text, count in won.items())
-            right = bool(answer_is_right(outcome.answer, solutions, correct))
+            before = known[question]
+            won = enough_votes(spec, [*before, *(s for s in solutions if correct[s.id])])
+            verified = len(set(won) - set(enough_votes(spec, before)))
+            right = answer_is_right(outcome.answer, solutions, correct)
             rows.append(Trial(question, bins[question], budget, strategy, right, verified, outcome.tokens))
         for candidates in drawn if rival else ():
             judged = [again[c.solution.id] for c in candidates]
             answer = weighted([c.solution.answer for c in judged], [c.score for c in judged])
-            right = bool(answer_is_right(answer, [c.solution for c in judged], correct))
+            right = answer_is_right(answer, [c.solution for c in judged], correct)
             tokens = sum(c.cost + c.score_cost for c in judged)
             rows.append(Answered(question, by_rival(len(judged)), right, tokens))
         return rows
@@ -119,10 +117,10 @@ def probe_edges(recipe: Recipe, drawn: Iterable[SampleScores]) -> list[float]:
     return quantile_edges(means, recipe.calibrate.bins) if means else list(recipe.calibrate.edges)
 
 
-def known_traces(ctx: Context, question: str) -> Counter[str]:
-    """Votes by verified trace, from the first `sample.per_question` samples: what a training question has, too."""
+def known_right(ctx: Context, question: str) -> list[Solution]:
+    """The right ones of the first `sample.per_question` samples: as many samples as a training question has."""
     first = sampled(ctx, question)[: ctx.recipe.sample.per_question]
-    return Counter(trace(s) for s, verdict in first if verdict is Verdict.CORRECT)
+    return [s for s, verdict in first if verdict is Verdict.CORRECT]
 
 
 def finish(ctx: Context) -> dict:
@@ -153,6 +151,7 @@ STAGE = Stage(
         "harvest.budget",
         "harvest.keep",
         "harvest.min_votes",
+        "harvest.vote",
         "prm.aggregate",
         "prm.labels",
         "prm.published",

@@ -45,6 +45,9 @@ def train(ctx: Context) -> dict:
         return {"trained": False, "examples": 0, "why": f"{why}: nothing to distill, the policy stays"}
     held = set(random.Random(ctx.seed("held out")).sample(questions, len(questions) // 20))
     fit, check = made.split(held)
+    if not len(fit):
+        why = f"all {made.figures['too_long']} harvested solutions are longer than distill.max_length {spec.max_length}"
+        return {"trained": False, "examples": 0, "why": f"{why}: nothing to distill, the policy stays"}
     report = train_sft(fit, check, job(ctx, spec, "last", Role.POLICY))
     return {
         "trained": True,

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from flywheel.measure.bins import fixed_bins, migration
 from flywheel.measure.diversity import diversity
 from flywheel.measure.stats import paired_gain
+from flywheel.problems.grading import answer_key
 from flywheel.records import Role, Split, Verdict
 from flywheel.runs.run import Context
 from flywheel.runs.stage import Input, Stage
@@ -56,7 +57,7 @@ def finish(ctx: Context) -> dict:
         samples = [(s, verdict is Verdict.CORRECT) for s, verdict in group]
         solutions, correct = [s for s, _ in samples], {s.id: right for s, right in samples}
         voted[q] = answer_is_right(majority([s.answer for s in solutions]), solutions, correct)
-        spread.append(diversity(samples))
+        spread.append(diversity(samples, answer_key))
     put(f"majority@{k}", [voted[q] for q in questions], policy)
     policy |= {name: sum(one[name] for one in spread) / len(spread) for name in spread[0]}
     policy["verdicts"] = verdict_counts(verdicts.values())

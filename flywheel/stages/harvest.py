@@ -13,7 +13,6 @@ from itertools import compress
 from typing import NamedTuple
 
 from flywheel.problems.grading import load_function
-from flywheel.recipe import HarvestSpec
 from flywheel.records import Grade, Harvested, Role, Solution, Split, Verdict
 from flywheel.runs.files import stream_table, write_table
 from flywheel.runs.run import Context
@@ -24,6 +23,7 @@ from flywheel.stages.kit import Kit, kit
 from flywheel.stages.shared import (
     LAST_POLICY,
     difficulties,
+    enough_votes,
     ids,
     judged,
     model_names,
@@ -48,7 +48,7 @@ async def work(ctx: Context, kit: Kit, questions: Sequence[str]) -> list[object]
         made = await kit.searched(question, searcher, strategy, f"r{ctx.round}/harvest")
         right = [s for s, verdict in sampled(ctx, question) if verdict is Verdict.CORRECT] + correct(made)
         for first in range(0, spec.extra, AT_ONCE):
-            if most_votes(spec, right) >= spec.min_votes:
+            if enough_votes(spec, right):
                 break
             few = BestOfN(min(AT_ONCE, spec.extra - first), "majority")
             more = await kit.searched(question, searcher, few, f"r{ctx.round}/extra{first}")
@@ -62,11 +62,6 @@ def correct(records: Sequence[object]) -> list[Solution]:
     """The solutions among `records` that a grade among them calls correct."""
     right = {record.solution_id for record in records if isinstance(record, Grade) and record.correct}
     return [record for record in records if isinstance(record, Solution) and record.id in right]
-
-
-def most_votes(spec: HarvestSpec, right: Sequence[Solution]) -> int:
-    """The votes of the one of a question's right solutions that has most, by `harvest.vote`."""
-    return max(votes(right).values(), default=0) if spec.vote == "trace" else len({s.draw for s in right})
 
 
 def verified(ctx: Context) -> Iterator[tuple[str, list[Solution]]]:
@@ -98,9 +93,9 @@ def finish(ctx: Context) -> dict:
             for solution in group:
                 first.setdefault(trace(solution), solution)
             text, bin = problems[question].question.text, bins[question].fixed_bin
-            drawn = len({s.draw for s in group})  # all give the right answer
+            enough = set(enough_votes(spec, group))
             for found, count in votes(group).most_common(spec.keep):
-                if (count if spec.vote == "trace" else drawn) < spec.min_votes:
+                if found not in enough:
                     once += 1
                     continue
                 s = first[found]
@@ -113,12 +108,12 @@ def finish(ctx: Context) -> dict:
     write_table(ctx.dir / "harvest.parquet", compress(stream_table(scratch, Harvested), chosen))
     scratch.unlink()
     kept = list(compress(every, chosen))
-    drawn = {stage: solutions_of(ctx, stage, problems) for stage in SOURCES}
+    candidates = {stage: solutions_of(ctx, stage, problems) for stage in SOURCES}
     figures = {
         "plan": f"harvest_{ctx.round}",
         "models": model_names(search_models(ctx)),
-        "candidates": sum(drawn.values()),
-        "candidates_by_stage": drawn,
+        "candidates": sum(candidates.values()),
+        "candidates_by_stage": candidates,
         "verified": right,
         "too_few_votes": once,
         "kept": len(kept),

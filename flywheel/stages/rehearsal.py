@@ -55,7 +55,7 @@ def sample(recipe: Recipe, force: bool) -> dict[str, float]:
             [len(tokens) for tokens in map(make, fitting)]
             for make in (lambda p: kit.prompts.solve(p.question), lambda p: kit.prompts.check(p.question, ())[0])
         )
-        drawn, generate = generated(kit, fitting, round(fmean(made)))
+        drawn, generate = generated(kit, fitting, max(1, round(fmean(made))))
         return {
             "open": opened,
             "generate": generate,

@@ -16,6 +16,7 @@ from itertools import pairwise
 
 from flywheel.ledger import metered
 from flywheel.measure.bins import quantile_bins
+from flywheel.models.driver import drawing
 from flywheel.models.prm import Prm, together
 from flywheel.records import (
     Answered,
@@ -76,7 +77,8 @@ class OneQuestion:
     async def search(self, strategy: Strategy) -> Outcome:
         if strategy not in self.running:
             tag = f"r{self.round}/search/{strategy.name}"
-            self.running[strategy] = asyncio.create_task(search(strategy, self.question, self.searcher, tag=tag))
+            with drawing(self.question.id, nested=False):  # another question's control may ask first
+                self.running[strategy] = asyncio.create_task(search(strategy, self.question, self.searcher, tag=tag))
         return await self.running[strategy]
 
     async def by(self, strategy: Strategy) -> Found:
@@ -116,7 +118,7 @@ class OneQuestion:
             f"adaptive@{n}": self.by(Adaptive(n)),
         }
         if self.searcher.reviser:
-            methods[f"revise@{length}"] = self.by(Revise(length))
+            methods[f"revise@{length}"] = self.by(self.chain_of(length))
             methods[f"revise_parallel@{n}"] = self.by(Revise(1, n))
             methods["revise_greedy@1"] = self.by(Greedy("reviser"))
         methods[f"compute_optimal@{n}_oracle"] = self.by(self.plan.strategy(oracle_bin, n))
@@ -160,9 +162,13 @@ class OneQuestion:
     async def judged(self, pool: Sequence[Solution], verifier: Prm) -> Sequence[Candidate]:
         return await judge(self.question, [Candidate(s) for s in pool], verifier)
 
+    def chain_of(self, length: int) -> Revise:
+        """One chain, its prompts with as many attempts as the reviser was trained with."""
+        return Revise(length, context=self.kit.recipe.reviser.context)
+
     async def chain(self) -> list[Solution]:
         """The attempts of one revision chain, in order."""
-        outcome = await self.search(Revise(max(self.spec.budget, self.spec.revise_attempts)))
+        outcome = await self.search(self.chain_of(max(self.spec.budget, self.spec.revise_attempts)))
         return [c.solution for c in outcome.candidates]
 
     async def parallel(self) -> list[Solution]:
@@ -219,7 +225,7 @@ async def work(ctx: Context, kit: Kit, questions: Sequence[str]) -> list[object]
         correct |= {id: g.correct for id, g in fresh.items()}
         rows: list[object] = []
         for method, found in answered.items():
-            right = bool(answer_is_right(found.answer, found.solutions, correct))
+            right = answer_is_right(found.answer, found.solutions, correct)
             rows.append(Answered(question, method, right, found.tokens))
         return [*rows, SampleScores(question, tuple(scores)), *attempts, *(fresh[s.id] for s in attempts)]
 

@@ -12,7 +12,7 @@ from typing import TypeVar
 from flywheel.measure.bins import fixed_bins, quantile_bins
 from flywheel.measure.stats import bootstrap_mean
 from flywheel.problems.grading import answer_key
-from flywheel.recipe import TrainSpec
+from flywheel.recipe import HarvestSpec, TrainSpec
 from flywheel.records import Difficulty, Finish, Grade, Harvested, ModelRef, Role, Solution, Split, Verdict
 from flywheel.runs.files import stream_table
 from flywheel.runs.reading import where
@@ -126,12 +126,12 @@ def test_rates(run: Run, round: int, purpose: str = "evaluate") -> dict[str, flo
     return pass_rates(run, "evaluate", round, purpose)
 
 
-def answer_is_right(answer: str | None, solutions: Iterable[Solution], correct: Mapping[str, bool]) -> float:
-    """1.0 if the selected `answer` is right, by the verdict of a solution that gave it; None is wrong."""
+def answer_is_right(answer: str | None, solutions: Iterable[Solution], correct: Mapping[str, bool]) -> bool:
+    """Whether the selected `answer` is right, by the verdict of a solution that gave it; None is wrong."""
     if answer is None:
-        return 0.0
+        return False
     given = (s for s in solutions if s.answer is not None and answer_key(s.answer) == answer_key(answer))
-    return float(correct[next(given).id])
+    return bool(correct[next(given).id])
 
 
 def interval(ctx: Context, values: Sequence[float]) -> tuple[float, list[float]]:
@@ -156,6 +156,19 @@ def spaced(text: str) -> str:
 def votes(right: Iterable[Solution]) -> Counter[str]:
     """trace -> number of independent draws (`Solution.draw`) that gave it, among the `right` solutions."""
     return Counter(text for text, _ in dict.fromkeys((trace(s), s.draw) for s in right))
+
+
+def enough_votes(spec: HarvestSpec, right: Sequence[Solution]) -> list[str]:
+    """The traces of a question's `right` solutions that the harvest keeps, most votes first; `keep` aside.
+
+    `harvest.vote: trace` asks for `min_votes` draws of the trace, `answer` for as many right draws of any.
+    """
+    draws = len({s.draw for s in right})
+    return [
+        text
+        for text, count in votes(right).most_common()
+        if (count if spec.vote == "trace" else draws) >= spec.min_votes
+    ]
 
 
 def harvested(ctx: Context, rounds: range) -> Iterator[Harvested]:

@@ -1,5 +1,6 @@
 """Claims about what the library `datasets` reads, and about the published sets that docs/recipes.md names."""
 
+import json
 import re
 from pathlib import Path
 
@@ -63,6 +64,16 @@ def test_a_file_of_any_kind_is_cut_by_shares(tmp_path, kind):
     assert found == {f"Ann has {i}. One more?": str(i + 1) for i in range(40)}
     assert all(len(problems[split]) >= 3 for split in Split) and len(problems[Split.TRAIN]) < 25
     assert "drawn by hash from 40" in notes[0]
+
+
+def test_a_share_for_one_split_leaves_the_rows_of_others_where_they_are(tmp_path):
+    rows = [{"question": f"q{i}", "answer": "1", "split": "test" if i < 100 else "train"} for i in range(1000)]
+    (tmp_path / "own.json").write_text(json.dumps(rows))
+    problems, _ = read(tmp_path / "own.json", splits={"calibrate": 0.3})
+    assert {p.question.text for p in problems[Split.TEST]} == {f"q{i}" for i in range(100)}
+    assert 230 < len(problems[Split.CALIBRATE]) < 310 and len(problems[Split.VALIDATION]) < 70
+    with pytest.raises(UserError, match="problems.splits: the shares leave no question for train"):
+        read(tmp_path / "own.json", splits={"calibrate": 0.96, "validation": 0.05})
 
 
 def test_splits_are_mapped_and_others_left_out(tmp_path):

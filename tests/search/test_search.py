@@ -10,7 +10,7 @@ import pytest
 from say import QUESTION, SAMPLES, VALUES, Bench, ids
 
 from flywheel.ledger import metered
-from flywheel.records import Finish, Question, Role
+from flywheel.records import Finish, Question, Role, Step
 from flywheel.search.adaptive import Adaptive
 from flywheel.search.beam import Beam, Prefix
 from flywheel.search.best_of_n import BestOfN
@@ -351,6 +351,14 @@ def test_a_smaller_strategy_is_read_off_a_larger_one():
     chain = bench.search(Revise(4, select="majority"))
     begun = read_off(Revise(4, select="majority"), chain, Revise(2, select="majority"))
     assert [c.solution.answer for c in begun.candidates] == ["1", "2"] and begun.tokens < chain.tokens
+    made = replace(whole.candidates[0], cost=10, score_cached=0)
+    texts = [
+        replace(made.solution, steps=(Step("a", (n,)),), id=chain + str(i), draw=chain + "1", attempt=i)
+        for chain, i, n in (("a", 1, 1), ("a", 2, 2), ("b", 1, 2), ("b", 2, 3))
+    ]
+    scored = [replace(made, solution=text, score_cost=paid) for text, paid in zip(texts, (3, 4, 0, 5))]
+    firsts = read_off(Revise(2, 2), replace(whole, candidates=tuple(scored)), Revise(1, 2))
+    assert [c.score_cost for c in firsts.candidates] == [3, 4] and firsts.tokens == 27  # as if drawn alone
     grid = bench.search(Revise(3, 4, select="majority"))
     part = read_off(Revise(3, 4, select="majority"), grid, Revise(2, 2, select="last"))
     assert [c.solution.id for c in part.candidates] == [

@@ -17,6 +17,7 @@ from flywheel.search.plan import Entry, Plan
 from flywheel.stages import harvest
 from flywheel.stages.harvest import Row, balanced
 from flywheel.stages.kit import Kit
+from flywheel.stages.shared import enough_votes
 
 
 def drawn(question: str, number: int, text: str) -> Solution:
@@ -47,6 +48,8 @@ def test_a_text_of_its_own_is_kept_where_draws_vote_by_answer(vote, kept, tmp_pa
     monkeypatch.setattr(ctx, "problems", lambda *splits: [Problem(Question(q, q), "7", Split.TRAIN) for q in questions])
     figures = harvest.finish(ctx)
     assert figures["verified"] == 4 and figures["kept"] == (3 if kept else 0)
+    counted = enough_votes(recipe.harvest, solutions[:3])  # by which calibration counts what a strategy would add
+    assert set(counted) == ({f"way {i}: 7" for i in range(3)} if kept else set())
     assert figures["too_few_votes"] == 4 - figures["kept"] and figures["questions"] == len(kept)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -34,7 +33,7 @@ def opened(policy: list[str]):
     driver = Backend({"prm": bench.searcher.prm.engine}, [*bench.devices.values(), *devices.values()])
     recipe = SimpleNamespace(
         calibrate=CalibrateSpec(strategies=[StrategySpec(kind="best_of_n")], budgets=[1, 2, 5]),
-        harvest=SimpleNamespace(min_votes=2),
+        harvest=SimpleNamespace(min_votes=2, vote="trace"),
         prm=SimpleNamespace(published=object()),
     )
     grader = Grader(ProblemSpec(path="none"))
@@ -46,7 +45,7 @@ def opened(policy: list[str]):
 def test_calibration_shows_both_prms_on_the_same_draws():
     """Of five draws 16 (0.4 each) loses to 18 (0.7 each) by the round's PRM, and wins by the published one."""
     bench, kit, driver, devices = opened(SAMPLES)
-    known = {QUESTION.id: Counter()}
+    known = {QUESTION.id: ()}
 
     def tried(rival: Prm | None) -> list:
         [rows] = driver.run([0], lambda _: try_all(kit, bench.searcher, {QUESTION.id: 1}, known, "t", rival))
