@@ -26,8 +26,9 @@ def main(argv: list[str] | None = None) -> int:
         from flywheel.runs.run import Run
 
         run, out = Run(args.run), args.out or args.run / "report.html"
+        text = page(run, args.questions)
         try:
-            out.write_text(page(run, args.questions), encoding="utf-8")
+            out.write_text(text, encoding="utf-8")
         except OSError as error:
             raise UserError(f"{out}: cannot be written ({error.strerror})") from None
         return f"{out}: {out.stat().st_size:,} bytes"

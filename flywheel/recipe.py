@@ -425,7 +425,9 @@ def parse(data: dict, source: str = "recipe") -> Recipe:
 
 def _set(data: dict, keys: list[str], value: Any) -> None:
     for key in keys[:-1]:
-        data = data.setdefault(key, {})
+        if data.get(key) is None:  # an optional section that a stored recipe leaves out is null in it
+            data[key] = {}
+        data = data[key]
         if not isinstance(data, dict):
             raise RecipeError(f"override {'.'.join(keys)}: {key} is not a section")
     data[keys[-1]] = value

@@ -68,7 +68,11 @@ def read_questions(path: Path) -> list[Problem]:
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     found: dict[str, Problem] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 ({error})") from None
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         where = f"{path}:{number}"
@@ -82,7 +86,7 @@ def read_questions(path: Path) -> list[Problem]:
         if id in found:
             raise UserError(f"{where}: the id {id} occurs twice")
         gold, *also = [""] if row.get("answer") in (None, "") else accepted(row, ProblemSpec(path=str(path)), where)
-        question = Question(id, row["question"], str(row.get("level", "")))
+        question = Question(id, row["question"], str(row.get("level") or ""))
         found[id] = Problem(question, gold, Split.TEST, tuple(also))
     if not found:
         raise UserError(f"{path}: no questions in it")

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from flywheel.errors import UserError
 from flywheel.iterate import find_recipe, parser
@@ -108,6 +109,14 @@ def test_numbers_are_written_as_in_python(number):
 
 def test_set_takes_several_keys_and_may_be_repeated():
     assert parser().parse_args(["--set", "a=1", "b=2", "--round", "2", "--set", "c=3"]).set == ["a=1", "b=2", "c=3"]
+
+
+def test_an_optional_section_that_a_stored_recipe_lacks_can_be_set(tmp_path):
+    stored = tmp_path / "recipe.yaml"
+    stored.write_text(yaml.safe_dump(load("recipes/chain.yaml", ["head=null"]).model_dump(mode="json")))
+    sets = ["head.epochs=6", "prm.published.model=some/model", "prm.published.format=qwen"]
+    recipe = load(stored, sets)
+    assert recipe.head.epochs == 6 and recipe.prm.published.model == "some/model"
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "gpu").glob("*.yaml")), ids=lambda path: path.stem)

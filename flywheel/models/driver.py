@@ -184,7 +184,7 @@ class Backend:
     def __init__(
         self, engines: Mapping[str, ServedModel], devices: Sequence[Device], on_run: Callable[[], None] | None = None
     ):
-        self._engines, self._devices, self._on_run = dict(engines), list(devices), on_run
+        self._engines, self._devices, self.on_run = dict(engines), list(devices), on_run
         self._ledgers = {id(engine.ledger): engine.ledger for engine in engines.values()}
         self._counted, self._told = time.monotonic(), 0
 
@@ -196,16 +196,16 @@ class Backend:
 
         Raises the first exception of `work`, or EngineDied, after cancelling the rest.
         """
-        if self._on_run is not None:
-            self._on_run()
+        if self.on_run is not None:
+            self.on_run()
         return drive(items, work, self.step)
 
     def stream(
         self, source: Callable[[], Coroutine[Any, Any, None] | None], full: Callable[[], bool] = lambda: False
     ) -> None:
         """See `stream`."""
-        if self._on_run is not None:
-            self._on_run()
+        if self.on_run is not None:
+            self.on_run()
         stream(source, full, self.step)
 
     def serve(self, main: Coroutine[Any, Any, R]) -> R:

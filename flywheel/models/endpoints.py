@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 import aiohttp
 
-from flywheel.errors import EngineDied, first_line
+from flywheel.errors import EngineDied, UserError, first_line
 from flywheel.models.weights import adapter_config
 from flywheel.runs.hub import name_of
 
@@ -123,7 +123,7 @@ class Endpoints:
             place, number = await self._offered.get()
             if number < 0:
                 self._offered.put_nowait((place, number))  # for the next that waits
-                raise EngineDied(self._over)
+                raise UserError(self._over)
             server = self.servers[number]
             if server.lives:
                 return server, place

@@ -129,7 +129,7 @@ class RemoteDevice:
                 self.tokens += len(new)
                 for k, token in enumerate(new, start=1):
                     made.append(token)
-                    if (k < len(new) or not choice["finish_reason"]) and request.done(made):
+                    if (k < len(new) or choice["finish_reason"] != "stop") and request.done(made):
                         response.close()
                         return _output(made, Finish.STOP, False, usage, count, spare=len(new) - k)
         if not last["finish_reason"]:

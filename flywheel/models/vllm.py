@@ -244,6 +244,8 @@ class VllmDevice:
                 made += result.outputs[0].token_ids
             if result.finished:
                 output = self._output(result, request, made)
+                if made is not None and output.finish is Finish.LENGTH and request.done(made):
+                    output = replace(output, finish=Finish.STOP)  # its last token completes it
             elif request.done(made):
                 over.append(id)
                 output = Output(tuple(made), Finish.STOP, False, result.num_cached_tokens or 0)

@@ -14,6 +14,7 @@ from flywheel.records import Role
 from flywheel.report.summary import summary
 from flywheel.report.tables import print_round
 from flywheel.runs.hub import name_of
+from flywheel.runs.manifest import public
 from flywheel.runs.run import Run
 
 ABOUT = {
@@ -87,7 +88,7 @@ The prompt is `{json.dumps(recipe.prompts.solve)}` {"in the chat template" if re
 ## Recipe
 
 ```yaml
-{_yaml(recipe.model_dump(mode="json"))}
+{_yaml(public(recipe))}
 ```
 """
 

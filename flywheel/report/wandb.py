@@ -21,7 +21,7 @@ from flywheel.errors import one_line
 from flywheel.ledger import total
 from flywheel.report.summary import summary
 from flywheel.runs.files import ROWS, opened, write_file
-from flywheel.runs.manifest import PATHS
+from flywheel.runs.manifest import public
 from flywheel.runs.run import Run
 
 PATIENCE = 30.0  # seconds
@@ -79,7 +79,7 @@ def write(run: Run, mode: str, patience: float) -> str:
             resume="allow",
             dir=str(run.root),
             mode=mode,
-            config=_config(run),
+            config=public(run.recipe),
             # send nothing about the machine: no program, host, git remote, packages, console or usage statistics
             settings=wandb.Settings(
                 program="flywheel",
@@ -110,21 +110,6 @@ def write(run: Run, mode: str, patience: float) -> str:
         return f"online, {session.url}"
     finally:
         wandb.teardown()  # ends wandb's service; otherwise a failed session would keep the run id in use
-
-
-def _config(run: Run) -> dict:
-    """The recipe as a dict; absolute paths are reduced to their last part, addresses to their number."""
-    config = run.recipe.model_dump(mode="json")
-    for *sections, key in (path.split(".") for path in PATHS):
-        spec = config
-        for section in sections:
-            spec = spec.get(section) or {}
-        match spec.get(key):
-            case str(path) if Path(path).is_absolute():
-                spec[key] = Path(path).name
-            case list(servers):
-                spec[key] = len(servers)
-    return config
 
 
 def rows(run: Run) -> Iterator[dict]:

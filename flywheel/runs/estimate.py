@@ -17,7 +17,7 @@ from typing import Any
 
 from flywheel.recipe import Recipe
 from flywheel.runs import cgroup, manifest
-from flywheel.runs.files import read_json, write_json
+from flywheel.runs.files import Damaged, read_json, write_json
 from flywheel.runs.shards import shard_dirs
 from flywheel.runs.stage import Scheduled
 
@@ -227,14 +227,21 @@ def rates_file(key: dict[str, Any]) -> Path:
 
 
 def measured(key: dict[str, Any]) -> Rates | None:
-    """The rates kept under `key`, or None."""
-    found = read_json(rates_file(key))
-    return Rates(**found) if found else None
+    """The rates kept under `key`; None if there are none, or they cannot be read."""
+    try:
+        found = read_json(rates_file(key))
+        return Rates(**found) if found else None
+    except (Damaged, OSError, RuntimeError, TypeError):  # RuntimeError: no home folder
+        return None
 
 
 def keep(key: dict[str, Any], rates: Rates) -> None:
-    rates_file(key).parent.mkdir(parents=True, exist_ok=True)
-    write_json(rates_file(key), asdict(rates))
+    """Keep `rates` for later runs; where that cannot be done they are measured again."""
+    try:
+        rates_file(key).parent.mkdir(parents=True, exist_ok=True)
+        write_json(rates_file(key), asdict(rates))
+    except (OSError, RuntimeError) as error:
+        print(f"the speeds measured cannot be kept for the next run ({error})", flush=True)
 
 
 def cpu_name() -> str:

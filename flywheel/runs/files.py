@@ -84,6 +84,7 @@ def new_directory(out: Path) -> Iterator[Path]:
 
     Raises UserError if `out` is there and not an empty directory, or cannot be written.
     """
+    out = out.absolute()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: not an empty directory; choose another --out")
     staging = out.with_name(f".{out.name}-{os.getpid()}")

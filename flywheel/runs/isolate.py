@@ -1,6 +1,6 @@
 """One fresh process per stage and rank, forked from a server that has already imported torch.
 
-The rank itself imports no torch and holds no device. All memory of a stage belongs to the child and
+The rank itself holds no device. All memory of a stage belongs to the child and
 is freed when it ends. If the rank dies, the child and its own children are killed within moments.
 """
 

@@ -25,7 +25,16 @@ from flywheel.runs.estimate import RATES_VERSION, Rates, cpu_name, guessed, keep
 from flywheel.runs.files import read_json, write_file, write_json
 from flywheel.runs.fork import fork
 from flywheel.runs.manifest import stage_dir
-from flywheel.runs.processes import Tell, call_alone, check_devices, processes, run_stage, threads_of, workers
+from flywheel.runs.processes import (
+    Tell,
+    call_alone,
+    check_batches,
+    check_devices,
+    processes,
+    run_stage,
+    threads_of,
+    workers,
+)
 from flywheel.runs.ranks import Launch, Ranks, free_port, lock
 from flywheel.runs.rehearsal import rehearse
 from flywheel.runs.run import SKIPPED, Run
@@ -101,6 +110,8 @@ class Loop:
             self.launch = Launch(self.ranks)  # first of all: the others wait for a sign of life
         notes: list[str] = []
         check_devices(self.ranks, self.recipe)
+        if self.preflight:
+            check_batches(self.ranks, self.recipe)
         problems = load(self.recipe.problems, notes)
         sources = manifest.source_files(self.recipe)
         reached = max(self.args.round, manifest.last_round(self.run))
@@ -159,7 +170,7 @@ class Loop:
         if not self.preflight or self.needs_download:
             return ()
         isolate.start_server(threads_of(self.ranks, self.recipe), self.preload)
-        asked = {"recipe": self.recipe, "ranks": self.ranks.world}
+        asked = {"recipe": self.recipe}
         return call_alone(self.ranks, self.recipe, self.preflight, asked, "the recipe and its model", watch=self.watch)
 
     @property
@@ -195,6 +206,7 @@ class Loop:
                 raise UserError(
                     f"{self.run}: holds rounds but no recipe.yaml; put it back, or start another run with --name"
                 )
+            (self.run / SKIPPED).unlink(missing_ok=True)
             if skipped:
                 write_json(self.run / SKIPPED, sorted(skipped))
             text = yaml.safe_dump(self.recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
@@ -226,6 +238,7 @@ class Loop:
     def lead_stage(self, scheduled: Scheduled, sources: dict[str, str]) -> None:
         """Carry out one stage on all ranks, then write its manifest."""
         round, stage = scheduled.round, scheduled.stage
+        self.reported(round).unlink(missing_ok=True)
         directory = stage_dir(self.run, *scheduled.at)
         for at in scheduled.reads:
             manifest.check_files(stage_dir(self.run, *at), manifest.load(self.run, *at), contents=True)

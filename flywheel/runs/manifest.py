@@ -101,8 +101,9 @@ def source_files(recipe: Recipe) -> dict[str, str]:
     if recipe.problems.format == "reasoning_gym":
         made["reasoning-gym"] = gym.version()
     elif problems.is_dir():
-        inside = sorted(p for p in problems.rglob("*") if p.is_file() and not p.name.startswith("."))
-        files |= {f"problems.path/{p.relative_to(problems)}": p for p in inside}
+        inside = sorted(p.relative_to(problems) for p in problems.rglob("*") if p.is_file())
+        shown = [p for p in inside if not any(part.startswith(".") for part in p.parts)]
+        files |= {f"problems.path/{p}": problems / p for p in shown}
     elif problems.is_file():
         files["problems.path"] = problems
     elif recipe.problems.format == "datasets":  # on the Hub
@@ -111,6 +112,21 @@ def source_files(recipe: Recipe) -> dict[str, str]:
         raise UserError(f"problems.path: {problems} does not exist")
     sums = {name: sha256(path) for name, path in files.items()} | made
     return sums if base.is_dir() else {"model.base": recipe.model.base, **sums}
+
+
+def public(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as JSON for others to read: absolute paths are their last part, addresses their number."""
+    data = recipe.model_dump(mode="json")
+    for *sections, key in (path.split(".") for path in PATHS):
+        spec = data
+        for section in sections:
+            spec = spec.get(section) or {}
+        match spec.get(key):
+            case str(path) if Path(path).is_absolute():
+                spec[key] = Path(path).name
+            case list(servers):
+                spec[key] = len(servers)
+    return data
 
 
 def model_files(key: str, folder: Path) -> dict[str, Path]:

@@ -70,6 +70,15 @@ def check_devices(ranks: Ranks, recipe: Recipe) -> None:
         )
 
 
+def check_batches(ranks: Ranks, recipe: Recipe) -> None:
+    """Raises UserError if the ranks of the launch cannot share a training's batch equally."""
+    for key, spec in recipe.trainings.items():
+        if spec.batch_size % ranks.world:
+            raise UserError(
+                f"{key}.batch_size: {spec.batch_size} cannot be shared by {ranks.world} processes; take a multiple"
+            )
+
+
 def default_workers(base: str, cores: int) -> int:
     """Number of sampling processes per rank if the recipe does not say: one per core for a small model on a CPU.
 
@@ -189,16 +198,19 @@ def call_alone(
 def environment(ranks: Ranks, training: bool, port: int, together: int = 1) -> dict[str, str | None]:
     """Changes to the rank's environment for a stage's process; None unsets a variable.
 
-    Each training gets a new port for its torch.distributed store, which its own rank 0 hosts. A sampling process is not
-    distributed and sees `together` devices, its own and the next, because vLLM's engine takes the first visible ones.
+    Each training of several ranks gets a new port for its torch.distributed store, which its own rank 0 hosts. Any
+    other process sees `together` devices, its rank's own and the next, because vLLM's engine takes the first visible
+    ones, and transformers would train one model on all.
     """
     changed: dict[str, str | None] = {"WANDB_MODE": "disabled", "TORCHELASTIC_USE_AGENT_STORE": None}
-    if training:
-        return {**changed, **({"MASTER_PORT": str(port)} if ranks.distributed else {})}
-    devices = [d for d in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if d]
-    devices = devices or [str(i) for i in range(ranks.local_rank + together)]
-    if ranks.local_rank < len(devices):
+    if training and ranks.distributed:
+        return {**changed, "MASTER_PORT": str(port)}
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    devices = [str(i) for i in range(ranks.local_rank + together)] if given is None else given.split(",")
+    if given != "" and ranks.local_rank < len(devices):  # empty: GPUs are hidden, and stay so
         changed["CUDA_VISIBLE_DEVICES"] = ",".join(devices[ranks.local_rank : ranks.local_rank + together])
+    if training:
+        return changed
     alone = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     # a rehearsal trains in such a process too, more than once, which DeepSpeed does not allow
     return {**changed, **dict.fromkeys((*alone, "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"))}

@@ -93,10 +93,14 @@ class Run:
 
     @cached_property
     def ledger_rows(self) -> list[dict]:
-        """All ledger rows on disk, including those of unfinished stages."""
+        """All ledger rows on disk, including those of unfinished stages, but not those of a copy of a stage."""
         paths = [*self.root.glob("round_*/*/shards/*/ledger.parquet"), *self.root.glob("round_*/*/ledger*.parquet")]
-        written = [p for p in sorted(paths) if not any(part.startswith(".") for part in p.relative_to(self.root).parts)]
-        return [row for path in written for row in read_rows(path)]
+        rows = []
+        for path in sorted(paths):
+            round, stage, *within = path.relative_to(self.root).parts
+            if not any(part.startswith(".") for part in within):
+                rows += [row for row in read_rows(path) if (f"round_{row['round']}", row["stage"]) == (round, stage)]
+        return rows
 
     def harvest(self, round: int) -> Path | None:
         """The parquet file of a round's harvest, or None if there is none."""

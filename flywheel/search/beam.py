@@ -61,6 +61,10 @@ class Beam(Strategy):
         )
 
     @property
+    def generations(self) -> int:
+        return self.n * (self.lookahead + 1)
+
+    @property
     def label(self) -> str:
         return f"beam of {self.n}\nwidth {self.width}" + (f", lookahead {self.lookahead}" if self.lookahead else "")
 

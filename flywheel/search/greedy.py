@@ -35,5 +35,9 @@ class Greedy(Strategy):
     def judged(self) -> bool:
         return False
 
+    @property
+    def generations(self) -> int:
+        return 1
+
     async def run(self, question: Question, searcher: Searcher, tag: str) -> Sequence[Candidate]:
         return await draw(self, searcher, question, tag, [0], temperature=0.0)

@@ -64,6 +64,10 @@ class Revise(Strategy):
         return f"revise {self.length} x {self.chains}\n{self.select}"
 
     @property
+    def generations(self) -> int:
+        return self.length * self.chains
+
+    @property
     def judged(self) -> bool:
         return self.select == "weighted"
 

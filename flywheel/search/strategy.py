@@ -57,6 +57,11 @@ class Strategy(ABC):
         return self.name.replace(":", "\n", 1)
 
     @property
+    def generations(self) -> int:
+        """The budget that it spends (see `at`): final answers, at most."""
+        return self.n
+
+    @property
     def judged(self) -> bool:
         """Whether the strategy needs PRM scores; a majority vote does not."""
         return True

@@ -118,8 +118,9 @@ class Service:
             raise Refused(400, str(error)) from None
         if asked.temperature is not None:
             strategy = at_temperature(strategy, asked.temperature)
-        if (most := getattr(strategy, "n", 0)) > self.most or (asked.budget or 0) > self.most:
-            raise Refused(400, f"budget: {max(most, asked.budget or 0)} generations are more than {self.most}")
+        most = max(strategy.generations if strategy else 0, asked.budget or 0)
+        if most > self.most:
+            raise Refused(400, f"budget: {most} generations are more than {self.most}")
         if strategy and not self.solver.searcher.can(strategy):
             raise Refused(400, f"strategy: {strategy.name} needs a {strategy.maker}, and this round has none")
         return Ask(strategy, asked.budget or self.budget, asked.max_total_tokens)

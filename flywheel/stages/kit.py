@@ -41,11 +41,11 @@ def prompts_and_reader(run: Run) -> tuple[Prompts, Reader]:
     return Prompts(spec, tokenizer), Reader(tokenizer, spec)
 
 
-def preflight(recipe: Recipe, ranks: int = 1) -> list[str]:
+def preflight(recipe: Recipe) -> list[str]:
     """Check before the run what would fail a stage hours later.
 
-    Stop words, labels, templates, checkers, the length of every question, the LoRA rank, and batches for `ranks`
-    processes. Returns the ids of the questions that `problems.skip_long` leaves out. Raises UserError.
+    Stop words, labels, templates, checkers, the length of every question, the LoRA rank. Returns the ids of the
+    questions that `problems.skip_long` leaves out. Raises UserError.
     """
     try:
         tokenizer = load_tokenizer(recipe.model.base)
@@ -86,18 +86,8 @@ def preflight(recipe: Recipe, ranks: int = 1) -> list[str]:
 
         if warning := emulated(recipe.engine):
             print(warning, flush=True)
-    check_batches(recipe, ranks)
     check_lora_rank(recipe)
     return long_questions(recipe, prompts)
-
-
-def check_batches(recipe: Recipe, ranks: int) -> None:
-    """Raises UserError if `ranks` processes cannot share a training's batch equally."""
-    for key, spec in recipe.trainings.items():
-        if spec.batch_size % ranks:
-            raise UserError(
-                f"{key}.batch_size: {spec.batch_size} cannot be shared by {ranks} processes; take a multiple of it"
-            )
 
 
 def runtime_adapters(recipe: Recipe) -> bool:

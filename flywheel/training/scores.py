@@ -71,7 +71,7 @@ def dtype(base: str) -> str:
     products; float32 throughout was several times slower.
     """
     if not on_cpu():
-        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
     size = sum(path.stat().st_size for path in Path(base).glob("*.safetensors"))
     return "bfloat16" if size > LARGE and has_bfloat16() else "float32"
 

@@ -214,13 +214,13 @@ def fit(
     indices = order(tokens, spec.batch_size, spec.epochs, job.seed)
     steps, epochs_per_step = len(indices) // spec.batch_size, spec.batch_size / len(train)
     args = _config(job, micro, accumulate, steps, show_progress=main and sys.stderr.isatty())
-    # without the micro batch, which changes memory use but not the result
+    # without the micro batch, which changes memory use but not the result; the base's content, wherever it lies, is in
+    # the stage's fingerprint
     settings = spec.model_dump(exclude={"micro_batch_size"}, exclude_none=True)
+    model = job.model.model_dump(exclude={"base", "revision"})
     zero = args.deepspeed_plugin  # its checkpoints are sharded by rank
     mark = {
-        "fingerprint": digest(
-            contents(train), contents(validation), job.model.model_dump(), settings, job.seed, job.keep, labels, held
-        ),
+        "fingerprint": digest(contents(train), contents(validation), model, settings, job.seed, job.keep, labels, held),
         "sharding": zero and f"ZeRO-{zero.zero_stage} on {world} processes",
     }
     report, resume, spent = broadcast_object_list([*resume_point(job.out, mark)] if main else [None] * 3)

@@ -215,7 +215,7 @@ def test_a_run_without_any_server_ends_with_one_line(start, monkeypatch):
     backend, ledger = opened(one, other)
     draw(backend)
     one.kill(), other.kill()
-    with pytest.raises(EngineDied, match=f"none can be used: {one.url}: .*; {other.url}: ") as error:
+    with pytest.raises(UserError, match=f"none can be used: {one.url}: .*; {other.url}: ") as error:
         draw(backend)
     assert "\n" not in str(error.value)
     one.start(), other.start()

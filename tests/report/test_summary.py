@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 
@@ -72,6 +73,11 @@ def test_the_ledger_is_the_sum_of_all_shards_and_trainings(run):
     search = 3 * 2 * (1000 + 20_000 * 12)
     assert ledger["tokens_by_stage"]["search"] == search
     assert ledger["tokens"]["prm"] == search + 3 * 50_000
+    for source, copy in ((run / "round_1" / "sample", "round_1/sample.old"), (run / "round_1", "round_1.bak")):
+        shutil.copytree(source, run / copy)
+    assert Run(run).ledger_rows == rows
+    for copy in ("round_1/sample.old", "round_1.bak"):
+        shutil.rmtree(run / copy)
     assert ledger["seconds"]["evaluate"] == 40.0 and ledger["seconds"]["sample"] == 30.0
     assert summary(Run(run))["wall_seconds"] == (1 + 3 * 12) * 10.0
     assert ledger["flops"] == pytest.approx(sum(ledger["flops_by_role"].values()))

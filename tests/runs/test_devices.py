@@ -39,6 +39,9 @@ def test_an_engine_sees_the_devices_of_its_rank_and_the_next(monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     assert environment(ranks, False, 0, 2)["CUDA_VISIBLE_DEVICES"] == "2,3"
     assert environment(Ranks(), False, 0, 4)["CUDA_VISIBLE_DEVICES"] == "0,1,2,3"  # solve and serve: no launcher
+    assert environment(Ranks(), True, 0)["CUDA_VISIBLE_DEVICES"] == "0"  # or transformers would train on all
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # hidden
+    assert "CUDA_VISIBLE_DEVICES" not in environment(Ranks(), False, 0)
 
 
 def test_a_launch_whose_ranks_do_not_fit_is_one_line_before_the_run(project):

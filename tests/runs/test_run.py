@@ -302,6 +302,15 @@ def test_questions_that_are_in_no_file_are_in_the_fingerprint(recipe, monkeypatc
     assert made["reasoning-gym"] == "0.1.25" and "problems.path" not in made
 
 
+def test_a_folder_of_problems_is_fingerprinted_without_what_is_hidden(recipe, tmp_path):
+    for name in ("train.jsonl", ".git/FETCH_HEAD", ".cache/huggingface/x.metadata"):
+        (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "set" / name).write_text("x")
+    problems = ProblemSpec(path=str(tmp_path / "set"))
+    found = manifest.source_files(recipe.model_copy(update={"problems": problems}))
+    assert [name for name in found if name.startswith("problems.path")] == ["problems.path/train.jsonl"]
+
+
 def test_sections_of_every_stage_exist(recipe):
     from flywheel.stages import stages
 

@@ -161,6 +161,8 @@ def test_two_hundred_requests_at_once_get_their_own_answers_and_the_bills_add_up
         ({"budget": 0}, 400, "budget: Input should be greater than 0"),
         ({"budget": 5000}, 400, "5000 generations are more than 1024"),
         ({"strategy": "best_of_n:99999"}, 400, "99999 generations are more than 1024"),
+        ({"strategy": "revise:2000:chains=100"}, 400, "2000 generations are more than 1024"),
+        ({"strategy": "beam:2000:lookahead=1"}, 400, "2000 generations are more than 1024"),
         ({"prompt": "5 +3"}, 400, "only one of them is wanted"),
         ({"messages": [{"role": "user", "content": "5", "tool_calls": []}]}, 400, "Extra inputs"),
         ({"n": 2}, 400, "n: Input should be 1"),

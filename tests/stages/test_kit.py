@@ -13,6 +13,8 @@ from flywheel.recipe import PrmSpec, TrainSpec, load
 from flywheel.records import Finish, ModelRef, Problem, Question, Role, Solution, Split, Step
 from flywheel.runs.files import write_json
 from flywheel.runs.manifest import source_files
+from flywheel.runs.processes import check_batches
+from flywheel.runs.ranks import Ranks
 from flywheel.runs.run import SKIPPED, Run
 from flywheel.search.beam import Beam
 from flywheel.search.best_of_n import BestOfN
@@ -92,9 +94,9 @@ def test_what_the_model_cannot_do_is_known_before_a_run_is_written(change, named
 @pytest.mark.parametrize("key", ["reviser", "head"])
 def test_a_batch_that_the_ranks_cannot_share_is_named(key):
     recipe = load("recipes/chain.yaml", [f"{key}.batch_size=16", f"{key}.micro_batch_size=16"])
-    preflight(recipe, ranks=16)
+    check_batches(Ranks(0, 16, 0, 16), recipe)
     with pytest.raises(UserError, match=f"{key}.batch_size: 16 cannot be shared by 32 processes"):
-        preflight(recipe, ranks=32)
+        check_batches(Ranks(0, 32, 0, 32), recipe)
     with pytest.raises(UserError, match=f"{key}.batch_size: 30 is not a multiple"):
         load("recipes/chain.yaml", [f"{key}.batch_size=30"])
 
