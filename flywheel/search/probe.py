@@ -40,7 +40,11 @@ async def by_probe(plan: Plan, budget: int, size: int, edges: Sequence[float], a
     probe = await ask(BestOfN(size), "probe")
     bin = fixed_bin(sum(c.score for c in probe.candidates) / size, edges)  # a probe that was cut off looks hard
     chosen, drawn = plan.strategy(bin, budget), tuple(probe.candidates)
-    outcomes, shares = [probe], isinstance(chosen, BestOfN) and chosen.temperature is None  # draws as the probe did
+    outcomes, by, shares = (
+        [probe],
+        chosen,
+        isinstance(chosen, BestOfN) and chosen.temperature is None,
+    )  # draws as the probe did
     if shares and chosen.n <= size:
         candidates = drawn[: chosen.n]
     else:
@@ -48,9 +52,14 @@ async def by_probe(plan: Plan, budget: int, size: int, edges: Sequence[float], a
         rest = await ask(*asked)
         known = {c.solution.id for c in drawn}  # a search that was cut off returns the probe too
         more = tuple(c for c in rest.candidates if c.solution.id not in known)
-        candidates = (*drawn, *more) if shares else more if more and isinstance(chosen, Greedy) else (*more, *drawn)
+        if not isinstance(chosen, Greedy):
+            candidates = (*drawn, *more) if shares else (*more, *drawn)
+        elif more:
+            candidates = more
+        else:  # cut off before its answer: the probe votes
+            candidates, by = drawn, BestOfN(size, "majority")
         outcomes.append(rest)
     if not chosen.judged:  # the probe's scores would outweigh all votes that have none
         candidates = tuple(replace(c, values=(), score=0.0) for c in candidates)
-    answer = selected(chosen, candidates, any(outcome.cut_off for outcome in outcomes))
+    answer = selected(by, candidates, any(outcome.cut_off for outcome in outcomes))
     return Probed(bin, chosen, candidates, answer, sum(outcome.tokens for outcome in outcomes))
