@@ -100,7 +100,8 @@ class Solution:
 
     `answer`: the extracted final answer, or None if none could be parsed. `purpose`: what it was sampled for (`sample`,
     `beam`, `control`). `model`: name of the model that wrote it. `draw`: id of its independent draw; a whole revision
-    chain or beam search is one draw.
+    chain or beam search is one draw. `unread`: tokens generated for it that are in no step: a thought, or
+    what came after its answer.
     """
 
     id: str
@@ -113,6 +114,12 @@ class Solution:
     draw: str
     parent: str | None = None
     attempt: int = 1  # position in the revision chain, from 1
+    unread: int = 0
+
+    @property
+    def generated(self) -> int:
+        """Tokens that were generated for it, EOS aside."""
+        return len(self.tokens) + self.unread
 
     @property
     def text(self) -> str:

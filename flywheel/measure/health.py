@@ -44,7 +44,7 @@ def health(solutions: Iterable[Solution]) -> Health:
     for s in solutions:
         counts[hash(s.text)] += 1
         questions.add(s.question_id)
-        tokens, repeated = tokens + len(s.tokens), repeated + repeats(s)
+        tokens, repeated = tokens + s.generated, repeated + repeats(s)
         truncated += s.finish is Finish.LENGTH
     if not (n := counts.total()):
         raise ValueError("health: no solutions")

@@ -143,7 +143,8 @@ class Reader:
         """
         steps = self.steps(self.trim(tokens))
         answer = self.answer("".join(step.text for step in steps)) if finish is Finish.STOP else None
-        return Solution(id, question_id, steps, finish, answer, purpose, model, draw or id, parent, attempt)
+        unread = len(tokens) - sum(len(step.tokens) for step in steps)
+        return Solution(id, question_id, steps, finish, answer, purpose, model, draw or id, parent, attempt, unread)
 
 
 def one_token(tokenizer, word: str, key: str) -> int:

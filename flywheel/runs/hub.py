@@ -11,7 +11,8 @@ from pathlib import Path
 
 from flywheel.errors import UserError, first_line
 
-FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # nothing pickled, no code
+# of a model, what is downloaded and fingerprinted: nothing pickled, no code
+SUFFIXES = (".json", ".safetensors", ".model", ".txt", ".jinja", ".bpe", ".spm", ".tiktoken", ".vocab")
 SNAPSHOT = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/[0-9a-f]{40}/?$")
 
 
@@ -26,7 +27,8 @@ def snapshot(name: str, revision: str | None, download: bool = True, key: str = 
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return snapshot_download(name, revision=revision, allow_patterns=FILES, local_files_only=not download)
+        patterns = [f"*{suffix}" for suffix in SUFFIXES]
+        return snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=not download)
     except LocalEntryNotFoundError as error:
         if not download:
             return name

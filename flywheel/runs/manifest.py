@@ -17,7 +17,7 @@ from flywheel.problems.sources import digest
 from flywheel.recipe import Recipe
 from flywheel.runs import shards
 from flywheel.runs.files import Damaged, names_in, read_json, read_rows, sha256, write_json
-from flywheel.runs.hub import is_name
+from flywheel.runs.hub import SUFFIXES, is_name
 from flywheel.runs.shards import shard_dirs
 from flywheel.runs.stage import At, Scheduled
 
@@ -25,8 +25,6 @@ FORMAT = 2  # of records, shards and manifests; a run of another format cannot b
 MANIFEST, FINGERPRINT = "manifest.json", "fingerprint.json"
 # a training's checkpoints to resume from, and the examples that it made of other stages: not part of its result
 SCRATCH = ("trainer", "examples")
-# weights, config, tokenizer, chat template
-MODEL_FILES = (".json", ".safetensors", ".model", ".txt", ".jinja", ".bpe", ".spm", ".tiktoken", ".vocab")
 UNLISTED = (MANIFEST, FINGERPRINT, "claims.lock")
 APART = "prm.published"  # of the stages that read `prm`, only those that name it read it: train_prm does not
 # fingerprints hold the contents of these files, not their paths; and where servers run changes no result
@@ -130,7 +128,7 @@ def public(recipe: Recipe) -> dict[str, Any]:
 
 
 def model_files(key: str, folder: Path) -> dict[str, Path]:
-    return {f"{key}/{p.name}": p for p in sorted(folder.iterdir()) if p.suffix in MODEL_FILES}
+    return {f"{key}/{p.name}": p for p in sorted(folder.iterdir()) if p.suffix in SUFFIXES}
 
 
 def fingerprint(run: Path, recipe: Recipe, sources: dict[str, str], scheduled: Scheduled) -> dict[str, Any]:

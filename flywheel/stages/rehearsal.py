@@ -49,8 +49,8 @@ def sample(recipe: Recipe, force: bool) -> dict[str, float]:
         if not fitting:
             raise TooLong("no question fits engine.max_model_len")
         tried = try_out(kit, fitting, force)
-        made = [len(solution.tokens) for solution, _ in tried]
-        right = [len(solution.tokens) for solution, grade in tried if grade.correct]
+        made = [solution.generated for solution, _ in tried]
+        right = [solution.generated for solution, grade in tried if grade.correct]
         solve, check = (
             [len(tokens) for tokens in map(make, fitting)]
             for make in (lambda p: kit.prompts.solve(p.question), lambda p: kit.prompts.check(p.question, ())[0])

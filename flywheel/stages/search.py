@@ -56,6 +56,11 @@ from flywheel.stages.shared import (
 )
 
 
+def generated(solution: Solution) -> int:
+    """Tokens of a solution of the evaluate stage, with EOS or the stop token that ended it."""
+    return max(solution.generated, len(solution.tokens) + 1)
+
+
 @dataclass(frozen=True)
 class Found:
     """One method's selected answer, the solutions that it selected from, and its cost in tokens."""
@@ -135,10 +140,10 @@ class OneQuestion:
         )
         by_rival, searched = dict(zip(rivals, others)), others[len(rivals) :]
         head = len(self.kit.prompts.solve(self.question, self.kit.engine().bare))
-        drawn = [head + len(s.tokens) + 1 for s in pool]  # prompt, solution and EOS
+        drawn = [head + generated(s) for s in pool]
         answers, scores, costs = [s.answer for s in pool], [c.score for c in by_prm], [c.score_cost for c in by_prm]
         found = {
-            "greedy@1": Found(greedy.answer, [greedy], head + len(greedy.tokens) + 1),
+            "greedy@1": Found(greedy.answer, [greedy], head + generated(greedy)),
             f"majority@{k}": Found(majority(answers), pool, sum(drawn)),
             f"majority@{n}": Found(majority(answers[:n]), pool[:n], sum(drawn[:n])),
             **{

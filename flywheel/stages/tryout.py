@@ -39,7 +39,7 @@ def try_out(kit: Kit, problems: Sequence[Problem], force: bool = False) -> list[
         gold = gym.plain(problem.answer) if recipe.problems.format == "reasoning_gym" else problem.answer
         print(as_read(problem, gold, solution, grade.verdict))
     shares = ", ".join(f"{verdict} {count / len(grades):.0%}" for verdict, count in sorted(kit.ledger.verdicts.items()))
-    length = sum(len(solution.tokens) for solution in solutions) / len(solutions)
+    length = sum(solution.generated for solution in solutions) / len(solutions)
     print(f"try-out: {shares}; {length:.0f} tokens a solution, {seconds:.1f} s", flush=True)
     if (line := fault(grades)) and not force:
         raise UserError(line + FORCE)

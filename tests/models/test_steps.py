@@ -112,6 +112,7 @@ def test_a_thought_is_no_step_and_does_not_end_a_solution():
     assert [step.text for step in made.steps(ids(text))] == ["1 + 1 = 2\n", "\\boxed{2}\n"]
     solution = made.solution(ids(text), Finish.STOP, id="s", question_id="q", purpose="sample", model="m")
     assert solution.text == "1 + 1 = 2\n\\boxed{2}" and solution.answer == "2"
+    assert solution.generated == len(ids(text)) > len(solution.tokens)  # what a thought costs is charged
     assert ends(made, text) == len(text)
     thought = Completion(tuple(ids("\\boxed{3}\n")), Finish.STOP, False)
     assert made.ended(thought) and not made.ended(thought, before=ids("<think>\n"))
