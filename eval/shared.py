@@ -143,7 +143,7 @@ def chains(
 def over_runs(runs: Sequence[Mapping[str, float]]) -> np.ndarray:
     """Runs x the questions that all runs have, in the order of their ids."""
     questions = sorted(set.intersection(*(set(run) for run in runs)))
-    return np.array([[run[question] for question in questions] for run in runs])
+    return np.array([[run[question] for question in questions] for run in runs], dtype=float)
 
 
 def answers(run: Run, round: int) -> dict[str, dict[str, float]]:
