@@ -28,7 +28,7 @@ STORED = 4  # bytes for a sampled token, compressed
 STAGE = 1.0  # seconds of a stage besides: its processes, checks and files
 UNCOVERED = 0.4  # of the tokens of all draws that `harvest.extra` allows: the default recipe's first round
 ENGINES = {"calibrate": 3, "harvest": 3, "search": 4}  # models that a stage opens, if more than one
-RATES_VERSION = 2  # of what the rehearsal measures: others are not read
+RATES_VERSION = 3  # of what the rehearsal measures: others are not read
 SHARED = 0.8  # speed of a process beside those on the other cores; a guess
 
 

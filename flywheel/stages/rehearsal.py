@@ -23,7 +23,7 @@ from flywheel.records import ModelRef, Problem, Role, Split
 from flywheel.runs.run import Run
 from flywheel.search.run import search_all
 from flywheel.search.strategies import strategies
-from flywheel.stages.kit import Kit, open_kit, prompts_and_reader, too_long
+from flywheel.stages.kit import ON_GPU, Kit, open_kit, prompts_and_reader, runtime_adapters, too_long
 from flywheel.stages.tryout import try_out
 
 SECONDS = 3.0  # after which no further batch is begun
@@ -151,7 +151,8 @@ def train(recipe: Recipe, out: Path, length: int) -> dict[str, float]:
 def serve(recipe: Recipe, out: Path) -> dict[str, float]:
     """Open policy, PRM, reviser and the base as a PRM, as the search on test questions does; run every strategy once.
 
-    open: seconds to open one of these engines. serve_memory: bytes of one process with all of them, at its peak.
+    open: seconds to open one of these engines. serve_memory: bytes of one process with all of them, at its peak, and
+    on a CPU of their caches, which take memory only as they fill.
     """
     run, started = Run(Path(), recipe, skipped=()), time.monotonic()
     models = {
@@ -169,7 +170,8 @@ def serve(recipe: Recipe, out: Path) -> dict[str, float]:
             await kit.grade(candidate.solution for _, _, outcome in outcomes for candidate in outcome.candidates)
 
         kit.backend.run(islice(fitting, 1), one)
-    return {"open": opened, "serve_memory": peak()}
+    caches = 0 if ON_GPU else 1 if runtime_adapters(recipe) else len(models)
+    return {"open": opened, "serve_memory": peak() + caches * (recipe.engine.kv_cache_mb << 20)}
 
 
 def peak() -> int:
