@@ -141,9 +141,9 @@ def simplest(trials: Sequence[Trial]) -> dict[int, Strategy]:
     for trial in trials:
         if isinstance(trial.strategy, Greedy | BestOfN):
             groups.setdefault((trial.budget, trial.strategy), []).append(trial)
+    ranked = sorted(groups, key=lambda key: (-sum(t.correct for t in groups[key]), sum(t.tokens for t in groups[key])))
     best: dict[int, Strategy] = {}
-    rank = lambda key: (-sum(t.correct for t in groups[key]), sum(t.tokens for t in groups[key]))  # noqa: E731
-    for budget, strategy in sorted(groups, key=rank):
+    for budget, strategy in ranked:
         best.setdefault(budget, strategy)
     return best
 

@@ -40,11 +40,8 @@ async def by_probe(plan: Plan, budget: int, size: int, edges: Sequence[float], a
     probe = await ask(BestOfN(size), "probe")
     bin = fixed_bin(sum(c.score for c in probe.candidates) / size, edges)  # a probe that was cut off looks hard
     chosen, drawn = plan.strategy(bin, budget), tuple(probe.candidates)
-    outcomes, by, shares = (
-        [probe],
-        chosen,
-        isinstance(chosen, BestOfN) and chosen.temperature is None,
-    )  # draws as the probe did
+    outcomes, by = [probe], chosen
+    shares = isinstance(chosen, BestOfN) and chosen.temperature is None  # draws as the probe did
     if shares and chosen.n <= size:
         candidates = drawn[: chosen.n]
     else:
