@@ -12,7 +12,7 @@ that beginning, drawn by weight; any other starts a solution. `score` gives `rig
 right solution has the beginning that the prompt ends in, else `wrong`, give or take half of
 `noise`. `seconds` is slept in every step; after `dies_after` sequences the engine dies.
 
-Every draw is a function of (seed, role, model, prompt, the sequence's own seed) and every value one of (seed, role,
+Every draw is a function of (role, model, prompt, the sequence's own seed) and every value one of (role,
 model, prompt), so nothing depends on the order in which coroutines run.
 """
 
@@ -39,7 +39,7 @@ Line = tuple[tuple[int, ...], float, bool]  # token ids, weight, right
 
 def open_backend(spec: EngineSpec, models: Mapping[str, ModelRef], ledger: Ledger, seed: int, scratch: Path) -> Backend:
     """See `flywheel.models.backend.open_backend`. Adapters are not read; the model's name enters the draws."""
-    devices = [ScriptedDevice(ref.base, (seed, str(role), ref.name), spec.max_running) for role, ref in models.items()]
+    devices = [ScriptedDevice(ref.base, (str(role), ref.name), spec.max_running) for role, ref in models.items()]
     engines = {
         role: ServedModel(
             role, ref.name, device.parameters, spec.max_model_len, device, ledger, bare=ref.adapter is None, seed=seed
@@ -81,7 +81,7 @@ class ScriptedDevice:
 
     def submit(self, prompt: Sequence[int], request: Sampling | Scoring, adapter: None) -> asyncio.Future[Output]:
         if self._dies_after is not None and self._asked >= self._dies_after:
-            raise EngineDied(f"the script of {self._identity[2]} says that it dies after {self._dies_after} sequences")
+            raise EngineDied(f"the script of {self._identity[-1]} says that it dies after {self._dies_after} sequences")
         if isinstance(request, Sampling) and (request.top_k, request.min_p, request.repetition_penalty) != (0, 0, 1):
             raise UserError("sample.top_k, min_p, repetition_penalty: the scripted engine draws whole solutions")
         prompt, kind = tuple(prompt), "sample" if isinstance(request, Sampling) else "score"

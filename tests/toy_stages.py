@@ -105,6 +105,7 @@ def finish(ctx: Context) -> dict:
 
 async def trials(ctx: Context, tool: Backend, questions: Sequence[str]) -> list[object]:
     log(f"{ctx.stage.name}:{ctx.round}:{questions[0]}")
+    fault(ctx, questions[0])
     right = {g.question_id: g.correct for g in ctx.read(Grade, "sample")}
     return [Trial(q, BestOfN(4) if right[q] else Beam(4), right[q], {"x": 0.5}) for q in questions]
 
@@ -158,7 +159,7 @@ SAMPLE = Stage(
     work,
     finish=finish,
 )
-LABEL = Stage("label", ("label",), (Input("sample"),), train_ids, tools, trials)
+LABEL = Stage("label", ("label",), (Input("sample"),), train_ids, tools, trials, shares="sample")
 DISTILL = Stage("distill", ("distill",), (Input("label"), Input("sample", every=True)), train=train)
 GATE = Stage("gate", ("distill",), (Input("distill"),), items=lambda ctx: [], work=work, finish=gate)
 EVALUATE = Stage(

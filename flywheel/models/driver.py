@@ -185,11 +185,16 @@ class Backend:
         self, engines: Mapping[str, ServedModel], devices: Sequence[Device], on_run: Callable[[], None] | None = None
     ):
         self._engines, self._devices, self.on_run = dict(engines), list(devices), on_run
-        self._ledgers = {id(engine.ledger): engine.ledger for engine in engines.values()}
         self._counted, self._told = time.monotonic(), 0
 
     def engine(self, role: str) -> ServedModel:
         return self._engines[role]
+
+    def take_over(self, ledger: Ledger, seed: int) -> None:
+        """For another stage: charge `ledger` from now on, and seed sequences by `seed`."""
+        self._engines = {
+            role: replace(engine, ledger=ledger, seed=seed, asked=Counter()) for role, engine in self._engines.items()
+        }
 
     def run(self, items: Iterable[T], work: Callable[[T], Awaitable[R]]) -> list[R]:
         """Run `work(item)` for all items concurrently; results in the order of `items`.
@@ -227,7 +232,7 @@ class Backend:
         stepped = [device.step() for device in self._devices if device.sequences]
         if time.monotonic() - self._counted > COUNT_EVERY:
             self._counted, before, self._told = time.monotonic(), self._told, sum(d.tokens for d in self._devices)
-            for ledger in self._ledgers.values():
+            for ledger in {id(engine.ledger): engine.ledger for engine in self._engines.values()}.values():
                 ledger.so_far += self._told - before
         return any(stepped)
 

@@ -27,7 +27,7 @@ GPU_SAMPLING, GPU_TRAINING = 2e13, 1e14
 STORED = 4  # bytes for a sampled token, compressed
 STAGE = 1.0  # seconds of a stage besides: its processes, checks and files
 UNCOVERED = 0.4  # of the tokens of all draws that `harvest.extra` allows: the default recipe's first round
-ENGINES = {"calibrate": 3, "harvest": 3, "search": 4}  # models that a stage opens, if more than one
+ENGINES = {"calibrate": 3, "search": 4}  # models that a stage opens, if more than one
 RATES_VERSION = 3  # of what the rehearsal measures: others are not read
 SHARED = 0.8  # speed of a process beside those on the other cores; a guess
 
@@ -277,7 +277,7 @@ def estimate(
             seconds, size = STAGE + rates.start + work.trained / (rates.train * ranks), adapter_bytes(recipe)
         else:
             spent = work.generated / rates.generate + work.read / rates.read
-            opened = rates.open * ENGINES.get(stage.name, 1)
+            opened = 0 if stage.shares else rates.open * ENGINES.get(stage.name, 1)
             seconds, size = STAGE + opened + spent / (many * (SHARED if many > 1 else 1)), STORED * work.tokens
         rows.append(Row(r, stage.name, state, left, work.tokens, seconds, size))
     return rows

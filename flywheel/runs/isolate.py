@@ -1,4 +1,4 @@
-"""One fresh process per stage and rank, forked from a server that has already imported torch.
+"""Fresh processes for the stages of a rank, forked from a server that has already imported torch.
 
 The rank itself holds no device. All memory of a stage belongs to the child and
 is freed when it ends. If the rank dies, the child and its own children are killed within moments.
@@ -101,61 +101,100 @@ def start_server(threads: int, preload: tuple[str, ...] = PRELOAD) -> None:
         signal.signal(signal.SIGINT, handler)
 
 
-def call(
-    target: str,
-    arguments: Mapping[str, Any],
-    *,
-    what: str,
-    threads: int,
-    environment: Mapping[str, str | None] = {},
-    log: Path | None = None,
-    tell: Callable[[int, int, dict], None] = lambda done, total, figures: None,
-    watch: Callable[[], None] = lambda: None,
-    answers: Mapping[str, Callable[[], Any]] = {},
-) -> Any:
-    """Call `module:function` in a fresh process and return its (picklable) result.
+def call(target: str, arguments: Mapping[str, Any], *, what: str, threads: int, **options: Any) -> Any:
+    """Call `module:function` in a fresh process and return its (picklable) result; the process has ended then.
 
-    environment: variables to set, or to unset (None). log: file for the child's output. tell: called
-    with the child's progress, if the function has a parameter `tell`. watch: called several times a
-    second; if it raises, the child is killed. answers: what a function with a parameter `ask` may ask for by name.
-    Raises StageFailed, and StartAgain if the function does. The child has always ended on return.
+    options: `environment` of `Child`, and those of `Child.call`, which names the errors too.
     """
-    ours, theirs = multiprocessing.Pipe()
-    child = multiprocessing.get_context("forkserver").Process(
-        target=_child, args=(theirs, target, dict(arguments), dict(environment), threads, log)
-    )
+    child = Child(what, threads, options.pop("environment", {}))
     try:
-        child.start()
-    except (EOFError, ConnectionError) as error:
-        raise StageFailed(
-            f"{what}: the process that loads {', '.join(PRELOAD)} died ({error!r}); its message is above"
-        ) from None
-    theirs.close()
-    outcome: tuple[str, Any] | None = None
-    try:
-        alive = True
-        while alive:
-            ready = connection.wait([ours, child.sentinel] if not ours.closed else [child.sentinel], timeout=0.2)
-            alive = child.sentinel not in ready
-            while not ours.closed and ours.poll():
-                try:
-                    kind, *content = ours.recv()
-                except (EOFError, ConnectionResetError):
-                    ours.close()
-                    break
-                match kind:
-                    case "progress":
-                        tell(*content)
-                    case "ask":
-                        with suppress(BrokenPipeError):  # it died meanwhile, which the next turn sees
-                            ours.send(answers[content[0]]())
-                    case _:
-                        outcome = (kind, content[0])
-            watch()
+        result = child.call(target, arguments, what=what, **options)
+        child.close(options.get("watch", lambda: None))
+        return result
     finally:
-        end(child)
-        ours.close()
-    return _result(outcome, child.exitcode, what, log)
+        child.end()
+
+
+class Child:
+    """A fresh process that carries out one call after another, until it is closed or one of them fails.
+
+    environment: variables to set, or to unset (None). Raises StageFailed if there is no server to fork it.
+    """
+
+    def __init__(self, what: str, threads: int, environment: Mapping[str, str | None] = {}):
+        self.channel, theirs = multiprocessing.Pipe()
+        self.process = multiprocessing.get_context("forkserver").Process(
+            target=_child, args=(theirs, dict(environment), threads)
+        )
+        try:
+            self.process.start()
+        except (EOFError, ConnectionError) as error:
+            raise StageFailed(
+                f"{what}: the process that loads {', '.join(PRELOAD)} died ({error!r}); its message is above"
+            ) from None
+        theirs.close()
+
+    def call(
+        self,
+        target: str,
+        arguments: Mapping[str, Any],
+        *,
+        what: str,
+        log: Path | None = None,
+        tell: Callable[[int, int, dict], None] = lambda done, total, figures: None,
+        watch: Callable[[], None] = lambda: None,
+        answers: Mapping[str, Callable[[], Any]] = {},
+    ) -> Any:
+        """Call `module:function` in the process and return its (picklable) result.
+
+        log: file for the process's output. tell: called with its progress, if the function has a parameter `tell`.
+        watch: called several times a second; what it raises ends the call. answers: what a function with a parameter
+        `ask` may ask for by name. Raises StageFailed, and StartAgain if the function does. After any error the
+        process must be ended.
+        """
+        with suppress(BrokenPipeError):  # it died meanwhile, which the first turn sees
+            self.channel.send((target, dict(arguments), log))
+        outcome: tuple[str, Any] | None = None
+        while outcome is None:
+            died = self.process.sentinel in connection.wait([self.channel, self.process.sentinel], timeout=0.2)
+            with suppress(EOFError, ConnectionResetError):
+                while outcome is None and self.channel.poll():
+                    kind, *content = self.channel.recv()
+                    match kind:
+                        case "progress":
+                            tell(*content)
+                        case "ask":
+                            with suppress(BrokenPipeError):
+                                self.channel.send(answers[content[0]]())
+                        case _:
+                            outcome = (kind, content[0])
+            watch()
+            if died:
+                break
+        if outcome is None:
+            self.process.join()
+        return _result(outcome, self.process.exitcode, what, log)
+
+    def close(self, watch: Callable[[], None] = lambda: None) -> None:
+        """Let the process end by itself, and wait for it; `watch` as for `call`."""
+        self.channel.close()
+        while not connection.wait([self.process.sentinel], timeout=0.2):
+            watch()
+        self.end()
+
+    def end(self) -> None:
+        """End the process and its group, by SIGTERM and after GRACE seconds by SIGKILL."""
+        for sent in (signal.SIGTERM, signal.SIGKILL):
+            if self.process.is_alive():
+                try:
+                    os.killpg(self.process.pid, sent)
+                except ProcessLookupError:  # it has not made its own group yet
+                    with suppress(ProcessLookupError):
+                        os.kill(self.process.pid, sent)
+                self.process.join(GRACE)
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)  # children that it left behind
+        self.channel.close()
 
 
 def _result(outcome: tuple[str, Any] | None, exitcode: int | None, what: str, log: Path | None) -> Any:
@@ -178,24 +217,10 @@ def _result(outcome: tuple[str, Any] | None, exitcode: int | None, what: str, lo
     )
 
 
-def end(child) -> None:
-    """End the child and its process group, by SIGTERM and after GRACE seconds by SIGKILL."""
-    for sent in (signal.SIGTERM, signal.SIGKILL):
-        if child.is_alive():
-            try:
-                os.killpg(child.pid, sent)
-            except ProcessLookupError:  # it has not made its own group yet
-                with suppress(ProcessLookupError):
-                    os.kill(child.pid, sent)
-            child.join(GRACE)
-    with suppress(ProcessLookupError, PermissionError):
-        os.killpg(child.pid, signal.SIGKILL)  # children that it left behind
-
-
 # ---- in the child ------------------------------------------------------------------------
 
 
-def _child(channel, target: str, arguments: dict, environment: dict, threads: int, log: Path | None) -> None:
+def _child(channel, environment: dict, threads: int) -> None:
     gc.freeze()  # objects from before the fork are never garbage, and each collection that scans them takes a second
     os.setsid()  # a new process group: Ctrl-C reaches only the rank, which then kills the whole group
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -203,13 +228,20 @@ def _child(channel, target: str, arguments: dict, environment: dict, threads: in
     for key, value in environment.items():
         os.environ.pop(key, None) if value is None else os.environ.update({key: value})
     os.environ[THREADS] = str(threads)
+    lock = threading.Lock()
+    with suppress(EOFError):  # the rank has no more calls
+        while True:
+            _perform(channel, lock, threads, *channel.recv())
+
+
+def _perform(channel, lock: threading.Lock, threads: int, target: str, arguments: dict, log: Path | None) -> None:
+    """Carry out one call and send its outcome. After a failure the process ends."""
     try:
         if log:
             _write_to(log)
         if "torch" in sys.modules:  # imported by the server, with the server's thread count
             sys.modules["torch"].set_num_threads(threads)
         function = resolve(target)
-        lock = threading.Lock()
         for name, made in (("tell", _teller), ("ask", _asker)):
             if name in inspect.signature(function).parameters and name not in arguments:
                 arguments[name] = made(channel, lock)

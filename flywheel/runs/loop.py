@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import shutil
 import signal
@@ -82,6 +83,7 @@ class Loop:
     rehearsal: str | None = None  # a module with what `runs/rehearsal.py` calls; raises UserError
     launch: Launch | None = None
     at: str = ""  # the current stage
+    left: dict[int, isolate.Child] = field(default_factory=dict)  # processes that a stage has left to the next one
     parent: int = field(default_factory=os.getppid)
 
     @cached_property
@@ -143,9 +145,10 @@ class Loop:
         isolate.start_server(threads_of(self.ranks, self.recipe), self.preload)
         failed = []
         for round in rounds:
-            for scheduled in todo:
-                if scheduled.round == round:
-                    self.lead_stage(scheduled, sources)
+            mine = [scheduled for scheduled in todo if scheduled.round == round]
+            for scheduled, after in itertools.zip_longest(mine, mine[1:]):
+                shared = after is not None and after.stage.shares == scheduled.stage.name
+                self.lead_stage(scheduled, sources, shared)
             if not self.after_round(round):
                 failed.append(round)
         self.dismiss()
@@ -235,8 +238,8 @@ class Loop:
         isolate.resolve(f"{self.report}:print_round")(summary, self.args.round)
         return 0
 
-    def lead_stage(self, scheduled: Scheduled, sources: dict[str, str]) -> None:
-        """Carry out one stage on all ranks, then write its manifest."""
+    def lead_stage(self, scheduled: Scheduled, sources: dict[str, str], leave_open: bool) -> None:
+        """Carry out one stage on all ranks, then write its manifest; `leave_open` its engines, for the next stage."""
         round, stage = scheduled.round, scheduled.stage
         self.reported(round).unlink(missing_ok=True)
         directory = stage_dir(self.run, *scheduled.at)
@@ -255,10 +258,10 @@ class Loop:
         started, have = time.monotonic(), [int(shard.name) for shard in found]
         for attempt in range(STARTS):
             port = free_port()
-            self.launch.order(do="stage", round=round, stage=stage.name, port=port, have=have)
+            self.launch.order(do="stage", round=round, stage=stage.name, port=port, have=have, leave_open=leave_open)
             try:
                 with Progress(f"round {round}  {stage.name}") as progress:
-                    figures = self.run_stage(round, stage, port, progress.show)
+                    figures = self.run_stage(round, stage, port, leave_open, progress.show)
                     self.launch.wait_for_all()
                 break
             except StartAgain as error:  # of this rank or another
@@ -305,7 +308,7 @@ class Loop:
         while (order := self.launch.next())["do"] == "stage":
             stage = next(s for s in stages(order["round"]) if s.name == order["stage"])
             try:
-                self.run_stage(order["round"], stage, order["port"])
+                self.run_stage(order["round"], stage, order["port"], order["leave_open"])
             except StartAgain as error:
                 self.launch.start_again(str(error))
             self.launch.done()
@@ -315,12 +318,25 @@ class Loop:
 
     # ---- all ranks ----
 
-    def run_stage(self, round: int, stage: Stage, port: int, tell: Tell = lambda done, total, figures: None) -> dict:
+    def run_stage(
+        self, round: int, stage: Stage, port: int, leave_open: bool, tell: Tell = lambda done, total, figures: None
+    ) -> dict:
         """This rank's part of a stage; rank 0 returns its figures."""
         self.at = manifest.name_of((round, stage.name))
         try:
             return run_stage(
-                self.ranks, self.recipe, self.run, round, stage, self.stages, port, tell, self.watch, self.launch
+                self.ranks,
+                self.recipe,
+                self.run,
+                round,
+                stage,
+                self.stages,
+                port,
+                tell,
+                self.watch,
+                self.launch,
+                self.left,
+                leave_open,
             )
         except isolate.StageFailed:
             if stage.train:

@@ -105,8 +105,13 @@ def run_stage(
     tell: Tell,
     watch: Callable[[], None],
     launch: Launch,
+    left: dict[int, isolate.Child] | None = None,
+    leave_open: bool = False,
 ) -> dict:
     """This rank's part of a stage, in child processes; returns the figures of the first one.
+
+    left: by number, the processes that the stage before has left, which are this stage's now; on return empty, or with
+    `leave_open` those that this one leaves.
 
     The others only process chunks, whose numbers `launch` gives them. If one process fails, all are ended. `watch` is
     called several times a second and ends the stage by raising. A rank whose device is part of another's engine does
@@ -115,6 +120,7 @@ def run_stage(
     together = recipe.engine.tensor_parallel
     if not stage.train and ranks.local_rank % together:
         return {}
+    left = {} if left is None else left
     cores, count = own_cores(ranks), processes(ranks, recipe, stage)
     threads = training_threads(ranks, recipe) if stage.train else threads_of(ranks, recipe)
     # with fewer threads than cores nobody knows which cores are free, so the kernel chooses
@@ -144,32 +150,45 @@ def run_stage(
             "rank": rank,
             "world": ranks.world if stage.train else ranks.world // together * count,
             "cores": cores[worker::count] if bound else None,
+            "leave_open": leave_open,
         }
-        return isolate.call(
+        what = manifest.name_of((round, stage.name))
+        if worker not in left:
+            changed = environment(ranks, bool(stage.train), port, together)
+            left[worker] = isolate.Child(what, len(range(worker, threads, count)), changed)
+        figures = left[worker].call(
             "flywheel.runs.worker:perform_stage",
             arguments,
-            what=manifest.name_of((round, stage.name)),
-            threads=len(range(worker, threads, count)),
-            environment=environment(ranks, bool(stage.train), port, together),
+            what=what,
             log=manifest.stage_dir(run, round, stage.name) / f"rank_{rank}.log",
             tell=told,
             watch=watch,
             answers={"draw": launch.draw, "all drawn are written": over_all},
         )
+        if not leave_open:
+            left[worker].close(watch)
+        return figures
 
     def over_all() -> bool:
         return all(other.done() for other in others) and launch.all_done()
 
-    with ThreadPoolExecutor(max(1, count - 1)) as pool:
-        others = [pool.submit(call, w, watch_others) for w in range(1, count)]
-        try:
-            figures = call(0, lambda: (watch(), [other.result() for other in others if other.done()]))
-            for other in others:
-                other.result()
-        except BaseException:
-            over.set()
-            raise
-    return figures
+    done = False
+    try:
+        with ThreadPoolExecutor(max(1, count - 1)) as pool:
+            others = [pool.submit(call, w, watch_others) for w in range(1, count)]
+            try:
+                figures = call(0, lambda: (watch(), [other.result() for other in others if other.done()]))
+                for other in others:
+                    other.result()
+            except BaseException:
+                over.set()
+                raise
+        done = True
+        return figures
+    finally:
+        if not (done and leave_open):
+            while left:
+                left.popitem()[1].end()
 
 
 def call_alone(

@@ -189,14 +189,18 @@ class Context(Run):
         world: int = 1,
         tell: Callable[[int, int, dict], None] = lambda done, total, figures: None,
         ask: Callable[[str], Any] | None = None,
+        leave_open: bool = False,
     ):
-        """ask: what this process may ask its rank (`processes.run_stage`); without it the process is the only one."""
+        """ask: what this process may ask its rank (`processes.run_stage`); without it the process is the only one.
+
+        leave_open: the process's next stage may take over the engines of this one.
+        """
         super().__init__(root, recipe)
         self.round, self.stage, self.rank, self.world = round, stage, rank, world
         self.ledger = Ledger(stage.name, round)
         self.dir = self.path(stage.name)
         self._inputs: dict[At, dict[str, Any]] = {}
-        self._tell, self._ask = tell, ask
+        self._tell, self._ask, self.leave_open = tell, ask, leave_open
         self.draw = partial(ask, "draw") if ask else None  # the number of the next chunk of this launch
         self._said: tuple[int, int, dict] = (0, 0, {})  # the last progress
 

@@ -41,7 +41,9 @@ class Stage:
     once per process; its `stream(source, full)` runs the coroutines that `source` gives (`models.stepping.stream`).
     train: called on every rank, with the environment set for torch.distributed; must be resumable.
     finish: called on rank 0 when all shards exist or training is done; returns figures for the manifest.
-    All of them receive the stage's `Context`. test_split: the stage may read test questions.
+    All of them receive the stage's `Context`. test_split: the stage may read test questions. shares: the stage of the
+    same round that opens the same models (or more of them); if this one follows it in a launch, it takes over its
+    processes and engines.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Stage:
     train: Callable[..., dict] | None = None
     finish: Callable[..., dict] | None = None
     test_split: bool = False
+    shares: str | None = None
 
     def __post_init__(self) -> None:
         if bool(self.train) == bool(self.items and self.work):

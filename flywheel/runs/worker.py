@@ -33,17 +33,19 @@ def perform_stage(
     rank: int,
     world: int,
     cores: Sequence[int] | None,
+    leave_open: bool,
     tell: Callable[[int, int, dict], None],
     ask: Callable[[str], Any],
 ) -> dict:
     """Entry point of a stage's process: its part of the stage, on `cores` (None: all cores of the rank).
 
-    `stages`: `module:function(round)` that returns the stages of a round. Rank 0 returns the figures.
+    `stages`: `module:function(round)` that returns the stages of a round. leave_open: see `Context`. Rank 0 returns
+    the figures.
     """
     if cores:
         os.sched_setaffinity(0, cores)
     found = next(s for s in resolve(stages)(round) if s.name == stage)
-    return perform(Context(recipe, run, round, found, rank, world, tell, ask))
+    return perform(Context(recipe, run, round, found, rank, world, tell, ask, leave_open))
 
 
 def perform(ctx: Context) -> dict:
@@ -146,7 +148,7 @@ class Flow:
 
     def lost(self, error: EngineDied) -> list[int]:
         """The chunks to make again after the engine died. Raises EngineDied if it died before on one of them."""
-        self.opened.drop()
+        self.opened.drop(error)
         done = set(self.shards.done())  # a shard that was being written is whole
         self.ledgers = {index: ledger for index, ledger in self.ledgers.items() if index not in done}
         again = sorted({*self.ledgers, *self.todo})  # an engine that did not open has the first in `todo`
@@ -175,18 +177,19 @@ class Opened:
     def __enter__(self) -> Opened:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.stack.close()
+    def __exit__(self, *error: object) -> None:
+        self.stack.__exit__(*error)
 
     def get(self) -> Any:
         if self.value is None and self.ctx.stage.open:
             self.value = self.stack.enter_context(self.ctx.stage.open(self.ctx))
         return self.value
 
-    def drop(self) -> None:
-        """Close what is open. Errors while closing are only printed: the engine may be dead already."""
+    def drop(self, error: EngineDied) -> None:
+        """Close what is open because of `error`. Errors while closing are only printed: the engine may be dead."""
         stack, self.stack, self.value = self.stack, ExitStack(), None
         try:
-            stack.close()
-        except Exception as error:
-            print(f"while it was closed: {type(error).__name__}: {error}", flush=True)
+            stack.__exit__(type(error), error, error.__traceback__)
+        except Exception as other:
+            if other is not error:
+                print(f"while it was closed: {type(other).__name__}: {other}", flush=True)

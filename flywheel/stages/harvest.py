@@ -185,4 +185,5 @@ STAGE = Stage(
     open=lambda ctx: kit(ctx, search_models(ctx), Split.TRAIN),
     work=work,
     finish=finish,
+    shares="calibrate",
 )

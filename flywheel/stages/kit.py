@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from flywheel.errors import UserError
 from flywheel.ledger import Ledger
 from flywheel.models import published
-from flywheel.models.backend import open_backend
+from flywheel.models.backend import engines
 from flywheel.models.driver import Backend, drawing
 from flywheel.models.engine import Engine, Sampling
 from flywheel.models.prm import Prm, label_ids, together
@@ -245,21 +245,20 @@ def published_model(run: Run) -> dict[str, ModelRef]:
 
 
 @contextmanager
-def open_kit(run: Run, models: Mapping[str, ModelRef], *splits: Split, ledger: Ledger, seed: int) -> Iterator[Kit]:
-    """Open the engines of `models` and the problems of `splits`, if any; closes all engines on exit."""
+def open_kit(
+    run: Run, models: Mapping[str, ModelRef], *splits: Split, ledger: Ledger, seed: int, leave_open: bool = False
+) -> Iterator[Kit]:
+    """Open the engines of `models` and the problems of `splits`, if any; `leave_open` as for `backend.engines`."""
     prompts, reader = prompts_and_reader(run)
     problems = {p.id: p for p in run.problems(*splits)} if splits else {}
     judges = {key for key, ref in models.items() if key.partition(":")[0] == Role.PRM and not ref.labels}
     labels = label_ids(prompts.tokenizer, run.recipe.prm.labels) if judges else None
     models = {key: replace(ref, labels=labels) if key in judges else ref for key, ref in models.items()}
     with TemporaryDirectory(prefix="flywheel-") as scratch, Grader(run.recipe.problems) as grader:
-        backend = open_backend(run.recipe.engine, models, ledger, seed % 2**31, Path(scratch))
-        try:
+        with engines(run.recipe.engine, models, ledger, seed % 2**31, Path(scratch), leave_open) as backend:
             yield Kit(run.recipe, backend, prompts, reader, grader, problems, ledger)
-        finally:
-            backend.close()
 
 
 def kit(ctx: Context, models: Mapping[str, ModelRef], *splits: Split):
     """`open_kit` for a stage, with the stage's ledger and a seed from run, round and stage."""
-    return open_kit(ctx, models, *splits, ledger=ctx.ledger, seed=ctx.seed("engine"))
+    return open_kit(ctx, models, *splits, ledger=ctx.ledger, seed=ctx.seed("engine"), leave_open=ctx.leave_open)

@@ -124,4 +124,5 @@ STAGE = Stage(
     open=lambda ctx: kit(ctx, {Role.POLICY: ctx.model(Role.POLICY, ctx.round - 1)}, Split.TRAIN),
     work=work,
     finish=finish,
+    shares="sample",
 )

@@ -9,7 +9,8 @@ import pytest
 
 from flywheel.errors import EngineDied, UserError
 from flywheel.ledger import Ledger
-from flywheel.models.backend import open_backend
+from flywheel.models import backend
+from flywheel.models.backend import engines, open_backend
 from flywheel.models.engine import Sampling
 from flywheel.models.weights import load_tokenizer
 from flywheel.recipe import EngineSpec
@@ -105,3 +106,35 @@ def test_what_it_cannot_heed_it_refuses(scripted, option):
 
     with pytest.raises(UserError, match=next(iter(option))):
         list(backend.run([tokenizer.encode("Q 1 + 2 ? \n Try")], work))
+
+
+def test_engines_are_left_to_a_stage_with_the_same_models(scripted, tmp_path):
+    """What they then draw and charge is what engines of its own would."""
+    opened, tokenizer = scripted
+    opened()[0].close()  # writes the script
+    policy = {Role.POLICY: ModelRef("policy_0", str(tmp_path))}
+    both = {**policy, Role.PRM: ModelRef("prm_1", str(tmp_path))}
+    prompt, closed = tokenizer.encode("Q 1 + 2 ? \n Try"), []
+
+    def stage(models, seed, leave_open=False, error=None):
+        """(what the stage drew, its ledger, its engines)"""
+        ledger = Ledger("test", seed)
+        with engines(EngineSpec(kind=SCRIPTED), models, ledger, seed, tmp_path, leave_open) as mine:
+            mine._devices[0].close = lambda: closed.append(seed)
+            draw = lambda _: mine.engine(Role.POLICY).generate(prompt, Sampling(50), purpose="s", n=8)  # noqa: E731
+            drawn = mine.run([0], draw)
+            if error:
+                raise error
+        return drawn, ledger.rows(), mine
+
+    alone = stage(policy, 1)
+    first = stage(both, 0, leave_open=True)
+    second = stage(policy, 1)
+    assert second[2] is first[2] is not alone[2] and second[:2] == alone[:2] != first[:2]
+    assert closed == [1, 1] and not backend._left
+    left = stage(policy, 2, leave_open=True)
+    other = stage(both, 3)  # a model that is not among those left
+    assert other[2] is not left[2] and closed == [1, 1, 2, 3]
+    with pytest.raises(EngineDied):
+        stage(policy, 4, leave_open=True, error=EngineDied("it died"))
+    assert closed == [1, 1, 2, 3, 4] and not backend._left

@@ -76,6 +76,16 @@ def test_a_run_reaches_the_end_of_its_round(finished):
     assert not (finished.stage(1, "distill") / "trainer").exists()
 
 
+def test_a_stage_that_shares_takes_over_the_processes_of_the_one_before(finished, project):
+    """Only in the launch that made both, and with the same records."""
+    pids = {stage: {pid for _, _, pid in finished.logged(f"{stage}:1")} for stage in ("sample", "label", "evaluate")}
+    assert pids["sample"] == pids["label"] and not pids["sample"] & pids["evaluate"]
+    broken = project.run("--round", "2", TOY_FAULT="label:train04:bug")
+    assert broken.returncode == 1 and project.run("--round", "2").returncode == 0
+    assert len({pid for _, _, pid in project.logged("label:1")}) == 2  # the first had made what came before train04
+    assert project.tables() == finished.tables()
+
+
 def test_a_finished_run_says_so_and_computes_nothing(copy):
     before = len(copy.log.read_text().splitlines())
     done = copy.run("--round", "2")
@@ -628,19 +638,34 @@ def test_a_long_chunk_gives_signs_of_life_with_its_tokens(project, monkeypatch, 
 def test_the_processes_of_a_stage_share_its_threads(project, monkeypatch):
     """With fewer threads than cores, nobody is bound to a core that may be busy."""
     called = []
-    monkeypatch.setattr(isolate, "call", lambda target, arguments, **how: called.append((arguments, how)) or {})
+
+    class Child:
+        def __init__(self, what, threads, environment):
+            self.threads = threads
+
+        def call(self, target, arguments, **how):
+            called.append((arguments, self.threads))
+            return {}
+
+        def close(self, watch=None):
+            self.closed = True
+
+        def end(self):
+            assert self.closed
+
+    monkeypatch.setattr(isolate, "Child", Child)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
-    for threads, expected in ((3, [2, 1]), (8, [4, 4])):
+    for given, expected in ((3, [2, 1]), (8, [4, 4])):
         called.clear()
-        sets = ["engine.workers=2", f"engine.threads={threads}"]
+        sets = ["engine.workers=2", f"engine.threads={given}"]
         recipe = load(project.root / "toy.yaml", sets)
         at = (project.run_dir, 1, toy_stages.SAMPLE, "toy_stages:stages", 0)
         run_stage(Ranks(), recipe, *at, print, lambda: None, Launch(Ranks()))
-        assert sorted((how["threads"] for _, how in called), reverse=True) == expected
-        assert all((arguments["cores"] is not None) == (threads == 8) for arguments, _ in called)
+        assert sorted((threads for _, threads in called), reverse=True) == expected
+        assert all((arguments["cores"] is not None) == (given == 8) for arguments, _ in called)
     called.clear()
     run_stage(
         Ranks(), load(project.root / "toy.yaml", ["engine.threads=3"]), project.run_dir, 1, toy_stages.DISTILL,
         "toy_stages:stages", 0, print, lambda: None, Launch(Ranks()),
     )  # fmt: skip
-    assert [how["threads"] for _, how in called] == [3]
+    assert [threads for _, threads in called] == [3]
