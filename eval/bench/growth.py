@@ -125,6 +125,7 @@ class Writer:
             "draw": ids,
             "parent": pa.nulls(rows, pa.string()),
             "attempt": np.ones(rows, dtype=np.int64),
+            "unread": np.zeros(rows, dtype=np.int64),
         }
         graded = {
             "solution_id": ids,
