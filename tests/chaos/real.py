@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -125,8 +126,11 @@ def killed(run: Path, rng: random.Random, kills: int, cases: Counter, faults: li
         while (left := family(alive)) and time.monotonic() < end:
             time.sleep(0.05)
         for pid in left:
-            faults.append(f"{case}: a process was left")
-            os.kill(pid, signal.SIGKILL)
+            with suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
+                words = Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ").strip()
+                state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
+                faults.append(f"{case}: a process was left: state and parent {state}, {words[:120]}")
+                os.kill(pid, signal.SIGKILL)
         if process.returncode == 0:
             break  # the last stage had ended
         process, now = None, stamps(run)
