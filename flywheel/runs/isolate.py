@@ -32,7 +32,7 @@ CPU_PRELOAD = (
     "vllm.v1.worker.cpu_worker",
     "vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors",
 )
-OWN = ("flywheel.runs.isolate", "flywheel.runs.worker", "pyarrow.parquet")
+OWN = ("flywheel.runs.fork_server", "flywheel.runs.isolate", "flywheel.runs.worker", "pyarrow.parquet")
 THREADS = "FLYWHEEL_THREADS"  # set in a stage's process: its share of the rank's CPU threads
 GRACE = 2.0  # seconds between SIGTERM and SIGKILL
 

@@ -535,6 +535,22 @@ def test_a_rank_that_lags_behind_is_waited_for(project):
     assert [process.communicate(timeout=180) and process.returncode for process in ranks] == [0, 0]
 
 
+def test_the_fork_server_ends_with_its_rank_while_it_still_imports(tmp_path):
+    (tmp_path / "slow.py").write_text(
+        "import os, pathlib, time\npathlib.Path('pid').write_text(str(os.getpid()))\ntime.sleep(60)\n"
+    )
+    code = (
+        "import time\nfrom flywheel.runs import isolate\n"
+        "if __name__ == '__main__':\n    isolate.start_server(1, ('slow',))\n    time.sleep(60)\n"
+    )
+    env = {**os.environ, "PYTHONPATH": f"{HERE.parent}{os.pathsep}{tmp_path}"}
+    rank = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=env)
+    wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
+    rank.kill()
+    rank.wait()
+    wait_for(lambda: gone(int((tmp_path / "pid").read_text())), 5)
+
+
 # ---- the environment of a stage ----
 
 
