@@ -110,12 +110,12 @@ def run_stage(
 ) -> dict:
     """This rank's part of a stage, in child processes; returns the figures of the first one.
 
-    left: by number, the processes that the stage before has left, which are this stage's now; on return empty, or with
-    `leave_open` those that this one leaves.
-
     The others only process chunks, whose numbers `launch` gives them. If one process fails, all are ended. `watch` is
     called several times a second and ends the stage by raising. A rank whose device is part of another's engine does
     nothing in a sampling stage. Raises StageFailed, and StartAgain if the stage's process asks for it.
+
+    left: by number, the processes that the stage before has left, which are this stage's now; on return empty, or with
+    `leave_open` those that this one leaves.
     """
     together = recipe.engine.tensor_parallel
     if not stage.train and ranks.local_rank % together:
