@@ -190,6 +190,5 @@ class Opened:
         stack, self.stack, self.value = self.stack, ExitStack(), None
         try:
             stack.__exit__(type(error), error, error.__traceback__)
-        except Exception as other:
-            if other is not error:
-                print(f"while it was closed: {type(other).__name__}: {other}", flush=True)
+        except Exception as other:  # never `error` itself, which an exit stack leaves to its caller
+            print(f"while it was closed: {type(other).__name__}: {other}", flush=True)
