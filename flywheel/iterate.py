@@ -117,7 +117,7 @@ def main(
     loop = Loop(args, lambda: load_recipe(args), ranks, stages, report, preload, preflight, rehearsal)
     try:
         with signals():
-            return loop.lead() if ranks.rank == 0 else loop.follow()
+            return loop.go()
     except Stopped as stop:
         name = signal.Signals(stop.args[0]).name
         loop.failed(f"stopped by {name}{loop.where}; {AGAIN}")

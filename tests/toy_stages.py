@@ -1,11 +1,13 @@
 """Small real stages for the tests of the run directory: no model, the same records every time.
 
 What a test wants to happen it says in the environment: TOY_SLEEP (seconds a chunk), TOY_FAULT
-(`stage:chunk:fault`), TOY_LOG (a file that gets one line for each chunk computed).
+(`stage:chunk:fault`), TOY_LOG (a file that gets one line for each chunk computed). A process that gets SIGUSR1 writes
+the stacks of its threads to TOY_LOG.stacks.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import random
 import signal
@@ -25,6 +27,10 @@ from flywheel.runs.stage import Input, Stage
 from flywheel.search.beam import Beam
 from flywheel.search.best_of_n import BestOfN
 from flywheel.search.strategies import AnyStrategy
+
+if "TOY_LOG" in os.environ:
+    STACKS = open(os.environ["TOY_LOG"] + ".stacks", "a")  # noqa: SIM115, open as long as the process lives
+    faulthandler.register(signal.SIGUSR1, STACKS)
 
 
 @dataclass(frozen=True, slots=True)

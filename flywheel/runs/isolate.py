@@ -35,6 +35,7 @@ CPU_PRELOAD = (
 OWN = ("flywheel.runs.fork_server", "flywheel.runs.isolate", "flywheel.runs.worker", "pyarrow.parquet")
 THREADS = "FLYWHEEL_THREADS"  # set in a stage's process: its share of the rank's CPU threads
 GRACE = 2.0  # seconds between SIGTERM and SIGKILL
+CLOSING = 30.0  # seconds in which a process that has no more calls ends by itself
 
 QUIET = {
     "HF_HUB_DISABLE_TELEMETRY": "1",  # trl's ping honours it too
@@ -155,9 +156,10 @@ class Child:
         with suppress(BrokenPipeError):  # it died meanwhile, which the first turn sees
             self.channel.send((target, dict(arguments), log))
         outcome: tuple[str, Any] | None = None
+        heard = [self.channel, self.process.sentinel]
         while outcome is None:
-            died = self.process.sentinel in connection.wait([self.channel, self.process.sentinel], timeout=0.2)
-            with suppress(EOFError, ConnectionResetError):
+            died = self.process.sentinel in connection.wait(heard, timeout=0.2)
+            try:
                 while outcome is None and self.channel.poll():
                     kind, *content = self.channel.recv()
                     match kind:
@@ -168,6 +170,8 @@ class Child:
                                 self.channel.send(answers[content[0]]())
                         case _:
                             outcome = (kind, content[0])
+            except (EOFError, ConnectionResetError):
+                heard = [self.process.sentinel]  # a closed channel would end every wait at once
             watch()
             if died:
                 break
@@ -176,9 +180,10 @@ class Child:
         return _result(outcome, self.process.exitcode, what, log)
 
     def close(self, watch: Callable[[], None] = lambda: None) -> None:
-        """Let the process end by itself, and wait for it; `watch` as for `call`."""
+        """Let the process end by itself; after CLOSING seconds it is ended. `watch` as for `call`."""
         self.channel.close()
-        while not connection.wait([self.process.sentinel], timeout=0.2):
+        end = time.monotonic() + CLOSING
+        while time.monotonic() < end and not connection.wait([self.process.sentinel], timeout=0.2):
             watch()
         self.end()
 

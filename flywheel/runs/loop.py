@@ -105,6 +105,17 @@ class Loop:
         planned = schedule(isolate.resolve(self.stages), rounds)
         return [scheduled for scheduled in planned if not (self.args.no_test and scheduled.stage.test_split)]
 
+    def go(self) -> int:
+        """Carry out the launch; returns the exit code.
+
+        No stage's process is left: at its end Python would wait for it, and it for this one.
+        """
+        try:
+            return self.lead() if self.ranks.rank == 0 else self.follow()
+        finally:
+            while self.left:
+                self.left.popitem()[1].end()
+
     # ---- rank 0 ----
 
     def lead(self) -> int:

@@ -79,6 +79,28 @@ def start(project: Project, world: int, launcher: bool = False) -> list[subproce
     ]
 
 
+def put_down(project: Project) -> list[str]:
+    """Kill what lives of a run that hangs; returns what there was, and where it was."""
+    members = sorted(family(project))
+    told = [f"  alive: {pid} {words(pid)}" for pid in members]
+    for number in (signal.SIGUSR1, signal.SIGKILL):
+        for pid in members:
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
+        time.sleep(1.0)
+    stacks = Path(f"{project.log}.stacks")
+    return told + (stacks.read_text().splitlines() if stacks.exists() else [])
+
+
+def words(pid: int) -> str:
+    """A process's command line, and what it waits for in the kernel."""
+    found = []
+    for name in ("cmdline", "wchan"):
+        with suppress(OSError):  # it has just ended
+            found.append(Path(f"/proc/{pid}/{name}").read_text().replace("\0", " ")[:120])
+    return " ".join(found)
+
+
 def stamps(project: Project) -> dict[str, tuple[int, int]]:
     if not project.run_dir.exists():
         return {}
@@ -159,8 +181,7 @@ def one_run(
         if not ended(processes, PATIENCE):
             tally.hung += 1
             tally.faults.append(f"{case}: a launch of {world} did not end by itself")
-            for pid in family(project):
-                os.kill(pid, signal.SIGKILL)
+            tally.faults += put_down(project)
             ended(processes, PATIENCE)
         tally.missed += not any(p.returncode for p in processes)
         end = time.monotonic() + ORPHAN
@@ -182,8 +203,7 @@ def one_run(
     if not ended(processes, PATIENCE) or any(p.returncode for p in processes):
         tally.hung += 1
         tally.faults.append(f"{case}: the resumed launch of {world} ended with {[p.poll() for p in processes]}")
-        for pid in family(project):
-            os.kill(pid, signal.SIGKILL)
+        tally.faults += put_down(project)
     made = project.tables()
     if made != wanted or not kept.items() <= stamps(project).items():
         tally.lost += 1

@@ -325,6 +325,13 @@ def test_an_engine_that_dies_again_fails_with_its_questions(project):
     assert len(project.shards()) == 2 and project.run("--round", "1").returncode == 0
 
 
+def test_a_bug_between_stages_ends_the_processes_that_the_first_has_left(project):
+    """Else Python waits at its end for them, and they for it."""
+    done = project.run("--round", "1", TOY_FAULT="between")
+    assert done.returncode == 1 and "flywheel: KeyError: 'no such key'" in done.stderr
+    assert project.logged("tools:sample") and not project.logged("tools:label")
+
+
 def test_a_failed_report_loses_nothing(project):
     done = project.run("--round", "0", TOY_FAULT="report")
     assert (
