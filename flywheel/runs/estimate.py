@@ -28,7 +28,7 @@ STORED = 4  # bytes for a sampled token, compressed
 STAGE = 1.0  # seconds of a stage besides: its processes, checks and files
 UNCOVERED = 0.4  # of the tokens of all draws that `harvest.extra` allows: the default recipe's first round
 ENGINES = {"calibrate": 3, "search": 4}  # models that a stage opens, if more than one
-RATES_VERSION = 3  # of what the rehearsal measures: others are not read
+RATES_VERSION = 4  # of what the rehearsal measures: others are not read
 SHARED = 0.8  # speed of a process beside those on the other cores; a guess
 
 
@@ -38,8 +38,8 @@ class Rates:
 
     open, start: seconds to open an engine, and until a training does its first step. prompt, check, solution: mean
     tokens of a question's prompt, of the PRM's prompt, of a solution; steps: of a solution. right: tokens of a right
-    solution, which is what later policies learn to write; 0: not known. train_memory, serve_memory: bytes of a
-    training, and of a process with policy, PRM, reviser and base open. A speed that is not known is NaN, memory 0.
+    solution, which is what later policies learn to write; 0: not known. train_memory, serve_memory: bytes of the
+    largest training, and of a process with policy, PRM, reviser and base open. An unknown speed is NaN, memory 0.
     """
 
     open: float
@@ -327,7 +327,7 @@ def overview(
         lines.append(f"to do: about {short(tokens)} tokens, {clock(seconds)}, {short(size)}B ({grounds})")
     if rates.measured:
         lines.append(
-            f"memory: {short(rates.train_memory)}B to train, {short(rates.serve_memory)}B to search"
+            f"memory: up to {short(rates.train_memory)}B to train, {short(rates.serve_memory)}B to search"
             + (f" in each of {workers} processes" if workers > 1 else "")
         )
         here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

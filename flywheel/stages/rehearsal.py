@@ -115,7 +115,8 @@ def train(recipe: Recipe, out: Path, length: int) -> dict[str, float]:
     """Train a policy and a PRM for a few steps on random texts of `length` tokens, into `out/policy`, `out/prm`.
 
     start: seconds that the first training takes for one text, with all that it loads; train: tokens/s of the policy's
-    training; train_memory: bytes at its peak.
+    training; train_memory: bytes at the peak of the run's largest training, if it fills a micro batch with its longest
+    texts: what a token takes is measured.
     """
     from flywheel.training import Example, Job, PrmExample, train_prm, train_sft
 
@@ -125,7 +126,7 @@ def train(recipe: Recipe, out: Path, length: int) -> dict[str, float]:
     length = max(2, min(length, recipe.distill.max_length, recipe.prm.max_length))
     words = [token for problem in run.problems(Split.TRAIN)[:100] for token in prompts.solve(problem.question)]
 
-    def text() -> tuple[int, ...]:
+    def text(length: int = length) -> tuple[int, ...]:
         return (*chance.choices(words, k=length - 1), reader.eos)
 
     def job(role: Role, name: str, batch: int) -> Job:
@@ -138,14 +139,23 @@ def train(recipe: Recipe, out: Path, length: int) -> dict[str, float]:
     started = time.monotonic()
     train_prm([PrmExample(text(), (length,), (1.0,))], [], labels, job(Role.PRM, "prm", 1))
     start = time.monotonic() - started
-    full = recipe.distill.micro_batch_size
-    for name, batch, steps in (("one_text", 1, 1), ("few_steps", full, 3), ("steps", full, 16)):
-        texts = [Example(text(), length // 2) for _ in range(batch * steps)]
+    full, peaks = recipe.distill.micro_batch_size, []
+    for name, batch, steps, size in (
+        ("half_a_text", 1, 1, length // 2 + 1),
+        ("few_steps", full, 3, length),
+        ("steps", full, 16, length),
+    ):
+        texts = [Example(text(size), size // 2) for _ in range(batch * steps)]
         report = train_sft(texts, [], job(Role.POLICY, name, batch))
+        peaks.append(peak())
         if report.seconds > SECONDS / 2:
             break
     (out / name).rename(out / "policy")
-    return {"start": start, "train": report.tokens / report.seconds, "train_memory": peak()}
+    a_token = (peaks[-1] - peaks[0]) / (full * length - length // 2)
+    most = max(
+        spec.micro_batch_size * min(spec.max_length, recipe.engine.max_model_len) for spec in recipe.trainings.values()
+    )
+    return {"start": start, "train": report.tokens / report.seconds, "train_memory": peaks[0] + a_token * most}
 
 
 def serve(recipe: Recipe, out: Path) -> dict[str, float]:

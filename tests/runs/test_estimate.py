@@ -67,7 +67,7 @@ def test_a_dry_run_says_where_its_speed_comes_from(tmp_path):
     recipe, plan = load(ROOT / "recipes" / "chain.yaml"), schedule(stages, 1)
     told = overview(recipe, tmp_path, plan, COUNTS, RATES, 1, 2).splitlines()
     assert told[-2].endswith("(by this machine's speed with the base)")
-    assert told[-1] == "memory: 1.5GB to train, 2.0GB to search in each of 2 processes"
+    assert told[-1] == "memory: up to 1.5GB to train, 2.0GB to search in each of 2 processes"
     large = overview(recipe, tmp_path, plan, COUNTS, replace(RATES, serve_memory=2e15), 1, 2).splitlines()[-1]
     assert re.match(r"memory: 4000.0TB are needed together and [\d.]+GB there: lower engine.workers, ", large)
     assert overview(recipe, tmp_path, plan, COUNTS, guessed(recipe), 1, 2).endswith("(rough: nothing is measured yet)")
