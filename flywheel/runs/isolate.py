@@ -90,11 +90,16 @@ def start_server(threads: int, preload: tuple[str, ...] = PRELOAD) -> None:
     Sets OMP_NUM_THREADS to the rank's `threads` first: the server inherits the environment, and OpenMP reads it when
     torch is imported.
     """
-    from multiprocessing import forkserver
-
     os.environ.update(QUIET, OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads))
     engines = CPU_PRELOAD if preload and not Path("/dev/nvidiactl").exists() else ()
     multiprocessing.get_context("forkserver").set_forkserver_preload([*OWN, *preload, *engines])
+    ensure_server()
+
+
+def ensure_server() -> None:
+    """Start the fork server, if it is not there or has died."""
+    from multiprocessing import forkserver
+
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited by the server: only the rank handles Ctrl-C
     try:
         forkserver.ensure_running()
@@ -129,11 +134,14 @@ class Child:
         )
         try:
             self.process.start()
+            theirs.close()
         except (EOFError, ConnectionError) as error:
             raise StageFailed(
                 f"{what}: the process that loads {', '.join(PRELOAD)} died ({error!r}); its message is above"
             ) from None
-        theirs.close()
+        except BaseException:  # a signal, when it may have started
+            self.end()
+            raise
 
     def call(
         self,
@@ -160,8 +168,8 @@ class Child:
         while outcome is None:
             died = self.process.sentinel in connection.wait(heard, timeout=0.2)
             try:
-                while outcome is None and self.channel.poll():
-                    kind, *content = self.channel.recv()
+                while outcome is None and (message := self._message()):
+                    kind, *content = message
                     match kind:
                         case "progress":
                             tell(*content)
@@ -170,7 +178,7 @@ class Child:
                                 self.channel.send(answers[content[0]]())
                         case _:
                             outcome = (kind, content[0])
-            except (EOFError, ConnectionResetError):
+            except EOFError:
                 heard = [self.process.sentinel]  # a closed channel would end every wait at once
             watch()
             if died:
@@ -178,6 +186,13 @@ class Child:
         if outcome is None:
             self.process.join()
         return _result(outcome, self.process.exitcode, what, log)
+
+    def _message(self) -> tuple | None:
+        """The process's next message, or None if there is none yet. Raises EOFError if none will come."""
+        try:
+            return self.channel.recv() if self.channel.poll() else None
+        except OSError as error:  # it was killed in the middle of one
+            raise EOFError from error
 
     def close(self, watch: Callable[[], None] = lambda: None) -> None:
         """Let the process end by itself; after CLOSING seconds it is ended. `watch` as for `call`."""
@@ -188,18 +203,36 @@ class Child:
         self.end()
 
     def end(self) -> None:
-        """End the process and its group, by SIGTERM and after GRACE seconds by SIGKILL."""
+        """End the process and its group, by SIGTERM and after GRACE seconds by SIGKILL.
+
+        A signal to this process may come in the middle, but once (`loop.signals`).
+        """
+        try:
+            self._end()
+        except BaseException:
+            self._end()
+            raise
+
+    def _end(self) -> None:
         for sent in (signal.SIGTERM, signal.SIGKILL):
-            if self.process.is_alive():
+            if self.process.pid and self.process.is_alive():
                 try:
                     os.killpg(self.process.pid, sent)
                 except ProcessLookupError:  # it has not made its own group yet
                     with suppress(ProcessLookupError):
                         os.kill(self.process.pid, sent)
                 self.process.join(GRACE)
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.process.pid, signal.SIGKILL)  # children that it left behind
+        if self.process.pid:
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.process.pid, signal.SIGKILL)  # children that it left behind
         self.channel.close()
+
+
+def end_all(children: dict[int, Child]) -> None:
+    """End all of `children`, and forget each when it has ended: a signal may come in the middle."""
+    for number in list(children):
+        children[number].end()
+        del children[number]
 
 
 def _result(outcome: tuple[str, Any] | None, exitcode: int | None, what: str, log: Path | None) -> Any:
@@ -234,9 +267,15 @@ def _child(channel, environment: dict, threads: int) -> None:
         os.environ.pop(key, None) if value is None else os.environ.update({key: value})
     os.environ[THREADS] = str(threads)
     lock = threading.Lock()
-    with suppress(EOFError):  # the rank has no more calls
+    try:
         while True:
             _perform(channel, lock, threads, *channel.recv())
+    except EOFError:  # the rank has no more calls
+        return
+    except BaseException:  # the outcome cannot be sent
+        with suppress(OSError):
+            traceback.print_exc()
+        os._exit(1)
 
 
 def _perform(channel, lock: threading.Lock, threads: int, target: str, arguments: dict, log: Path | None) -> None:
@@ -253,8 +292,9 @@ def _perform(channel, lock: threading.Lock, threads: int, target: str, arguments
         message = ("done", function(**arguments))
     except BaseException as error:
         message = ("again" if isinstance(error, StartAgain) else "failed", _told(error, log))
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with suppress(OSError):  # of a full disk; the message says more
+        sys.stdout.flush()
+        sys.stderr.flush()
     channel.send(message)
     if message[0] != "done":
         os._exit(1)  # skip clean-up, which may hang after a failure; the rank kills the rest of the group
@@ -263,7 +303,8 @@ def _perform(channel, lock: threading.Lock, threads: int, target: str, arguments
 def _told(error: BaseException, log: Path | None) -> str:
     if (line := explain(error)) is not None:
         return line
-    traceback.print_exception(error)
+    with suppress(OSError):  # of a full disk
+        traceback.print_exception(error)
     first = (str(error).strip().splitlines() or [""])[0]
     return f"{type(error).__name__}: {first}{f' (traceback in {log})' if log else ''}"
 

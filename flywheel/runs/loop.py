@@ -113,8 +113,7 @@ class Loop:
         try:
             return self.lead() if self.ranks.rank == 0 else self.follow()
         finally:
-            while self.left:
-                self.left.popitem()[1].end()
+            isolate.end_all(self.left)
 
     # ---- rank 0 ----
 

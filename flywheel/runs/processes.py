@@ -156,27 +156,33 @@ def run_stage(
         if worker not in left:
             changed = environment(ranks, bool(stage.train), port, together)
             left[worker] = isolate.Child(what, len(range(worker, threads, count)), changed)
-        figures = left[worker].call(
-            "flywheel.runs.worker:perform_stage",
-            arguments,
-            what=what,
-            log=manifest.stage_dir(run, round, stage.name) / f"rank_{rank}.log",
-            tell=told,
-            watch=watch,
-            answers={"draw": launch.draw, "all drawn are written": over_all},
-        )
-        if not leave_open:
-            left[worker].close(watch)
+        child = left[worker]
+        try:
+            figures = child.call(
+                "flywheel.runs.worker:perform_stage",
+                arguments,
+                what=what,
+                log=manifest.stage_dir(run, round, stage.name) / f"rank_{rank}.log",
+                tell=told,
+                watch=watch,
+                answers={"draw": launch.draw, "all drawn are written": over_all},
+            )
+            if not leave_open:
+                child.close(watch)
+        except BaseException:  # the main thread may have ended the others before this one was there
+            child.end()
+            raise
         return figures
 
     def over_all() -> bool:
         return all(other.done() for other in others) and launch.all_done()
 
-    done = False
+    done, others = False, []
+    isolate.ensure_server()  # here: the kernel would end one with the thread that started it
     try:
         with ThreadPoolExecutor(max(1, count - 1)) as pool:
-            others = [pool.submit(call, w, watch_others) for w in range(1, count)]
             try:
+                others += [pool.submit(call, w, watch_others) for w in range(1, count)]
                 figures = call(0, lambda: (watch(), [other.result() for other in others if other.done()]))
                 for other in others:
                     other.result()
@@ -187,8 +193,7 @@ def run_stage(
         return figures
     finally:
         if not (done and leave_open):
-            while left:
-                left.popitem()[1].end()
+            isolate.end_all(left)
 
 
 def call_alone(

@@ -124,7 +124,8 @@ def train(recipe: Recipe, out: Path, length: int) -> dict[str, float]:
     run, chance = Run(Path(), recipe, skipped=()), random.Random(0)
     prompts, reader = prompts_and_reader(run)
     length = max(2, min(length, recipe.distill.max_length, recipe.prm.max_length))
-    words = [token for problem in run.problems(Split.TRAIN)[:100] for token in prompts.solve(problem.question)]
+    asked = [prompts.solve(problem.question) for problem in run.problems(Split.TRAIN)[:100]]
+    words, prompt = [token for tokens in asked for token in tokens], max(map(len, asked))
 
     def text(length: int = length) -> tuple[int, ...]:
         return (*chance.choices(words, k=length - 1), reader.eos)
@@ -152,8 +153,10 @@ def train(recipe: Recipe, out: Path, length: int) -> dict[str, float]:
             break
     (out / name).rename(out / "policy")
     a_token = (peaks[-1] - peaks[0]) / (full * length - length // 2)
+    shown = {"reviser": recipe.reviser.context}  # solutions of a training's text, besides the one that is learned
     most = max(
-        spec.micro_batch_size * min(spec.max_length, recipe.engine.max_model_len) for spec in recipe.trainings.values()
+        spec.micro_batch_size * min(spec.max_length, prompt + (1 + shown.get(key, 0)) * recipe.sample.max_tokens)
+        for key, spec in recipe.trainings.items()
     )
     return {"start": start, "train": report.tokens / report.seconds, "train_memory": peaks[0] + a_token * most}
 
