@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ from flywheel.runs.isolate import PRELOAD
 if TYPE_CHECKING:
     from flywheel.recipe import Recipe
 
+PARENT = os.getppid()  # the launcher: read before imports take seconds, in which it may end
 PACKAGE = Path(__file__).resolve().parent
 # Recipes and accelerate configs are inside an installed package, but next to the package in a checkout.
 SHARE = PACKAGE / "share" if (PACKAGE / "share").is_dir() else PACKAGE.parent
@@ -114,7 +116,7 @@ def main(
     from flywheel.runs.ranks import Ranks
 
     ranks = Ranks.from_env()
-    loop = Loop(args, lambda: load_recipe(args), ranks, stages, report, preload, preflight, rehearsal)
+    loop = Loop(args, lambda: load_recipe(args), ranks, stages, report, preload, preflight, rehearsal, parent=PARENT)
     try:
         with signals():
             return loop.go()

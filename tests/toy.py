@@ -81,7 +81,10 @@ class Project:
 
     def run(self, *argv: str, **env: object) -> subprocess.CompletedProcess:
         process = self.start(*argv, **env)
-        out, err = process.communicate(timeout=60)
+        try:
+            out, err = process.communicate(timeout=60)
+        finally:
+            process.kill()  # one that hangs ends with its processes
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
     def logged(self, kind: str) -> list[list[str]]:

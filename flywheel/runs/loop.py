@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import itertools
 import os
 import shutil
@@ -44,6 +45,7 @@ from flywheel.runs.stage import Scheduled, Stage, schedule
 from flywheel.runs.terminal import Progress, brief
 
 STARTS = 12  # of one stage; each halves a training's micro batch
+LAST = 60.0  # seconds that a launch which was asked to end takes at most
 
 
 class Stopped(BaseException):
@@ -55,6 +57,8 @@ def signals():
     """Inside, the first SIGTERM, SIGINT or SIGHUP raises Stopped; later ones are ignored, so clean-up can finish."""
 
     def stop(number, frame):
+        # a library may catch what is raised, or wait for its own threads: then this prints where, and ends the process
+        faulthandler.dump_traceback_later(LAST, exit=True, file=sys.__stderr__)
         for asked in watched:
             signal.signal(asked, signal.SIG_IGN)
         raise Stopped(number)
@@ -84,7 +88,7 @@ class Loop:
     launch: Launch | None = None
     at: str = ""  # the current stage
     left: dict[int, isolate.Child] = field(default_factory=dict)  # processes that a stage has left to the next one
-    parent: int = field(default_factory=os.getppid)
+    parent: int = field(default_factory=os.getppid)  # the launcher
 
     @cached_property
     def recipe(self) -> Recipe:
@@ -358,7 +362,8 @@ class Loop:
         if self.launch:
             self.launch.watch()
         # accelerate's simple launcher does not forward SIGTERM: it dies and leaves its children running
-        if os.getppid() != self.parent and any(key.startswith("ACCELERATE_") for key in os.environ):
+        launched = any(key.startswith(("ACCELERATE_", "TORCHELASTIC_")) for key in os.environ)
+        if os.getppid() != self.parent and launched:
             raise Stopped(signal.SIGTERM)
 
     def failed(self, line: str) -> None:

@@ -253,13 +253,15 @@ class Launch:
         """
         first = self.ranks.rank == 0
         end = time.monotonic() + (2 * BEAT if first else LAST_WORDS)
-        with suppress(LaunchFailed):  # nobody hears it then
-            if self.ranks.world > 1 and not self.lost and not self.told:
-                key, said = ("over", line) if first else ("failed", f"rank {self.ranks.rank}: {line}")
-                self._ask(self.store.compare_set, key, "", json.dumps(said))
-                while not self.told and time.monotonic() < end:
-                    time.sleep(POLL)
-        self.stop()
+        try:
+            with suppress(LaunchFailed):  # nobody hears it then
+                if self.ranks.world > 1 and not self.lost and not self.told:
+                    key, said = ("over", line) if first else ("failed", f"rank {self.ranks.rank}: {line}")
+                    self._ask(self.store.compare_set, key, "", json.dumps(said))
+                    while not self.told and time.monotonic() < end:
+                        time.sleep(POLL)
+        finally:
+            self.stop()
 
 
 def connector(ranks: Ranks, restart: int) -> Callable[[], tuple[Any, Any]]:

@@ -180,7 +180,8 @@ def one_run(
         # a killed child ends its rank, a killed rank the others: by themselves
         if not ended(processes, PATIENCE):
             tally.hung += 1
-            tally.faults.append(f"{case}: a launch of {world} did not end by itself")
+            ends = [p.poll() for p in processes]  # those of ranks, not of what still holds their output open
+            tally.faults.append(f"{case}: a launch of {world} did not end by itself: {ends}")
             tally.faults += put_down(project)
             ended(processes, PATIENCE)
         tally.missed += not any(p.returncode for p in processes)

@@ -381,6 +381,22 @@ def grandchildren(pid: int) -> list[int]:
     return [int(number) for text in found for number in text.split()]
 
 
+def test_a_process_that_was_asked_to_end_and_cannot_ends_all_the_same():
+    """As where a library waits for its own threads, downloads for example."""
+    code = (
+        "import time\nfrom flywheel.runs import loop\nloop.LAST = 0.5\n"
+        "try:\n    with loop.signals():\n        print('ready', flush=True)\n        time.sleep(60)\n"
+        "finally:\n    time.sleep(60)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=HERE.parent
+    )
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    _, told = process.communicate(timeout=30)
+    assert process.returncode == 1 and "Timeout" in told and "line 9" in told
+
+
 def test_an_orphan_of_the_launcher_stops(project):
     """accelerate's simple launcher dies of SIGTERM without telling the rank."""
     code = "import subprocess, sys; subprocess.run([sys.executable, *sys.argv[1:]])"
