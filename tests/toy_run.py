@@ -1,10 +1,12 @@
 """The entry point on the toy stages, as a program of its own. TOY_SILENCE: seconds until a silent rank is gone.
 
-TOY_FAULT=between: a bug of rank 0 between the stages sample and label, which share their processes.
+TOY_FAULT=bug_between, killed_between: what befalls rank 0 between sample and label, which share their processes.
 """
 
 import os
+import signal
 import sys
+import time
 
 from flywheel.iterate import main
 from flywheel.runs import loop, ranks
@@ -13,11 +15,14 @@ brief = loop.brief
 
 
 def broken(made: dict, *rest) -> str:
+    if made["stage"] == "sample" and os.environ["TOY_FAULT"] == "killed_between":
+        time.sleep(2.0)  # until the other rank waits for the next order
+        os.kill(os.getpid(), signal.SIGKILL)
     return brief(made, *rest) if made["stage"] != "sample" else made["no such key"]
 
 
 if __name__ == "__main__":
-    if os.environ.get("TOY_FAULT") == "between":
+    if os.environ.get("TOY_FAULT", "").endswith("_between"):
         loop.brief = broken
     ranks.SILENCE = float(os.environ.get("TOY_SILENCE", ranks.SILENCE))
     sys.exit(main(stages="toy_stages:stages", report="toy_stages", preload=(), preflight=None, rehearsal="toy_stages"))

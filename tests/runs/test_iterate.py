@@ -327,7 +327,7 @@ def test_an_engine_that_dies_again_fails_with_its_questions(project):
 
 def test_a_bug_between_stages_ends_the_processes_that_the_first_has_left(project):
     """Else Python waits at its end for them, and they for it."""
-    done = project.run("--round", "1", TOY_FAULT="between")
+    done = project.run("--round", "1", TOY_FAULT="bug_between")
     assert done.returncode == 1 and "flywheel: KeyError: 'no such key'" in done.stderr
     assert project.logged("tools:sample") and not project.logged("tools:label")
 
@@ -526,6 +526,15 @@ def test_the_other_ranks_stop_when_rank_0_is_gone(project):
     wait_for(lambda: project.logged("evaluate:0"))
     ranks[0].kill()
     assert ranks[1].wait(30) == 1
+    for process in ranks:
+        process.communicate()
+
+
+def test_the_others_stop_when_rank_0_is_killed_between_stages(project):
+    """They hold processes for the next stage then, and their exception keeps all that they hold."""
+    ranks = start_ranks(project, "--round", "1", TOY_FAULT="killed_between", TOY_SLEEP=0.2)
+    assert [process.wait(60) for process in ranks] == [-signal.SIGKILL, 1]
+    assert {rank for _, rank, _ in project.logged("tools:sample")} == {"0", "1"}
     for process in ranks:
         process.communicate()
 
