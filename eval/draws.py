@@ -10,7 +10,7 @@ from typing import TypeVar
 from eval.shared import add_runs, folder
 from flywheel.errors import UserError
 from flywheel.runs.files import read_json, sha256, write_json
-from flywheel.runs.reading import records
+from flywheel.runs.reading import Written
 from flywheel.runs.run import Run
 from flywheel.runs.shards import shard_dirs
 from flywheel.search.strategies import AnyStrategy
@@ -125,7 +125,7 @@ def read_part(run: Run, args: argparse.Namespace, part: str, cls: type[R]) -> li
     if not (directory / "finished").is_file():
         raise UserError(f"{directory}: not drawn; python -m eval study {run.root} --round {args.round} draws it")
     check_origin(directory, run, args.round)
-    return list(records(directory, cls))
+    return list(Written(directory).records(cls))
 
 
 def read_all(run: Run, args: argparse.Namespace) -> tuple[list[Difficult], list[Drawn], list[Tried]]:

@@ -18,7 +18,7 @@ from flywheel.models.prm import aggregate, label_ids
 from flywheel.models.published import preflight as check_published
 from flywheel.recipe import PrmSpec, PublishedSpec, TrainSpec, parse
 from flywheel.records import Answered, Grade, ModelRef, Question, Role, Solution, Split, Step
-from flywheel.runs.reading import records
+from flywheel.runs.reading import Written
 from flywheel.runs.run import Context, Run
 from flywheel.runs.shards import missing
 from flywheel.runs.stage import Input, Stage
@@ -132,9 +132,9 @@ def chains(
     title += (f"_first_{count}" if count else "") + (f"_{reviser.name}" if reviser else "")
     directory = draw(run, round, title, models, work, split, count)
     found: dict[str, list[Solution]] = {}
-    for solution in records(directory, Solution):
+    for solution in Written(directory).records(Solution):
         found.setdefault(solution.draw, []).append(solution)
-    return list(found.values()), {grade.solution_id: grade.correct for grade in records(directory, Grade)}
+    return list(found.values()), {grade.solution_id: grade.correct for grade in Written(directory).records(Grade)}
 
 
 # ---- averages ----------------------------------------------------------------------------

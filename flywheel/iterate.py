@@ -97,7 +97,7 @@ def main(
 
     stages: `module:function(round) -> list[Stage]`. report: a module with `after_round(run, round)`,
     `summary(run)` and `print_round(summary, round)`. preload: modules that the fork server imports.
-    preflight: `module:function(recipe, ranks)`, which returns ids of questions to leave out. rehearsal: a module with
+    preflight: `module:function(recipe)`, which returns ids of questions to leave out. rehearsal: a module with
     what `flywheel.runs.rehearsal` calls. Both come before a run is created, and may raise UserError.
     """
     args = parser().parse_args(argv)
@@ -121,8 +121,8 @@ def main(
         with signals():
             return loop.go()
     except Stopped as stop:
-        name = signal.Signals(stop.args[0]).name
-        loop.failed(f"stopped by {name}{loop.where}; {AGAIN}")
+        name, at = signal.Signals(stop.args[0]).name, f" in {loop.at}" if loop.at else ""
+        loop.failed(f"stopped by {name}{at}; {AGAIN}")
         return 128 + stop.args[0]
     except Exception as error:
         if (line := explain(error)) is None:

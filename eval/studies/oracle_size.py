@@ -23,7 +23,7 @@ from flywheel.measure.bins import quantile_bins
 from flywheel.measure.stats import bootstrap_mean
 from flywheel.records import Grade, ModelRef, Role
 from flywheel.runs.files import read_rows
-from flywheel.runs.reading import records
+from flywheel.runs.reading import Written
 from flywheel.runs.run import Context, Run
 from flywheel.runs.shards import shard_dirs
 from flywheel.stages.kit import Kit
@@ -54,7 +54,7 @@ def verdicts(run: Run, round: int, samples: int, count: int) -> tuple[dict[str, 
         return await kit.each(questions, one)
 
     directory = draw(run, round, f"oracle_{samples}_first_{count}", models, work, count=count, chunk=4)
-    grades = by_question(records(directory, Grade))  # in the order of the samples
+    grades = by_question(Written(directory).records(Grade))  # in the order of the samples
     [(_, spent)] = total(row for shard in shard_dirs(directory) for row in read_rows(shard / "ledger.parquet"))
     return {q: [grade.correct for grade in group] for q, group in grades.items()}, spent.tokens / len(grades)
 

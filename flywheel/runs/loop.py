@@ -27,16 +27,7 @@ from flywheel.runs.estimate import RATES_VERSION, Rates, cpu_name, guessed, keep
 from flywheel.runs.files import read_json, write_file, write_json
 from flywheel.runs.fork import fork
 from flywheel.runs.manifest import stage_dir
-from flywheel.runs.processes import (
-    Tell,
-    call_alone,
-    check_batches,
-    check_devices,
-    processes,
-    run_stage,
-    threads_of,
-    workers,
-)
+from flywheel.runs.processes import Tell, call_alone, check_batches, check_devices, run_stage, threads_of, workers
 from flywheel.runs.ranks import Launch, Ranks, free_port, lock
 from flywheel.runs.rehearsal import rehearse
 from flywheel.runs.run import SKIPPED, Run
@@ -83,7 +74,7 @@ class Loop:
     stages: str
     report: str
     preload: tuple[str, ...]
-    preflight: str | None = None  # `module:function(recipe, ranks)`: ids to leave out; raises UserError
+    preflight: str | None = None  # `module:function(recipe)`: ids to leave out; raises UserError
     rehearsal: str | None = None  # a module with what `runs/rehearsal.py` calls; raises UserError
     launch: Launch | None = None
     at: str = ""  # the current stage
@@ -100,10 +91,6 @@ class Loop:
         if name != Path(name).name or name in ("", ".", ".."):
             raise UserError(f"--name: {name!r} cannot name a directory")
         return self.args.runs / name
-
-    @property
-    def where(self) -> str:
-        return f" in {self.at}" if self.at else ""
 
     def plan(self, rounds: int) -> list[Scheduled]:
         planned = schedule(isolate.resolve(self.stages), rounds)
@@ -259,17 +246,15 @@ class Loop:
         directory = stage_dir(self.run, *scheduled.at)
         for at in scheduled.reads:
             manifest.check_files(stage_dir(self.run, *at), manifest.load(self.run, *at), contents=True)
-        for shard in shard_dirs(directory):  # here once, for all processes of all ranks
-            check_shard(shard)
+        found = {int(shard.name): check_shard(shard) for shard in shard_dirs(directory)}  # once, for all processes
         made_from = manifest.fingerprint(self.run, self.recipe, sources, scheduled)
         directory.mkdir(parents=True, exist_ok=True)
         write_json(directory / manifest.FINGERPRINT, made_from)
         # seconds that earlier launches spent on this stage, if with as many processes as now
-        found = shard_dirs(directory)
-        drawn = sum(read_json(shard / "shard.json")["seconds"] for shard in found)
+        drawn = sum(shard["seconds"] for shard in found.values())
         samplers = self.ranks.world // self.recipe.engine.tensor_parallel
-        before = drawn / (samplers * processes(self.ranks, self.recipe, stage))
-        started, have = time.monotonic(), [int(shard.name) for shard in found]
+        before = drawn / (samplers * workers(self.recipe, threads_of(self.ranks, self.recipe)))
+        started, have = time.monotonic(), list(found)
         for attempt in range(STARTS):
             port = free_port()
             self.launch.order(do="stage", round=round, stage=stage.name, port=port, have=have, leave_open=leave_open)
@@ -338,20 +323,8 @@ class Loop:
         """This rank's part of a stage; rank 0 returns its figures."""
         self.at = manifest.name_of((round, stage.name))
         try:
-            return run_stage(
-                self.ranks,
-                self.recipe,
-                self.run,
-                round,
-                stage,
-                self.stages,
-                port,
-                tell,
-                self.watch,
-                self.launch,
-                self.left,
-                leave_open,
-            )
+            job = (self.ranks, self.recipe, self.run, round, stage, self.stages, port)
+            return run_stage(*job, tell, self.watch, self.launch, self.left, leave_open)
         except isolate.StageFailed:
             if stage.train:
                 self.launch.listen(self.watch)
@@ -367,11 +340,12 @@ class Loop:
             raise Stopped(signal.SIGTERM)
 
     def failed(self, line: str) -> None:
-        """Report a failure once: rank 0 prints it; else one rank of each host does, if rank 0 cannot."""
-        rank = self.ranks.rank
+        """Report a failure once: by rank 0, or, if it cannot, by the first other rank of each host."""
+        rank, first = self.ranks.rank, max(1, self.ranks.rank - self.ranks.local_rank)
         if rank == 0:
             print(f"flywheel: {line}", file=sys.stderr, flush=True)
         if self.launch:
             self.launch.fail(line)
-        if rank and not (self.launch and self.launch.told) and rank == max(1, rank - self.ranks.local_rank):
+        told = self.launch is not None and self.launch.told
+        if rank == first and not told:
             print(f"flywheel: {line}", file=sys.stderr, flush=True)

@@ -26,11 +26,6 @@ def own_cores(ranks: Ranks) -> list[int]:
     return every[ranks.local_rank :: ranks.local_world] or every
 
 
-def processes(ranks: Ranks, recipe: Recipe, stage: Stage) -> int:
-    """Number of processes per rank: 1 for training; for sampling `engine.workers`, at most one per core."""
-    return 1 if stage.train else workers(recipe, threads_of(ranks, recipe))
-
-
 def threads_of(ranks: Ranks, recipe: Recipe) -> int:
     """CPU threads of this rank, all its processes together."""
     return isolate.threads_for(ranks.local_world, recipe.engine.threads)
@@ -114,15 +109,16 @@ def run_stage(
     called several times a second and ends the stage by raising. A rank whose device is part of another's engine does
     nothing in a sampling stage. Raises StageFailed, and StartAgain if the stage's process asks for it.
 
-    left: by number, the processes that the stage before has left, which are this stage's now; on return empty, or with
-    `leave_open` those that this one leaves.
+    left: worker number -> process. Before: what the stage before has left open, for this one to go on with. After: with
+    `leave_open` this stage's own processes, else none.
     """
     together = recipe.engine.tensor_parallel
     if not stage.train and ranks.local_rank % together:
         return {}
     left = {} if left is None else left
-    cores, count = own_cores(ranks), processes(ranks, recipe, stage)
+    cores = own_cores(ranks)
     threads = training_threads(ranks, recipe) if stage.train else threads_of(ranks, recipe)
+    count = 1 if stage.train else workers(recipe, threads)
     # with fewer threads than cores nobody knows which cores are free, so the kernel chooses
     bound = not stage.train and (count > 1 or ranks.local_world > 1) and threads == len(cores)
     made: dict[int, float] = {}  # tokens so far, by process

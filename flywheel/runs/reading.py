@@ -87,11 +87,6 @@ class Written:
         return {item: shard for shard, items in self._items.items() for item in items}
 
 
-def records(directory: Path, cls: type[R]) -> Iterator[R]:
-    """The records of class `cls` in the shards of `directory`, in the order of the items."""
-    return Written(directory).records(cls)
-
-
 def _path(shard: Path, cls: type) -> Path:
     return shard / f"{cls.__name__}.parquet"
 

@@ -25,24 +25,18 @@ class Shards:
         self.dir, self.chunks = stage_dir / "shards", chunks
         self.dir.mkdir(parents=True, exist_ok=True)
         self._draw = draw or missing(stage_dir)
-        self._check()
+        for path in shard_dirs(stage_dir):  # names and sizes: the launch's rank 0 has compared the contents
+            self._check(path, contents=False)
 
     def path(self, index: int) -> Path:
         return self.dir / f"{index:05d}"
 
     def done(self) -> list[int]:
-        """From a listing: NFS keeps a name that was looked up in vain absent for half a minute."""
+        """From a listing: NFS keeps a name that was looked up in vain absent for a minute."""
         return [int(path.name) for path in shard_dirs(self.dir.parent)]
 
-    def _check(self) -> None:
-        """Raises Damaged if an existing shard has other items than its chunk has now, or files of another size.
-
-        The launch's rank 0 has compared their contents before.
-        """
-        for path in shard_dirs(self.dir.parent):
-            self._check_one(path, contents=False)
-
-    def _check_one(self, path: Path, contents: bool = True) -> None:
+    def _check(self, path: Path, contents: bool = True) -> None:
+        """Raises Damaged if a shard is damaged, or has other items than its chunk has now."""
         shard, index = check_shard(path, contents), int(path.name)
         if index >= len(self.chunks) or shard.get("items") != list(self.chunks[index]):
             raise Damaged(
@@ -97,7 +91,7 @@ class Shards:
             shutil.rmtree(scratch, ignore_errors=True)
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
-            self._check_one(self.path(index))  # another launch's process wrote it: the chunk is done
+            self._check(self.path(index))  # another launch's process wrote it: the chunk is done
         sync_dir(self.dir)
 
 

@@ -17,7 +17,7 @@ from flywheel.measure.bins import quantile_bins
 from flywheel.records import ModelRef, Role, SampleScores, Split
 from flywheel.runs.files import read_json, sha256, write_json
 from flywheel.runs.manifest import MANIFEST
-from flywheel.runs.reading import records
+from flywheel.runs.reading import Written
 from flywheel.runs.run import Context, Run
 from flywheel.runs.shards import shard_dirs
 from flywheel.runs.stage import Input, Stage
@@ -155,9 +155,9 @@ def calibrate(run: Run, round: int | None = None) -> System:
         raise UserError(f"{ctx.dir}: begun with models that were made anew since; remove this folder")
     write_json(ctx.dir / ORIGIN, origin)
     fill(ctx)
-    trials, names = list(records(ctx.dir, Trial)), model_names(served.models)
+    trials, names = list(Written(ctx.dir).records(Trial)), model_names(served.models)
     plan, two_fold = serve_plan(trials, names, run.recipe.calibrate.bins, seed=ctx.seed("folds") % 2**31)
-    edges = probe_edges(run.recipe, records(ctx.dir, SampleScores))
+    edges = probe_edges(run.recipe, Written(ctx.dir).records(SampleScores))
     figures = {"made_from": origin, "serve": plan.to_dict(), "two_fold": two_fold, "probe_edges": edges}
     write_json(ctx.dir / FIGURES, figures)
     return system(run, round)
