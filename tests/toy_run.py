@@ -15,10 +15,12 @@ brief = loop.brief
 
 
 def broken(made: dict, *rest) -> str:
-    if made["stage"] == "sample" and os.environ["TOY_FAULT"] == "killed_between":
+    if made["stage"] != "sample":
+        return brief(made, *rest)
+    if os.environ["TOY_FAULT"] == "killed_between":
         time.sleep(2.0)  # until the other rank waits for the next order
         os.kill(os.getpid(), signal.SIGKILL)
-    return brief(made, *rest) if made["stage"] != "sample" else made["no such key"]
+    return made["no such key"]
 
 
 if __name__ == "__main__":

@@ -159,8 +159,12 @@ def plain(value: Any) -> Any:
 # ---- tables ------------------------------------------------------------------------------
 
 
+class _NoArrowType(TypeError):
+    pass
+
+
 def _arrow(hint: Any):
-    """The arrow type of a field. Raises NotImplementedError for dicts and unions, which are stored as JSON."""
+    """The arrow type of a field. Raises _NoArrowType for dicts and unions, which are stored as JSON."""
     import pyarrow as pa
 
     simple = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
@@ -175,7 +179,7 @@ def _arrow(hint: Any):
         return pa.list_(_arrow(args[0]))
     if origin in (typing.Union, types.UnionType) and len(args) == 2 and type(None) in args:
         return _arrow(next(a for a in args if a is not type(None)))
-    raise NotImplementedError(hint)
+    raise _NoArrowType(hint)
 
 
 def _hints(cls: type) -> dict[str, Any]:
@@ -193,7 +197,7 @@ def _layout(cls: type) -> tuple[Any, Any, frozenset[str]]:
     for name, hint in _hints(cls).items():
         try:
             columns.append((name, _arrow(hint)))
-        except NotImplementedError:
+        except _NoArrowType:
             columns.append((name, pa.string()))
             as_json.add(name)
     return pa.schema(columns), TypeAdapter(list[cls]), frozenset(as_json)

@@ -71,13 +71,18 @@ def threads_for(ranks_here: int, wanted: int = 0) -> int:
     return max(1, min(int(free) // ranks_here, wanted or omp_threads() or sys.maxsize))
 
 
+def launched() -> bool:
+    """Whether accelerate or torchrun started this process."""
+    return any(key.startswith(("ACCELERATE_", "TORCHELASTIC_")) for key in os.environ)
+
+
 def omp_threads() -> int:
     """OMP_NUM_THREADS as the user set it, else 0.
 
     accelerate and torchrun export 1 if it is not set, so under them the launcher's own environment is what counts.
     """
     found = os.environ.get("OMP_NUM_THREADS", "")
-    if any(key.startswith(("ACCELERATE_", "TORCHELASTIC_")) for key in os.environ):
+    if launched():
         with suppress(OSError):  # the launcher is gone, or belongs to somebody else
             launcher = Path(f"/proc/{os.getppid()}/environ").read_bytes().decode(errors="replace").split("\0")
             found = next((item.partition("=")[2] for item in launcher if item.startswith("OMP_NUM_THREADS=")), "")
@@ -139,8 +144,9 @@ class Child:
             raise StageFailed(
                 f"{what}: the process that loads {', '.join(PRELOAD)} died ({error!r}); its message is above"
             ) from None
-        except BaseException:  # a signal, when it may have started
-            self.end()
+        except BaseException:  # a signal
+            if self.process.pid:
+                self.end()
             raise
 
     def call(
@@ -215,16 +221,15 @@ class Child:
 
     def _end(self) -> None:
         for sent in (signal.SIGTERM, signal.SIGKILL):
-            if self.process.pid and self.process.is_alive():
+            if self.process.is_alive():
                 try:
                     os.killpg(self.process.pid, sent)
                 except ProcessLookupError:  # it has not made its own group yet
                     with suppress(ProcessLookupError):
                         os.kill(self.process.pid, sent)
                 self.process.join(GRACE)
-        if self.process.pid:
-            with suppress(ProcessLookupError, PermissionError):
-                os.killpg(self.process.pid, signal.SIGKILL)  # children that it left behind
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)  # children that it left behind
         self.channel.close()
 
 

@@ -335,8 +335,7 @@ class Loop:
         if self.launch:
             self.launch.watch()
         # accelerate's simple launcher does not forward SIGTERM: it dies and leaves its children running
-        launched = any(key.startswith(("ACCELERATE_", "TORCHELASTIC_")) for key in os.environ)
-        if os.getppid() != self.parent and launched:
+        if os.getppid() != self.parent and isolate.launched():
             raise Stopped(signal.SIGTERM)
 
     def failed(self, line: str) -> None:
