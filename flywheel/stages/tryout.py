@@ -16,24 +16,28 @@ from flywheel.records import Grade, Problem, Solution, Verdict
 from flywheel.stages.kit import Kit
 
 QUESTIONS, SAMPLES, SHOWN = 8, 4, 3
+MORE = 24  # further questions, if no solution of the first is right: a base that is right in 5% of them needs that many
 FORCE = "; flywheel iterate --force starts the run all the same"
 
 
 def try_out(kit: Kit, problems: Sequence[Problem], force: bool = False) -> list[tuple[Solution, Grade]]:
     """Sample QUESTIONS of `problems` SAMPLES times each by the base, print what was read, and judge it.
 
-    Returns the solutions with their grades. Raises UserError, naming the recipe key to look at, if no answer could be
-    read or none is right, unless `force`.
+    If nothing is right, MORE questions are sampled before it is judged. Returns the solutions with their grades.
+    Raises UserError, naming the recipe key to look at, if no answer could be read or none is right, unless `force`.
     """
     recipe, fitting = kit.recipe, sorted(problem.id for problem in problems)
-    asked = random.Random(recipe.seed).sample(fitting, min(QUESTIONS, len(fitting)))
-    started = time.monotonic()
-    drawn = kit.backend.run(asked, lambda question: kit.sampled(question, SAMPLES, purpose="try", tag="try"))
-    made = [record for records in drawn for record in records]
+    order = random.Random(recipe.seed).sample(fitting, min(QUESTIONS + MORE, len(fitting)))
+    started, solutions, grades = time.monotonic(), [], []
+    for asked in (order[:QUESTIONS], order[QUESTIONS:]):
+        drawn = kit.backend.run(asked, lambda question: kit.sampled(question, SAMPLES, purpose="try", tag="try"))
+        made = [record for records in drawn for record in records]
+        solutions += [record for record in made if isinstance(record, Solution)]
+        grades += [record for record in made if isinstance(record, Grade)]
+        if not (line := fault(grades)):
+            break
     seconds = time.monotonic() - started
-    solutions = [record for record in made if isinstance(record, Solution)]
-    grades = [record for record in made if isinstance(record, Grade)]
-    print(f"try-out: {len(asked)} training questions x {SAMPLES} samples of {recipe.model.base}")
+    print(f"try-out: {len(solutions) // SAMPLES} training questions x {SAMPLES} samples of {recipe.model.base}")
     for solution, grade in shown(solutions, grades):
         problem = kit.problems[solution.question_id]
         gold = gym.plain(problem.answer) if recipe.problems.format == "reasoning_gym" else problem.answer
@@ -41,7 +45,7 @@ def try_out(kit: Kit, problems: Sequence[Problem], force: bool = False) -> list[
     shares = ", ".join(f"{verdict} {count / len(grades):.0%}" for verdict, count in sorted(kit.ledger.verdicts.items()))
     length = sum(solution.generated for solution in solutions) / len(solutions)
     print(f"try-out: {shares}; {length:.0f} tokens a solution, {seconds:.1f} s", flush=True)
-    if (line := fault(grades)) and not force:
+    if line and not force:
         raise UserError(line + FORCE)
     return list(zip(solutions, grades, strict=True))
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import random
 import re
+from pathlib import Path
 
 import pytest
 
@@ -51,12 +53,23 @@ def test_a_try_out_shows_what_was_read_and_its_shares(opened, capsys):
     assert set(shares) == {"correct", "incorrect", "unparsable"} and 99 <= sum(shares.values()) <= 101
 
 
+def test_a_base_that_is_seldom_right_is_asked_more_questions_before_it_is_stopped(opened, capsys):
+    recipe = opened("1 + 2 = 4 \n Answer 4")
+    script = Path(recipe.model.base) / "scripted.json"
+    lines = json.loads(script.read_text())["questions"]
+    asked = random.Random(recipe.seed).sample([f"t{i:02d}" for i in range(1, 31)], 30)
+    later = next(name for name in asked[QUESTIONS:] if name >= "t10")  # its text is no part of another's
+    script.write_text(json.dumps({"questions": lines | {f"1 + {later[1:]}": [{"text": "1 + 2 = 3 \n Answer 3"}]}}))
+    sample(recipe, force=False)
+    assert f"try-out: 30 training questions x {SAMPLES} samples" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "line, changes, named",
     [
         ("1 + 2 = 3 \n ok", {}, "see prompts.answer"),
         ("1 + 2 = 3 \n Answer 3", {"sample__max_tokens": 4}, "see prompts.stop .* then sample.max_tokens"),
-        ("1 + 2 = 4 \n Answer 4", {}, "none of 32 answers is right"),
+        ("1 + 2 = 4 \n Answer 4", {}, "none of 120 answers is right"),
         ("1 + 2 = 3 \n Answer 3", {"problems__checker": "tests.stages.test_tryout:broken"}, "see problems.checker"),
     ],
 )
