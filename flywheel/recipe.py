@@ -101,9 +101,13 @@ class ProblemSpec(Spec):
     @model_validator(mode="before")
     @classmethod
     def _own_checker(cls, data: Any) -> Any:
-        if isinstance(data, dict) and data.get("format") == "reasoning_gym":
-            return {"checker": "flywheel.problems.gym:right", **data}
-        return data
+        """reasoning_gym's answers are judged by its tasks' scorers, no other's are: a stored recipe names it."""
+        own = "flywheel.problems.gym:right"
+        if not isinstance(data, dict):
+            return data
+        if data.get("format") == "reasoning_gym":
+            return {"checker": own, **data}
+        return {key: value for key, value in data.items() if (key, value) != ("checker", own)}
 
     @model_validator(mode="after")
     def _place(self) -> ProblemSpec:

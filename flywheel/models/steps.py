@@ -139,10 +139,12 @@ class Reader:
     ) -> Solution:
         """Parse `tokens` as a solution, which begins after a thought. `draw` defaults to `id`.
 
-        `answer` is None unless `finish` is STOP.
+        `answer` is None unless `finish` is STOP; the steps end with the one that completes it.
         """
         steps = self.steps(self.trim(tokens))
         answer = self.answer("".join(step.text for step in steps)) if finish is Finish.STOP else None
+        while answer and len(steps) > 1 and self.answer("".join(step.text for step in steps[:-1])) == answer:
+            steps = steps[:-1]  # what comes after the answer is never judged or trained on
         unread = len(tokens) - sum(len(step.tokens) for step in steps)
         return Solution(id, question_id, steps, finish, answer, purpose, model, draw or id, parent, attempt, unread)
 

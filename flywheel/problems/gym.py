@@ -68,7 +68,8 @@ def _dataset(task: str, config: str, seed: int = 0, size: int = 1):
     try:
         return gym.create_dataset(task, seed=seed, size=size, **json.loads(config))
     except (ValueError, TypeError, AssertionError) as error:
-        raise UserError(f"problems.tasks {task}: {' '.join(str(error).split())}") from None
+        knobs = "" if config == "{}" else f" with {config}"
+        raise UserError(f"problems.tasks {task}{knobs}: {' '.join(str(error).split())}") from None
 
 
 MISSING = "problems.format reasoning_gym: the package is missing; install it: pip install 'flywheel[reasoning-gym]'"
@@ -102,4 +103,5 @@ warm_up = library  # called before a worker forks, so that no answer's time limi
 
 def plain(gold: str) -> str:
     """The answer in a `gold` as `rows` makes it, to show to a person."""
-    return str(json.loads(gold)["entry"]["answer"])
+    answer = json.loads(gold)["entry"]["answer"]
+    return "any that the task's scorer takes" if answer is None else str(answer)

@@ -38,7 +38,8 @@ def _load_dataset(spec: ProblemSpec) -> dict[str, Iterable[dict]]:
                 raise UserError(f"{path}: of no kind that problems.format datasets reads: {', '.join(KINDS)}")
             return datasets.load_dataset(kind, data_files=spec.path)
         if path.exists():
-            return datasets.load_dataset(spec.path)
+            known = datasets.get_dataset_config_names(spec.path)  # of a plain folder only "default"
+            return datasets.load_dataset(spec.path, spec.config if spec.config in known else None)
         _reach_the_hub(spec.path)
         return datasets.load_dataset(spec.path, spec.config, revision=spec.revision)
     except UserError:

@@ -33,10 +33,11 @@ def snapshot(name: str, revision: str | None, download: bool = True, key: str = 
         if not download:
             return name
         raise UserError(
-            f"{key}: {name} is not in the cache, and the Hub cannot be reached: {first_line(error)}"
+            f"{key}: {name} is no folder here and not in the Hub's cache, and the Hub cannot be reached:"
+            f" {first_line(error)}"
         ) from None
     except (HfHubHTTPError, HFValidationError, HTTPError) as error:
-        raise UserError(f"{key}: {name}: the Hub does not give it: {first_line(error)}") from None
+        raise UserError(f"{key}: {name} is no folder here, and the Hub does not give it: {first_line(error)}") from None
 
 
 def name_of(base: str) -> str:

@@ -188,7 +188,7 @@ class Loop:
         A dry run rehearses only what was not measured before. Raises UserError if the rehearsal finds a fault.
         """
         threads = threads_of(self.ranks, self.recipe)
-        sections = {"model", "engine", "prompts", "sample", "calibrate", "problems"}
+        sections = {"model", "engine", "prompts", "sample", "calibrate", "problems", *self.recipe.trainings}
         recipe = self.recipe.model_dump(mode="json", include=sections)
         key = {"recipe": recipe, "sources": sources, "threads": threads, "cpu": cpu_name(), "rates": RATES_VERSION}
         known = measured(key)

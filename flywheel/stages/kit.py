@@ -118,6 +118,9 @@ def long_questions(recipe: Recipe, prompts: Prompts) -> list[str]:
     Raises UserError too if a split has no other questions.
     """
     problems = Run(Path(), recipe, skipped=()).problems(*Split)
+    shown = {example.level for example in recipe.prompts.examples if example.level}
+    if unused := shown - {problem.question.level for problem in problems}:
+        print(f"prompts.examples: shown with no question, for none is of level {', '.join(sorted(unused))}", flush=True)
     long = {problem.id: over for problem in problems if (over := too_long(recipe, prompts, problem))}
     if not long:
         return []

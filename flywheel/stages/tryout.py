@@ -43,8 +43,9 @@ def try_out(kit: Kit, problems: Sequence[Problem], force: bool = False) -> list[
         gold = gym.plain(problem.answer) if recipe.problems.format == "reasoning_gym" else problem.answer
         print(as_read(problem, gold, solution, grade.verdict))
     shares = ", ".join(f"{verdict} {count / len(grades):.0%}" for verdict, count in sorted(kit.ledger.verdicts.items()))
-    length = sum(solution.generated for solution in solutions) / len(solutions)
-    print(f"try-out: {shares}; {length:.0f} tokens a solution, {seconds:.1f} s", flush=True)
+    tokens = sum(solution.generated for solution in solutions)
+    length, rate = tokens / len(solutions), tokens / seconds
+    print(f"try-out: {shares}; {length:.0f} tokens a solution, {rate:.0f} tokens/s for these few", flush=True)
     if line and not force:
         raise UserError(line + FORCE)
     return list(zip(solutions, grades, strict=True))
@@ -82,23 +83,25 @@ def short(text: str, most: int = 100) -> str:
 
 
 def fault(grades: Sequence[Grade]) -> str | None:
-    """One line that says which recipe key to look at, if no answer was read or none is right."""
+    """One line that says which recipe key to look at, if none is right: of most solutions, what went wrong."""
     counts, total = Counter(grade.verdict for grade in grades), len(grades)
     if counts[Verdict.CORRECT]:
         return None
-    if counts[Verdict.TRUNCATED] + counts[Verdict.UNPARSABLE] < total:
-        if counts[Verdict.UNDECIDED] == total:
-            return f"try-out: the checker decided none of {total} answers; see problems.checker, problems.check_seconds"
+    read = total - counts[Verdict.TRUNCATED] - counts[Verdict.UNPARSABLE]
+    if counts[Verdict.UNDECIDED] == total:
+        return f"try-out: the checker decided none of {total} answers; see problems.checker, problems.check_seconds"
+    if read >= total / 2:
         return (
             f"try-out: none of {total} answers is right: see above whether prompts.answer reads the whole answer"
             " and whether the problems' answers are written alike; else the questions are too hard for the model"
         )
+    found = f"an answer could be read in {read or 'none'} of {total} solutions"
     if counts[Verdict.TRUNCATED] > total / 2:
         return (
-            f"try-out: no answer could be read, {counts[Verdict.TRUNCATED]} of {total} solutions were cut off;"
-            " see prompts.stop (what ends a solution), then sample.max_tokens, then prompts.answer"
+            f"try-out: {found}, {counts[Verdict.TRUNCATED]} were cut off; see prompts.stop (what ends a solution),"
+            " then sample.max_tokens, then prompts.answer"
         )
     return (
-        f"try-out: no answer could be read in {total} solutions; see prompts.answer (how an answer is found),"
-        " and prompts.solve (whether the model is told to write it so)"
+        f"try-out: {found}; see prompts.answer (how an answer is found), and prompts.solve (whether the model is told"
+        " to write it so)"
     )

@@ -52,6 +52,21 @@ def test_a_solution_may_go_on_after_its_answer():
 
 @pytest.mark.parametrize(
     ("text", "kept"),
+    [
+        ("1 + 1 = 2\nAnswer: 2\nIs that so?\n", "1 + 1 = 2\nAnswer: 2\n"),
+        ("Answer: 3\nNo.\nAnswer: 2\nYes.\n", "Answer: 3\nNo.\nAnswer: 2\n"),
+        ("1 + 1 = 2\n2\n", "1 + 1 = 2\n2\n"),
+    ],
+)
+def test_what_comes_after_the_answer_is_no_part_of_the_solution(text, kept):
+    made = reader(end_at_answer=False).solution(
+        ids(text), Finish.STOP, id="s", question_id="q", purpose="sample", model="m"
+    )
+    assert made.text.rstrip() == kept.rstrip() and made.generated == len(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
     [("1 = 1\nQuestion:", "1 = 1"), ("1 = 1\n\n", "1 = 1"), ("1 = 1#", "1 = 1"), ("1 = 1\n2", "1 = 1\n2")],
 )
 def test_a_stop_text_is_no_part_of_the_solution(text, kept):

@@ -51,6 +51,19 @@ def test_sizes_are_exact_and_no_question_is_in_two_splits():
 
 
 @needs_package
+def test_a_limit_keeps_some_questions_of_each_task():
+    tasks = {**SUM, **SIZES}, {"task": "gcd", **SIZES, "train": 4}
+    whole, limited = load(spec(*tasks))[Split.TRAIN], load(spec(*tasks, limits={"train": 8}))[Split.TRAIN]
+    assert [problem.level for problem in limited] == ["sum2"] * 6 + ["gcd"] * 2 and set(limited) < set(whole)
+
+
+def test_its_checker_is_no_other_formats():
+    own = {"format": "jsonl", "path": "mine.jsonl"}
+    assert ProblemSpec(**own, checker="flywheel.problems.gym:right") == ProblemSpec(**own)
+    assert ProblemSpec(**own, checker="mine:right").checker == "mine:right"
+
+
+@needs_package
 def test_a_pattern_cuts_the_bare_question_out():
     [problem, *_] = load(spec({**SUM, **SIZES, "question": ": (.*)"}))[Split.TEST]
     assert re.fullmatch(r"-?\d [-+] \d =", problem.question.text)
@@ -85,8 +98,8 @@ def test_the_tasks_own_scorer_judges_in_a_worker():
         ({**SUM, "train": 300}, "problems.tasks sum2: only "),
         ({**SUM, "question": "(no such text)"}, "problems.tasks sum2: its question pattern does not match 'State"),
         ({"task": "chain_sun"}, "problems.tasks chain_sun: Dataset 'chain_sun' not registered"),
-        ({"task": "chain_sum", "config": {"min_term": 1}}, "problems.tasks chain_sum: .*'min_term'"),
-        ({"task": "chain_sum", "config": {"min_terms": 0}}, "problems.tasks chain_sum: min_terms must be positive"),
+        ({"task": "chain_sum", "config": {"min_term": 1}}, "problems.tasks chain_sum with .*: .*'min_term'"),
+        ({"task": "chain_sum", "config": {"min_terms": 0}}, "problems.tasks chain_sum with .*: min_terms must be p"),
         ({"task": "rearc"}, "problems.tasks rearc: its scorer refuses the task's own answer once the entry is JSON"),
     ],
 )

@@ -44,7 +44,7 @@ def test_a_name_becomes_the_snapshot_of_its_revision_and_its_files_are_fingerpri
 
 
 def test_a_model_that_neither_cache_nor_hub_gives_is_named(cache):
-    with pytest.raises(UserError, match="model.base: nobody/no-such-model is not in the cache"):
+    with pytest.raises(UserError, match="model.base: nobody/no-such-model is no folder here and not in"):
         asked("model.base=nobody/no-such-model")
     planned = asked("model.base=nobody/no-such-model", argv=("--dry-run",))
     assert manifest.source_files(planned)["model.base"] == "nobody/no-such-model"

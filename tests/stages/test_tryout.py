@@ -69,6 +69,7 @@ def test_a_base_that_is_seldom_right_is_asked_more_questions_before_it_is_stoppe
     [
         ("1 + 2 = 3 \n ok", {}, "see prompts.answer"),
         ("1 + 2 = 3 \n Answer 3", {"sample__max_tokens": 4}, "see prompts.stop .* then sample.max_tokens"),
+        ("1 + 2 = 3 \n ok", {}, "an answer could be read in none of 120 solutions"),
         ("1 + 2 = 4 \n Answer 4", {}, "none of 120 answers is right"),
         ("1 + 2 = 3 \n Answer 3", {"problems__checker": "tests.stages.test_tryout:broken"}, "see problems.checker"),
     ],
