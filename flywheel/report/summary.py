@@ -23,7 +23,8 @@ PARTS = {
 def summary(run: Run) -> dict:
     """The run as a JSON-serialisable dict (what `flywheel summary --json` prints).
 
-    `rounds`: the finished rounds (see `_round`). `unfinished`: the finished stages of an unfinished round. Token counts
+    `base_shown`: worked examples that the base sees with a question, at most; later policies see none. `rounds`: the
+    finished rounds (see `_round`). `unfinished`: the finished stages of an unfinished round. Token counts
     include tokens that the prefix cache served. `seconds`: wall time by stage over all rounds; `wall_seconds`: its sum.
     """
     manifests, done = run.manifests, run.rounds
@@ -35,6 +36,7 @@ def summary(run: Run) -> dict:
     )
     result = {
         "recipe": run.recipe.name,
+        "base_shown": max(Counter(e.level for e in run.recipe.prompts.examples).values(), default=0),
         "finished_rounds": max(done, default=0),
         "rounds": [_round(run, r) for r in done],
         "ledger": {

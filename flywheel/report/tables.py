@@ -52,6 +52,8 @@ def print_round(data: dict, round: int, file: TextIO | None = None) -> None:
             console.print(table)
     for line in remarks(now):
         console.print(line)
+    if shown := data["base_shown"]:
+        console.print(f"policy_0, the base, is shown {shown} worked examples with a question; later policies none")
 
 
 def print_untested(now: dict) -> None:

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 from synthetic_run import BIN_SIZES, make_run
 
 from flywheel.errors import UserError
@@ -132,6 +133,18 @@ def test_the_text_fits_100_columns_and_holds_intervals_and_models(run, capsys):
         "30 truncated",
     ):
         assert words in " ".join(text.split()), words
+
+
+def test_worked_examples_of_the_base_are_said_beside_its_figures(tmp_path, capsys):
+    run = make_run(tmp_path / "lab", rounds=1)
+    assert main([str(run)]) == 0 and "worked examples" not in capsys.readouterr().out
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    levels = ["sum", "sum", "product"]
+    recipe["prompts"]["examples"] = [{"question": "1 + 1", "solution": "2", "level": level} for level in levels]
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert main([str(run)]) == 0
+    said = "policy_0, the base, is shown 2 worked examples with a question; later policies none"
+    assert said in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("name", ["missing", "empty", "a_file"])
