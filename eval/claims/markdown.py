@@ -21,8 +21,9 @@ def markdown(claims: Sequence[Claim], figures: Sequence[Figures]) -> str:
         f"Test questions of {seeds} ({runs}), round {first['round']}; `eval/runs.yaml` says how they were made. "
         "Written by `python -m eval claims --from-results` from `claims.json` and `figures.json`.",
         "",
-        "A row `holds` if its whole interval is above zero (8.lost: above 0.1; rows that allow 0.02: above -0.02),",
-        "`fails` if it is wholly below, else it is `undecided`; an interval of exactly zero is `no difference`.",
+        "A row `holds` if its whole interval is above zero (8.lost: above 0.1; rows that allow 0.02: above -0.02;",
+        "14.hardest: below 0.1; goal.tokens: below 0.25), `fails` if it is wholly on the other side, else it is",
+        "`undecided`; an interval of exactly zero is `no difference`.",
         "Figures are differences in accuracy, where the row below says nothing else; what a row says stands below",
         "under its id.",
         "",
@@ -48,6 +49,7 @@ def detailed(c: Claim) -> list[str]:
     runs = " ".join(f"{value:+.3f}" for value in c.runs)
     ours = f"{c.ours:+.3f} [{c.low:+.3f}, {c.high:+.3f}] {c.unit}"
     decided = f"**{c.verdict}**" if len(c.runs) > 1 else f"one run: {c.verdict}"
+    decided = f"no verdict: {flaw}" if (flaw := summary.flaw(c)) else decided
     return [f"{c.id}: {c.claim}", c.paper, ours, runs, decided]
 
 
@@ -111,8 +113,9 @@ def tables(f: Figures) -> list[str]:
         "",
         "## Compute-optimal, gross and net of difficulty",
         "",
-        "Tokens a question. `needs`: what best-of-N weighted spends for the same accuracy, if any number of samples",
-        "that was drawn reaches it. Net of its bin for every question; calibration is shared by the questions served.",
+        "Tokens a question. `needs`: what parallel samples spend for the same accuracy, if any number that was drawn",
+        "reaches it: the policy's, for revisions the reviser's, for all strategies the cheaper maker's. Net of its bin",
+        "for every question; calibration is shared by the questions served.",
         "`break-even`: served questions from which the plan is cheaper than best-of-N.",
         "",
     ]

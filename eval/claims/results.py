@@ -27,11 +27,13 @@ class Claim:
     command: str
 
 
-def verdict(low: float, high: float, zero: float = 0.0) -> str:
-    """`holds` if the whole interval is above `zero`, `fails` if it is wholly below, else `undecided`.
+def verdict(low: float, high: float, zero: float = 0.0, most: float | None = None) -> str:
+    """`holds` if the whole interval is above `zero` (below `most`), `fails` if it is wholly beyond, else `undecided`.
 
     `no difference` if it is `zero` itself: both sides gave the same answers everywhere.
     """
+    if most is not None:
+        return verdict(-high, -low, -most)
     if low == high == zero:
         return "no difference"
     return "holds" if low > zero else "fails" if high < zero else "undecided"
@@ -57,7 +59,7 @@ def combine(runs: Sequence[Mapping[str, Row]], command: str) -> list[Claim]:
         found = [row for rows in runs if (row := rows.get(id)) and not np.isnan(row.values).all()]
         if found:
             mean, low, high = bootstrap_runs([row.values for row in found])
-            decided, alone = verdict(low, high, found[0].zero), [float(np.nanmean(row.values)) for row in found]
-            first = found[0]
+            first, alone = found[0], [float(np.nanmean(row.values)) for row in found]
+            decided = verdict(low, high, first.zero, first.most)
             claims.append(Claim(id, first.claim, first.paper, mean, low, high, decided, first.unit, alone, command))
     return claims

@@ -119,20 +119,15 @@ class Study:
         """Accuracy per question of parallel samples at `tokens` mean tokens (`computed`: see `best_of_n_tokens`).
 
         Of several makers, of the one that is right more often on the other half. Interpolated between the measured
-        numbers of samples on a log scale; fewer tokens than the least number takes count as that number. NaN if there
-        are too few samples of one maker for so many tokens.
+        numbers of samples on a log scale; fewer tokens than the least number takes count as that number. More than all
+        samples that were drawn take count as these, which is to the advantage of what they are compared with.
         """
-        curves = [self._at_tokens(tokens, maker, computed) for maker in makers]
-        if any(np.isnan(curve).any() for curve in curves):
-            return np.full(len(self.questions), np.nan)
-        return self.best_of(curves)
+        return self.best_of([self._at_tokens(tokens, maker, computed) for maker in makers])
 
     def _at_tokens(self, tokens: float, maker: Role, computed: bool) -> np.ndarray:
         drawn = [self.parallel(n, maker, computed) for n in self.counts(maker)]
         grid = np.log([spent.mean() for _, spent in drawn])
-        if not len(grid) or np.log(tokens) > grid[-1]:
-            return np.full(len(self.questions), np.nan)
-        at = max(np.log(tokens), grid[0])
+        at = np.clip(np.log(tokens), grid[0], grid[-1])
         return np.array([np.interp(at, grid, accuracies) for accuracies in zip(*(right for right, _ in drawn))])
 
     def tokens_for(self, accuracy: float, makers: Sequence[Role] = (Role.POLICY,)) -> float:

@@ -26,9 +26,14 @@ class Summary:
     flaw: str = ""
 
     def of(self, claims: Sequence[Claim]) -> list[Claim]:
-        """The detailed rows that decide the claim."""
+        """The detailed rows that decide the claim, those with a flaw aside."""
         pattern = self.rows or rf"{re.escape(self.number)}\."
-        return [c for c in claims if re.match(pattern, c.id) and c.paper not in ASIDE]
+        return [c for c in claims if re.match(pattern, c.id) and c.paper not in ASIDE and not flaw(c)]
+
+
+def flaw(claim: Claim) -> str:
+    """Why this detailed row gives no verdict; empty if it does."""
+    return DATA["rows"].get(claim.id, {}).get("flaw", "")
 
 
 def summaries() -> list[Summary]:

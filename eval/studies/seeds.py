@@ -1,8 +1,7 @@
 """Does the loop turn? Several seeds of one recipe together.
 
-Every figure is averaged over the runs question by question (they share their test questions), and its interval is a
-bootstrap over questions; gains are paired. So the interval speaks of other questions, while the runs' own values,
-printed beside, show how much the seeds differ.
+Every figure is the mean of the runs' own (they share their test questions), and its interval a bootstrap over runs and
+questions; gains are paired. The runs' own values are printed beside.
 """
 
 from __future__ import annotations
@@ -39,6 +38,8 @@ def one_round(runs: Sequence[Run], r: int, rates: Sequence[Sequence[Rates]], sta
         row["gain_from_last_round"] = bootstrap_runs(now - over_runs(rates[r - 1]))
         row["gain_from_round_0"] = bootstrap_runs(now - over_runs(rates[0]))
         row["times_round_0"] = row["pass@1"]["mean"] / figure(rates[0])["mean"]
+        greedy = [figure([test_rates(run, at, "greedy") for run in runs]) for at in (0, r)]
+        row |= {"greedy": greedy[1], "greedy_times_round_0": greedy[1]["mean"] / greedy[0]["mean"]}
         found = [answers(run, r) for run in runs]
         row["search"] = {m: figure([f[m] for f in found]) for m in found[0] if all(m in f for f in found)}
         measured = [run.figures("evaluate", r) for run in runs]

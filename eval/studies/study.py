@@ -36,7 +36,9 @@ from flywheel.runs.run import Context, Run
 from flywheel.search.adaptive import Adaptive
 from flywheel.search.beam import Beam
 from flywheel.search.best_of_n import BestOfN
+from flywheel.search.dvts import Dvts
 from flywheel.search.greedy import Greedy
+from flywheel.search.particle import Particle
 from flywheel.search.revise import LONGEST, Revise
 from flywheel.search.run import search, search_all
 from flywheel.search.strategy import Strategy, judge
@@ -57,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def wanted(budgets: Sequence[int], reviser: bool) -> Asked:
-    """Beams of width 4 and sqrt N, lookahead 1 and 3 at equal budget, revisions with chain lengths of powers of 4.
+    """Beams of width 4 and sqrt N, lookahead 1 and 3 at equal budget, DVTS, particles, chains of powers of 4 attempts.
 
     And the simple strategies that these have to beat: greedy answers, and best-of-N at lower temperatures.
     """
@@ -66,6 +68,7 @@ def wanted(budgets: Sequence[int], reviser: bool) -> Asked:
         out += [(budget, Beam(budget, width)) for width in {min(4, budget), int(budget**0.5)}]
         looks = [k for k in (1, 3) if budget >= 4 * (k + 1)]
         out += [(budget, Beam(budget // (k + 1), min(4, budget // (k + 1)), lookahead=k)) for k in looks]
+        out += [(budget, Dvts(budget)), (budget, Particle(budget))] if budget >= 4 else []
         lengths = [4**i for i in range(10) if budget % 4**i == 0 and 4**i <= min(budget, LONGEST)] if reviser else []
         makers = ("policy", "reviser") if reviser else ("policy",)
         out += [(budget, Greedy(maker)) for maker in makers]

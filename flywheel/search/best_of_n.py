@@ -22,6 +22,7 @@ class BestOfN(Strategy):
     temperature: float | None = None
 
     kind: ClassVar[str] = "best_of_n"
+    simple: ClassVar[bool] = True
 
     @classmethod
     def at(cls, budget: int, *, select: Select = "weighted", temperature: Temperature = None) -> BestOfN:

@@ -20,6 +20,13 @@ from flywheel.search.strategy import Searcher, Strategy, Unfit
 
 
 @dataclass(frozen=True)
+class Tree(Beam):
+    """One tree, a beam whose tokens are booked as DVTS."""
+
+    kind: ClassVar[str] = "dvts"
+
+
+@dataclass(frozen=True)
 class Dvts(Strategy):
     """`n` candidates from n / width trees; each tree continues its best prefix `width` times at every step."""
 
@@ -50,7 +57,7 @@ class Dvts(Strategy):
     async def tree(self, question: Question, searcher: Searcher, tag: str) -> Sequence[Candidate]:
         """One tree. Its first candidate carries the cost of all, so that fewer trees cost what they drew (`part`)."""
         with metered() as spent, drawing(tag):
-            first, *others = await Beam(self.width, self.width).run(question, searcher, tag)
+            first, *others = await Tree(self.width, self.width).run(question, searcher, tag)
         return [replace(first, cost=spent.tokens, cached=spent.cached), *others]
 
     def covers(self, other: Strategy) -> bool:

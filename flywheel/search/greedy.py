@@ -17,6 +17,7 @@ class Greedy(Strategy):
     maker: Literal["policy", "reviser"] = "policy"
 
     kind: ClassVar[str] = "greedy"
+    simple: ClassVar[bool] = True
 
     @classmethod
     def at(cls, budget: int, *, maker: Literal["policy", "reviser"] = "policy") -> Greedy:

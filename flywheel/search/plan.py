@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass
 from functools import partial
 
 from flywheel.errors import UserError
-from flywheel.search.best_of_n import BestOfN
 from flywheel.search.greedy import Greedy
 from flywheel.search.strategies import AnyStrategy, from_dict
 from flywheel.search.strategy import Strategy
@@ -133,13 +132,13 @@ def most_right(trials: Sequence[Trial], models: Mapping[str, str], bins: int = 5
 
 
 def simplest(trials: Sequence[Trial]) -> dict[int, Strategy]:
-    """Budget -> what a plan has to beat: one strategy for all questions, greedy or best-of-N.
+    """Budget -> what a plan has to beat: one simple strategy for all questions (see `Strategy.simple`).
 
-    Of those that were tried (votes, temperatures) the one with most right answers; ties go to the cheaper one.
+    Of those that were tried (makers, votes, temperatures) the one with most right answers; ties go to the cheaper one.
     """
     groups: dict[tuple[int, Strategy], list[Trial]] = {}
     for trial in trials:
-        if isinstance(trial.strategy, Greedy | BestOfN):
+        if trial.strategy.simple:
             groups.setdefault((trial.budget, trial.strategy), []).append(trial)
     ranked = sorted(groups, key=lambda key: (-sum(t.correct for t in groups[key]), sum(t.tokens for t in groups[key])))
     best: dict[int, Strategy] = {}

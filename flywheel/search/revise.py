@@ -71,6 +71,11 @@ class Revise(Strategy):
     def judged(self) -> bool:
         return self.select == "weighted"
 
+    @property
+    def simple(self) -> bool:
+        """Chains of one attempt are the reviser's parallel samples."""
+        return self.length == 1
+
     async def run(self, question: Question, searcher: Searcher, tag: str) -> Sequence[Candidate]:
         """Candidates chain by chain. The reviser writes every attempt, the first with no attempts in its prompt.
 

@@ -37,6 +37,8 @@ class Strategy(ABC):
 
     kind: ClassVar[str]
     maker: ClassVar[Role] = Role.POLICY  # the model that writes the solutions; a subclass may make it a field
+    # one answer, or independent samples and a vote: what search has to beat; a subclass may make it a property
+    simple: ClassVar[bool] = False
 
     @classmethod
     @abstractmethod

@@ -1,6 +1,6 @@
 """Search on the test questions: policy r-1 with this round's PRM, reviser and serve plan.
 
-Baselines: the greedy answer; `simplest`, the best strategy without bins, greedy or best-of-N, its vote and temperature
+Baselines: the greedy answer; `simplest`, the best strategy without bins or search, its maker, vote and temperature
 chosen on the calibration questions as the plan is; the same selection with the un-finetuned base as verifier, and with
 the recipe's published PRM; for revisions, parallel samples of the reviser itself (Snell et al., figures 6 and 8), and,
 as a control for its pass@1 by attempt, revisions with another question's attempts in the prompt.

@@ -279,7 +279,7 @@ def test_the_table_shows_every_strategy_in_every_bin():
     ]
 
 
-def test_the_plan_s_rival_is_the_best_single_strategy_of_greedy_and_best_of_n():
+def test_the_plan_s_rival_is_the_best_single_strategy_that_is_simple():
     cold = BestOfN(4, temperature=0.5)
     asked = [
         *trials(SMALL, 4, [1, 0, 0]),
@@ -288,8 +288,10 @@ def test_the_plan_s_rival_is_the_best_single_strategy_of_greedy_and_best_of_n():
         *trials(Beam(4), 4, [1, 1, 1]),  # not simple
         *trials(Greedy(), 16, [1, 1, 0], tokens=5),
         *trials(BIG, 16, [1, 1, 0]),
+        *trials(Revise(1, 64), 64, [1, 1, 0]),  # parallel samples of the reviser
+        *trials(Revise(2, 32), 64, [1, 1, 1]),
     ]
-    assert simplest(asked) == {4: BestOfN(4, "majority"), 16: Greedy()}
+    assert simplest(asked) == {4: BestOfN(4, "majority"), 16: Greedy(), 64: Revise(1, 64)}
 
 
 def test_a_strategy_that_is_the_same_at_two_budgets_is_one_option_of_the_harvest():
