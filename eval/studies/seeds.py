@@ -34,6 +34,8 @@ def one_round(runs: Sequence[Run], r: int, rates: Sequence[Sequence[Rates]], sta
     """The figures of round `r`. `rates`: pass@1 by round and run; `starts`: round 0's fixed bins by run."""
     now, count = over_runs(rates[r]), len(runs[0].recipe.calibrate.edges) + 1
     row: dict = {"round": r, "pass@1": figure(rates[r])}
+    policies = [run.figures("evaluate", r)["policy"] for run in runs]
+    row["diversity"] = {key: [policy.get(key) for policy in policies] for key in ("distinct_right", "answer_entropy")}
     if r:
         row["gain_from_last_round"] = bootstrap_runs(now - over_runs(rates[r - 1]))
         row["gain_from_round_0"] = bootstrap_runs(now - over_runs(rates[0]))
@@ -46,7 +48,7 @@ def one_round(runs: Sequence[Run], r: int, rates: Sequence[Sequence[Rates]], sta
         row["left_bin_5"] = [left_bin(m["migration"], count) for m in measured]
         row["left_bin_5_by_resampling"] = [left_bin(m["migration_null"], count) for m in measured]
         row["gate"] = [run.figures("gate", r)["passed"] for run in runs]
-        row["reviser"] = [run.figures("search", r).get("reviser") for run in runs]
+        row["reviser"] = [run.figures("search", r).get("reviser") for run in runs]  # with intervals: `revising`
     inside = [
         [rate for run, bins in zip(rates[r], starts) for q, rate in run.items() if bins[q] == b]
         for b in range(1, count + 1)

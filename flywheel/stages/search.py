@@ -9,7 +9,7 @@ as a control for its pass@1 by attempt, revisions with another question's attemp
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
@@ -54,6 +54,8 @@ from flywheel.stages.shared import (
     search_models,
     test_rates,
 )
+
+CHANGES = ("right_to_wrong", "wrong_to_right")  # what a revision may make of the attempt before it
 
 
 def generated(solution: Solution) -> int:
@@ -264,19 +266,14 @@ def reviser_figures(ctx: Context) -> dict:
     often an independent first attempt at the same questions would have: a reviser that only draws again is level.
     """
     curves: dict[str, dict[int, list[float]]] = {"revise": {}, "control": {}, "parallel": {}}
-    names = ("right_to_wrong", "wrong_to_right")
-    changed: dict[str, list[float]] = {f"{name}{end}": [] for name in names for end in ("", "_fresh")}
+    changed: dict[str, list[float]] = {f"{name}{end}": [] for name in CHANGES for end in ("", "_fresh")}
     for _, pairs in judged(ctx, "search", ctx.round):
         group, correct = [s for s, _ in pairs], {s.id: verdict is Verdict.CORRECT for s, verdict in pairs}
         for s in group:
             curves[s.purpose].setdefault(s.attempt, []).append(float(correct[s.id]))
-        fresh = [correct[s.id] for s in group if s.purpose == "parallel"]
-        chain = sorted((s for s in group if s.purpose == "revise"), key=lambda s: s.attempt)
-        for before, after in pairwise(chain):
-            was, now = correct[before.id], correct[after.id]
-            name = names[not was]
-            changed[name].append(float(now != was))
-            changed[f"{name}_fresh"].append(sum(right != was for right in fresh) / len(fresh))
+        for name, now, null in changes(group, correct):
+            changed[name].append(now)
+            changed[f"{name}_fresh"].append(null)
     if not curves["revise"]:
         return {}
     attempts = sorted(curves["revise"])[: ctx.recipe.evaluate.revise_attempts]
@@ -291,6 +288,15 @@ def reviser_figures(ctx: Context) -> dict:
             **{name: sum(x) / len(x) if x else None for name, x in changed.items()},
         }
     }
+
+
+def changes(attempts: Sequence[Solution], correct: Mapping[str, bool]) -> Iterator[tuple[str, float, float]]:
+    """Each revision of a question: which of CHANGES it may make, whether it does, what share of fresh attempts do."""
+    fresh = [correct[s.id] for s in attempts if s.purpose == "parallel"]
+    chain = sorted((s for s in attempts if s.purpose == "revise"), key=lambda s: s.attempt)
+    for before, after in pairwise(chain):
+        was = correct[before.id]
+        yield CHANGES[not was], float(correct[after.id] != was), sum(right != was for right in fresh) / len(fresh)
 
 
 STAGE = Stage(

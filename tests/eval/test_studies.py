@@ -36,7 +36,7 @@ def test_help_lists_the_studies(capsys):
     assert main(["--help"]) == 0
     printed = capsys.readouterr().out
     assert all(f"  {study} " in printed and question in printed for study, question in questions().items())
-    assert len(questions()) == 18
+    assert len(questions()) == 19
 
 
 def test_what_a_person_can_mend_is_one_line(tmp_path, capsys):
