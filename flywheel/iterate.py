@@ -115,7 +115,10 @@ def main(
     from flywheel.runs.loop import Loop, Stopped, signals  # imported late to keep --help fast
     from flywheel.runs.ranks import Ranks
 
-    ranks = Ranks.from_env()
+    try:
+        ranks = Ranks.from_env()
+    except UserError as error:
+        parser().error(str(error))
     loop = Loop(args, lambda: load_recipe(args), ranks, stages, report, preload, preflight, rehearsal, parent=PARENT)
     try:
         with signals():

@@ -206,8 +206,10 @@ def read(stage: str, ctx: Context) -> None:
     if stage in MADE:
         if stage == "train_prm":
             prompts, _ = train_prm.prompts_and_reader(ctx)
-            found = train_prm.labelled(ctx, prompts, {p.id: p for p in ctx.problems(Split.TRAIN)})
+            problems = {p.id: p for p in ctx.problems(Split.TRAIN)}
+            found = train_prm.labelled(ctx, prompts, problems)
             parts = found.fit, found.check
+            repr(train_prm.held_samples(ctx, prompts, problems, found.held))  # as the trainer's fingerprint
         else:
             made = MADE[stage].made_examples(ctx)
             parts = made.split(made.figures["questions"][::10])

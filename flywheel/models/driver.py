@@ -178,13 +178,17 @@ class ServedModel:
 class Backend:
     """The engines that a stage opened, by role (or other key), and the loop that steps their devices.
 
-    `on_run` is called at the start of every call of `run` and `stream`.
+    `on_run` is called with the stage's seed at the start of every call of `run` and `stream`.
     """
 
     def __init__(
-        self, engines: Mapping[str, ServedModel], devices: Sequence[Device], on_run: Callable[[], None] | None = None
+        self,
+        engines: Mapping[str, ServedModel],
+        devices: Sequence[Device],
+        seed: int = 0,
+        on_run: Callable[[int], None] = lambda seed: None,
     ):
-        self._engines, self._devices, self.on_run = dict(engines), list(devices), on_run
+        self._engines, self._devices, self._seed, self._on_run = dict(engines), list(devices), seed, on_run
         self._counted, self._told = time.monotonic(), 0
 
     def engine(self, role: str) -> ServedModel:
@@ -192,25 +196,27 @@ class Backend:
 
     def take_over(self, ledger: Ledger, seed: int) -> None:
         """For another stage: charge `ledger` from now on, and seed sequences by `seed`."""
+        self._seed = seed
         self._engines = {
             role: replace(engine, ledger=ledger, seed=seed, asked=Counter()) for role, engine in self._engines.items()
         }
+
+    def start_run(self) -> None:
+        self._on_run(self._seed)
 
     def run(self, items: Iterable[T], work: Callable[[T], Awaitable[R]]) -> list[R]:
         """Run `work(item)` for all items concurrently; results in the order of `items`.
 
         Raises the first exception of `work`, or EngineDied, after cancelling the rest.
         """
-        if self.on_run is not None:
-            self.on_run()
+        self.start_run()
         return drive(items, work, self.step)
 
     def stream(
         self, source: Callable[[], Coroutine[Any, Any, None] | None], full: Callable[[], bool] = lambda: False
     ) -> None:
         """See `stream`."""
-        if self.on_run is not None:
-            self.on_run()
+        self.start_run()
         stream(source, full, self.step)
 
     def serve(self, main: Coroutine[Any, Any, R]) -> R:

@@ -86,7 +86,7 @@ def open_backend(spec: EngineSpec, models: Mapping[str, ModelRef], ledger: Ledge
     for ref in models.values():
         groups.setdefault(engine_of(ref), []).append(ref)
     sizes = {role: parameters(ref) for role, ref in models.items()}  # before an engine starts: see `_shape`
-    run_seed = vllm_cpu.RunSeed(seed, len(groups))
+    run_seed = vllm_cpu.RunSeed(len(groups))
     devices: dict[Hashable, VllmDevice] = {}
     with ExitStack() as opened, give_memory_back():
         for key, refs in groups.items():
@@ -102,7 +102,7 @@ def open_backend(spec: EngineSpec, models: Mapping[str, ModelRef], ledger: Ledge
             adapter = device.adapters.get(ref.adapter)
             engines[role] = served(role, ref, sizes[role], spec, device, ledger, adapter, seed)
         opened.pop_all()
-    return Backend(engines, list(devices.values()), run_seed.start_run)
+    return Backend(engines, list(devices.values()), seed, run_seed.start_run)
 
 
 def engine_arguments(spec: EngineSpec, model: str, seed: int = 0, engines: int = 1) -> dict[str, Any]:

@@ -236,18 +236,19 @@ class RunSeed:
     For engines that take no seed of a sequence: vLLM samples from the process's global random state, and with seeds
     its older runner on a GPU leaves the fused sampler.
 
-    seed: of the stage. engines: number of engines that the backend opened, part of the seed. elsewhere: what seeds the
+    engines: number of engines that the backend opened, part of the seed. elsewhere: what seeds the
     processes in which an engine's workers sample, all alike.
     """
 
-    def __init__(self, seed: int, engines: int):
-        self._seed, self._engines = seed, engines
+    def __init__(self, engines: int):
+        self._engines = engines
         self._asked: Any = None  # a running hash of the prompts, until the first step
         self._runs: Counter[bytes] = Counter()  # by that hash
         self.elsewhere: list[Callable[[int], object]] = []
 
-    def start_run(self) -> None:
-        self._asked = hashlib.sha256(str(self._seed).encode())
+    def start_run(self, seed: int) -> None:
+        """seed: of the stage."""
+        self._asked = hashlib.sha256(str(seed).encode())
 
     def add(self, prompt: Sequence[int]) -> None:
         """Add a request to the hash; no effect after the run's first step."""

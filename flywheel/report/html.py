@@ -106,7 +106,7 @@ def browse(run: Run, problems: Iterable[Problem], looks: list[tuple]) -> list[As
     gold = gym.plain if run.recipe.problems.format == "reasoning_gym" else str
     out = {p.id: Asked(p.id, p.question.text, gold(p.answer), str(p.split), p.level) for p in problems}
     for r, stage, purpose, values, kept in looks:
-        rates = {q: rate(verdicts) for q, verdicts in tallies(run, stage, r, purpose, out).items()}
+        rates = {q: rate(verdicts) for q, verdicts in tallies(run, stage, r, purpose, out)}
         groups: dict[str, dict[str, Shown]] = defaultdict(dict)
         for s, verdict in (pair for _, group in judged(run, stage, r, purpose, out) for pair in group):
             text = trace(s)

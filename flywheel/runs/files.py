@@ -129,7 +129,10 @@ def wait_for_names(folder: Path, names: Collection[str], seconds: float = 10.0) 
     end = time.monotonic() + seconds
     while missing := set(names).difference(names_in(folder)):
         if time.monotonic() > end:
-            raise Damaged(f"{folder / min(missing)}: missing; delete {folder.parent} to redo the stage")
+            raise Damaged(
+                f"{folder / min(missing)}: missing: do all hosts share this folder?"
+                f" If they do, delete {folder.parent} to redo the stage"
+            )
         time.sleep(0.2)
 
 
@@ -239,14 +242,17 @@ def encode_ledger(rows: list[dict]) -> bytes:
     return _bytes(pa.Table.from_pylist(rows))
 
 
-def write_table(path: Path, records: Iterable[object]) -> None:
-    """Write records of one class to `path` atomically, at most ROWS of them in memory."""
+def write_table(path: Path, records: Iterable[object], cls: type | None = None) -> None:
+    """Write records of one class to `path` atomically, at most ROWS of them in memory.
+
+    cls: the class, for a table with its columns even if there are no records.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     records = iter(records)
     part = list(islice(records, ROWS))
-    table = _table(type(part[0]), part) if part else pa.table({})
+    table = _table(cls or type(part[0]), part) if part or cls else pa.table({})
     with replacing(Path(path)) as file, pq.ParquetWriter(file, table.schema, compression="zstd") as out:
         out.write_table(table)
         while part := list(islice(records, ROWS)):

@@ -257,7 +257,8 @@ class Loop:
         started, have = time.monotonic(), list(found)
         for attempt in range(STARTS):
             port = free_port()
-            self.launch.order(do="stage", round=round, stage=stage.name, port=port, have=have, leave_open=leave_open)
+            what = {"round": round, "stage": stage.name, "port": port, "have": have, "leave_open": leave_open}
+            self.launch.order(do="stage", asked=self.asked, **what)
             try:
                 with Progress(f"round {round}  {stage.name}") as progress:
                     figures = self.run_stage(round, stage, port, leave_open, progress.show)
@@ -305,6 +306,8 @@ class Loop:
         isolate.start_server(isolate.threads_for(self.ranks.local_world), self.preload)
         self.launch = Launch(self.ranks)
         while (order := self.launch.next())["do"] == "stage":
+            if order["asked"] != self.asked:
+                raise UserError("its recipe or run is not rank 0's: start all ranks with the same options")
             stage = next(s for s in stages(order["round"]) if s.name == order["stage"])
             try:
                 self.run_stage(order["round"], stage, order["port"], order["leave_open"])
@@ -316,6 +319,12 @@ class Loop:
         return 0
 
     # ---- all ranks ----
+
+    @property
+    def asked(self) -> list:
+        """What every rank was asked to do: the run's name and the recipe, without what may differ between hosts."""
+        local = {"model": {"base"}, "problems": {"path"}, "engine": True, "track": True}
+        return [self.run.name, self.recipe.model_dump(mode="json", exclude=local)]
 
     def run_stage(
         self, round: int, stage: Stage, port: int, leave_open: bool, tell: Tell = lambda done, total, figures: None

@@ -53,12 +53,12 @@ class Ranks:
 
     @classmethod
     def from_env(cls) -> Ranks:
-        env = os.environ
-        world = int(env.get("WORLD_SIZE", 1))
-        rank = int(env.get("RANK", 0))
-        return cls(
-            rank, world, int(env.get("LOCAL_RANK", rank)), int(env.get("LOCAL_WORLD_SIZE", world)), "RANK" in env
-        )
+        """Raises UserError if a launcher of several ranks does not say which of them are on this host."""
+        env, names = os.environ, ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        if int(env.get("WORLD_SIZE", 1)) > 1 and (absent := [name for name in names if name not in env]):
+            raise UserError(f"WORLD_SIZE is {env['WORLD_SIZE']}, so the launcher must set {', '.join(absent)} too")
+        rank, world, local_rank, local_world = (int(env.get(name, i % 2)) for i, name in enumerate(names))
+        return cls(rank, world, local_rank, local_world, "RANK" in env)
 
 
 def lock(run: Path) -> int:

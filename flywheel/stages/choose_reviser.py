@@ -53,7 +53,7 @@ class OneAtATime:
             models = {Role.REVISER: model(self.ctx, checkpoint)}
             self.kit = self.stack.enter_context(kit(self.ctx, models, Split.VALIDATION))
             self.step = checkpoint["step"]
-            self.kit.backend.on_run()  # as `Backend.stream` does, which this goes around
+            self.kit.backend.start_run()  # as `Backend.stream` does, which this goes around
         return self.kit, Role.REVISER
 
     def stream(self, source: Callable, full: Callable[[], bool]) -> None:

@@ -40,7 +40,7 @@ async def work(ctx: Context, kit: Kit, questions: Sequence[str]) -> list[object]
 
 def finish(ctx: Context) -> dict:
     edges, count = ctx.recipe.calibrate.edges, ctx.recipe.calibrate.bins
-    verdicts = tallies(ctx, "evaluate", ctx.round, "evaluate")
+    verdicts = dict(tallies(ctx, "evaluate", ctx.round, "evaluate"))
     questions, now = sorted(verdicts), {q: rate(counts) for q, counts in verdicts.items()}
     k = ctx.recipe.evaluate.samples
     policy: dict = {"name": ctx.model(Role.POLICY, ctx.round).name, "n": len(questions), "samples": k}

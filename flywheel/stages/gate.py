@@ -38,9 +38,9 @@ def finish(ctx: Context) -> dict:
     before = ctx.model(Role.POLICY, ctx.round - 1).name
     if not ctx.figures("distill")["trained"]:
         return {"passed": False, "why": ctx.figures("distill")["why"], "policy": before}
-    after = tallies(ctx, "gate", ctx.round)
+    after = dict(tallies(ctx, "gate", ctx.round))
     questions = sorted(after)
-    groups = {"before": tallies(ctx, "sample", ctx.round, questions=questions), "after": after}
+    groups = {"before": dict(tallies(ctx, "sample", ctx.round, questions=questions)), "after": after}
     mean = {side: [rate(group[q]) for q in questions] for side, group in groups.items()}
     reached = {side: [float(group[q][Verdict.CORRECT] > 0) for q in questions] for side, group in groups.items()}
     gain = paired_gain(mean["before"], mean["after"], seed=ctx.seed("bootstrap") % 2**31)

@@ -8,12 +8,16 @@ solution of it is verified, or that often.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from itertools import compress
-from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from flywheel.problems.grading import load_function
-from flywheel.records import Grade, Harvested, Role, Solution, Split, Verdict
+from flywheel.records import Difficulty, Grade, Harvested, Role, Solution, Split, Verdict
 from flywheel.runs.files import stream_table, write_table
 from flywheel.runs.run import Context
 from flywheel.runs.stage import Input, Stage
@@ -29,7 +33,6 @@ from flywheel.stages.shared import (
     model_names,
     sampled,
     search_models,
-    tallies,
     trace,
     votes,
 )
@@ -64,13 +67,13 @@ def correct(records: Sequence[object]) -> list[Solution]:
     return [record for record in records if isinstance(record, Solution) and record.id in right]
 
 
-def verified(ctx: Context) -> Iterator[tuple[str, list[Solution]]]:
+def verified(ctx: Context, bins: Mapping[str, Difficulty]) -> Iterator[tuple[str, list[Solution]]]:
     """The right solutions of each training question that has one, those of the sample stage first.
 
     Questions that only the search solved come last, so the order is that of the first right solution in SOURCES.
     """
-    train, counts = ids(ctx, Split.TRAIN), tallies(ctx, "sample", ctx.round)
-    solved, rest = ([q for q in train if bool(counts[q][Verdict.CORRECT]) is there] for there in (True, False))
+    train = ids(ctx, Split.TRAIN)
+    solved, rest = ([q for q in train if (bins[q].pass_at_1 > 0) is there] for there in (True, False))
     for questions in (solved, rest):
         for asked in ctx.written("sample").groups(questions):
             found = [dict(judged(ctx, stage, ctx.round, questions=asked, right=True)) for stage in SOURCES]
@@ -82,12 +85,11 @@ def verified(ctx: Context) -> Iterator[tuple[str, list[Solution]]]:
 def finish(ctx: Context) -> dict:
     spec, bins = ctx.recipe.harvest, difficulties(ctx)
     problems = {p.id: p for p in ctx.problems(Split.TRAIN)}
-    every: list[Row] = []  # of all rows, what `balanced` looks at; the rows themselves are on disk
     right = once = 0
 
     def rows() -> Iterator[Harvested]:
         nonlocal right, once
-        for question, group in verified(ctx):
+        for question, group in verified(ctx, bins):
             right += len(group)
             first: dict[str, Solution] = {}
             for solution in group:
@@ -99,15 +101,15 @@ def finish(ctx: Context) -> dict:
                     once += 1
                     continue
                 s = first[found]
-                every.append(Row(question, bin, count))
                 yield Harvested(question, text, s.text, s.answer, bin, ctx.round, count, s.tokens)
 
     scratch = ctx.dir / ".rows.parquet"
-    write_table(scratch, rows())
+    write_table(scratch, rows(), Harvested)
+    every = pq.read_table(scratch, columns=["question_id", "bin", "votes"])
     chosen = balanced(every, spec.balance)
-    write_table(ctx.dir / "harvest.parquet", compress(stream_table(scratch, Harvested), chosen))
+    write_table(ctx.dir / "harvest.parquet", compress(stream_table(scratch, Harvested), chosen), Harvested)
     scratch.unlink()
-    kept = list(compress(every, chosen))
+    kept = every.filter(chosen)
     candidates = {stage: solutions_of(ctx, stage, problems) for stage in SOURCES}
     figures = {
         "plan": f"harvest_{ctx.round}",
@@ -117,14 +119,14 @@ def finish(ctx: Context) -> dict:
         "verified": right,
         "too_few_votes": once,
         "kept": len(kept),
-        "questions": len({r.question_id for r in kept}),
+        "questions": pc.count_distinct(kept["question_id"]).as_py(),
         "training_questions": len(problems),
         "by_bin": [
             {
                 "bin": b,
-                "training_questions": sum(d.fixed_bin == b for q, d in bins.items() if q in problems),
-                "kept": sum(r.bin == b for r in kept),
-                "questions": len({r.question_id for r in kept if r.bin == b}),
+                "training_questions": sum(bins[q].fixed_bin == b for q in problems),
+                "kept": len(inside := kept.filter(pc.equal(kept["bin"], b))),
+                "questions": pc.count_distinct(inside["question_id"]).as_py(),
             }
             for b in range(1, ctx.recipe.calibrate.bins + 1)
         ],
@@ -142,29 +144,18 @@ def solutions_of(ctx: Context, stage: str, questions: Container[str]) -> int:
     return sum(q in questions for table in tables for q in table["question_id"].to_pylist())
 
 
-class Row(NamedTuple):
-    """What decides whether a row of the harvest is kept."""
-
-    question_id: str
-    bin: int
-    votes: int
-
-
-def balanced(rows: Sequence[Row], limit: float) -> list[bool]:
+def balanced(rows: pa.Table, limit: float) -> np.ndarray:
     """Whether each row is kept: each bin at most `limit` times the mean size of the non-empty bins, most votes first.
 
-    Easy questions yield most verified solutions and would otherwise dominate the training set.
+    rows: question_id, bin, votes. Easy questions yield most verified solutions and would otherwise dominate the
+    training set.
     """
-    by_bin: dict[int, list[int]] = {}
-    for place, row in enumerate(rows):
-        by_bin.setdefault(row.bin, []).append(place)
-    most = int(limit * len(rows) / max(1, len(by_bin)))
-    kept = {
-        place
-        for places in by_bin.values()
-        for place in sorted(places, key=lambda i: (-rows[i].votes, rows[i].question_id))[:most]
-    }
-    return [place in kept for place in range(len(rows))]
+    order = pc.sort_indices(rows, [("bin", "ascending"), ("votes", "descending"), ("question_id", "ascending")])
+    bins = rows["bin"].to_numpy()[order]
+    place = np.arange(len(bins)) - np.searchsorted(bins, bins)  # within the bin
+    kept = np.zeros(len(bins), dtype=bool)
+    kept[order] = place < int(limit * len(bins) / max(1, len(np.unique(bins))))
+    return kept
 
 
 STAGE = Stage(

@@ -26,7 +26,7 @@ async def work(ctx: Context, kit: Kit, questions: Sequence[str]) -> list[object]
 
 
 def finish(ctx: Context) -> dict:
-    verdicts = verdict_counts(tallies(ctx, "sample", ctx.round).values())
+    verdicts = verdict_counts(verdicts for _, verdicts in tallies(ctx, "sample", ctx.round))
     bins = difficulties(ctx)
     rates = {split: [bins[q].pass_at_1 for q in ids(ctx, split)] for split in SPLITS}
     fixed = Counter(bins[q].fixed_bin for q in ids(ctx, Split.TRAIN))

@@ -47,20 +47,20 @@ def rate(verdicts: Mapping[Verdict, int]) -> float:
 
 def tallies(
     run: Run, stage: str, round: int, purpose: str | None = None, questions: Iterable[str] | None = None
-) -> dict[str, Counter[Verdict]]:
-    """How many solutions of each question got which verdict, in the order of the stage's items.
+) -> Iterator[tuple[str, Counter[Verdict]]]:
+    """(question, how many of its solutions got which verdict), in the order of the stage's items.
 
     Only columns are read, shard by shard. `purpose`: of the solutions that count; None: all.
     """
-    found: dict[str, Counter[Verdict]] = {}
     columns = ["question_id", "verdict", "purpose"]
     for table in run.written(stage, round).tables(Grade, columns, questions):
         if purpose is not None:
             table = table.filter(where("purpose", [purpose]))
+        found: dict[str, Counter[Verdict]] = {}
         grouped = table.group_by(columns[:2], use_threads=False)  # in the order of the rows
         for row in grouped.aggregate([([], "count_all")]).to_pylist():
             found.setdefault(row["question_id"], Counter())[Verdict(row["verdict"])] = row["count_all"]
-    return found
+        yield from found.items()
 
 
 def verdict_counts(tallied: Iterable[Mapping[Verdict, int]]) -> dict[str, int]:
@@ -102,7 +102,7 @@ def sampled(ctx: Context, question: str) -> list[tuple[Solution, Verdict]]:
 
 def pass_rates(run: Run, stage: str, round: int, purpose: str | None = None) -> dict[str, float]:
     """pass@1 by question, from the solutions of a stage; `purpose` as in `tallies`."""
-    return {question: rate(verdicts) for question, verdicts in tallies(run, stage, round, purpose).items()}
+    return {question: rate(verdicts) for question, verdicts in tallies(run, stage, round, purpose)}
 
 
 @lru_cache(maxsize=1)

@@ -24,6 +24,8 @@ from flywheel.training.stored import FOLDER, lengths, stored
 if TYPE_CHECKING:
     from datasets import Dataset
 
+JUDGED = 200  # held-out questions whose samples are judged, at most: enough for the AUC, and all in memory
+
 
 @dataclass
 class Labelled:
@@ -111,6 +113,19 @@ def example(
     return PrmExample(tuple(tokens), tuple(reads), values, weights, question_id=problem.id)
 
 
+def held_samples(
+    ctx: Context, prompts: Prompts, problems: dict[str, Problem], held: set[str]
+) -> tuple[list[PrmExample], list[bool]]:
+    """(the samples of the held-out questions, of JUDGED at most, whether each is right); every rank holds them."""
+    if len(held) > JUDGED:
+        held = set(random.Random(ctx.seed("judged")).sample(sorted(held), JUDGED))
+    groups = judged(ctx, "sample", ctx.round, questions=held)
+    decided = (Verdict.CORRECT, Verdict.INCORRECT)
+    known = [pair for _, group in groups for pair in group if pair[1] in decided]
+    scored = [example(prompts, problems[s.question_id], s, (0.0,) * len(s.steps)) for s, _ in known]
+    return scored, [verdict is Verdict.CORRECT for _, verdict in known]
+
+
 def train(ctx: Context) -> dict:
     prompts, _ = prompts_and_reader(ctx)
     spec = ctx.recipe.prm
@@ -120,15 +135,11 @@ def train(ctx: Context) -> dict:
     examples = {"examples": len(found.fit), "validation_examples": len(found.check)}
     if why := missing(found, spec):
         return {"model": "policy_0", **examples, "refused": True, "why": why}
-    groups = judged(ctx, "sample", ctx.round, questions=found.held)
-    decided = (Verdict.CORRECT, Verdict.INCORRECT)
-    known = [pair for _, group in groups for pair in group if pair[1] in decided]
-    pool, right = [s for s, _ in known], [verdict is Verdict.CORRECT for _, verdict in known]
-    scored = [example(prompts, problems[s.question_id], s, (0.0,) * len(s.steps)) for s in pool]
+    scored, right = held_samples(ctx, prompts, problems, found.held)
     report = train_prm(found.fit, found.check, labels, job(ctx, spec, "best", Role.PRM), scored)
     if ctx.rank:
         return {}
-    figures = quality(report.held, right, [s.question_id for s in pool], spec.aggregate)
+    figures = quality(report.held, right, [one.question_id for one in scored], spec.aggregate)
     ours, bare = figures["auc_within_question"], figures["auc_within_question_base"]
     refused = {}
     if ours is not None and ours < 0.5:  # None: no held-out question has both right and wrong solutions

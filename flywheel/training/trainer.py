@@ -162,10 +162,10 @@ def _make_room(error: RuntimeError, job: Job, micro: int, world: int) -> None:
     if not _out_of_memory(error):
         raise error
     failed, batch = f"out of memory at a micro batch of {micro}", job.spec.batch_size
-    smaller = next((size for size in range(micro // 2, 0, -1) if batch % size == 0), None)
-    if smaller is None:
+    if micro == 1:
         section = {"policy": "distill"}.get(job.role, job.role)
         raise TrainingError(f"{failed}: lower {section}.max_length, or train on a larger device") from error
+    smaller, _ = share(batch, micro // 2, world)
     line = f"{job.role}: {failed}; going on with {smaller}, the batch stays {batch}"
     write_json(job.out / ROOM, smaller)
     if world > 1 or with_deepspeed():

@@ -469,7 +469,10 @@ def test_a_run_in_place_of_a_file_is_one_line(project):
 # ---- several ranks ----
 
 
-def start_ranks(project: Project, *argv: str, world: int = 2, **env: object) -> list[subprocess.Popen]:
+def start_ranks(
+    project: Project, *argv: str, world: int = 2, last: tuple[str, ...] = (), **env: object
+) -> list[subprocess.Popen]:
+    """last: further options of the last rank."""
     group = {
         "WORLD_SIZE": world,
         "LOCAL_WORLD_SIZE": world,
@@ -477,7 +480,8 @@ def start_ranks(project: Project, *argv: str, world: int = 2, **env: object) -> 
         "MASTER_PORT": free_port(),
         "TOY_SILENCE": 15,
     }
-    return [project.start(*argv, RANK=r, LOCAL_RANK=r, TOY_RANK=r, **group, **env) for r in range(world)]
+    options = [*[argv] * (world - 1), (*argv, *last)]
+    return [project.start(*options[r], RANK=r, LOCAL_RANK=r, TOY_RANK=r, **group, **env) for r in range(world)]
 
 
 def test_two_ranks_share_the_chunks_and_make_what_one_makes(project, finished):
@@ -519,6 +523,18 @@ def test_a_rank_that_fails_stops_all_and_rank_0_says_why(project):
     out, err = ranks[0].communicate(timeout=180)
     assert ranks[0].returncode == 1 and "rank 1: stopped by SIGTERM" in one_line(err)
     assert ranks[1].wait(30) == 143
+
+
+def test_a_rank_with_another_recipe_stops_all_before_it_writes_anything(project):
+    ranks = start_ranks(project, "--round", "1", last=("--set", "seed=1"))
+    output = [process.communicate(timeout=120) for process in ranks]
+    assert [process.returncode for process in ranks] == [1, 1], output
+    assert "start all ranks with the same options" in output[0][1] + output[1][1]
+
+
+def test_a_launcher_of_several_ranks_says_which_are_on_this_host(project):
+    done = project.run("--round", "0", RANK=0, WORLD_SIZE=2)
+    assert done.returncode == 2 and "must set LOCAL_RANK, LOCAL_WORLD_SIZE too" in done.stderr
 
 
 def test_the_other_ranks_stop_when_rank_0_is_gone(project):

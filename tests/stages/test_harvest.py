@@ -6,6 +6,7 @@ import asyncio
 from dataclasses import replace
 from types import SimpleNamespace
 
+import pyarrow as pa
 import pytest
 from stage_files import store
 
@@ -15,7 +16,7 @@ from flywheel.runs.run import Context
 from flywheel.search.best_of_n import BestOfN
 from flywheel.search.plan import Entry, Plan
 from flywheel.stages import harvest
-from flywheel.stages.harvest import Row, balanced
+from flywheel.stages.harvest import balanced
 from flywheel.stages.kit import Kit
 from flywheel.stages.shared import enough_votes
 
@@ -96,6 +97,9 @@ def test_questions_without_a_verified_solution_are_sampled_on_until_they_have_on
 
 
 def test_a_bin_is_cut_to_its_share_and_keeps_what_most_draws_wrote():
-    rows = [*(Row(f"e{i}", 1, 9 - i) for i in range(8)), Row("h", 5, 2)]
+    names, bins, votes = [*(f"e{i}" for i in range(8)), "h"], [1] * 8 + [5], [*range(9, 1, -1), 2]
+    rows = pa.table({"question_id": names, "bin": bins, "votes": votes})
     assert sum(balanced(rows, 3.0)) == 9  # 27 / 2 a bin: nothing is cut
-    assert balanced(rows, 1.0) == [True] * 4 + [False] * 4 + [True]
+    assert balanced(rows, 1.0).tolist() == [True] * 4 + [False] * 4 + [True]
+    assert balanced(rows[::-1].take(list(range(9))[::-1]), 1.0).tolist() == [True] * 4 + [False] * 4 + [True]
+    assert balanced(rows[:0], 1.0).tolist() == []
