@@ -36,7 +36,7 @@ def test_help_lists_the_studies(capsys):
     assert main(["--help"]) == 0
     printed = capsys.readouterr().out
     assert all(f"  {study} " in printed and question in printed for study, question in questions().items())
-    assert len(questions()) == 19
+    assert len(questions()) == 20
 
 
 def test_what_a_person_can_mend_is_one_line(tmp_path, capsys):
@@ -214,3 +214,26 @@ def test_a_harvest_plan_is_compared_with_samples_for_no_more_tokens(monkeypatch)
     made["restem", "sample"] = {}
     with pytest.raises(UserError, match="restem: its first samples are not those of loop"):
         coverage.one_run(*runs)
+
+
+def test_temperatures_are_held_against_the_recipe_s_own(monkeypatch):
+    """The share covered grows with the temperature, and with the round at the highest alone."""
+    import numpy as np
+
+    from eval.studies import temperature
+
+    def drawn(run, model, samples, temperatures):
+        out = np.zeros((len(temperatures), 4, 3))
+        for i, t in enumerate(temperatures):
+            out[i, : int(2 * t) + (model if t > 1 else 0), 1] = 1.0
+        return out
+
+    monkeypatch.setattr(temperature, "drawn", drawn)
+    recipe = SimpleNamespace(sample=SimpleNamespace(temperature=1.0))
+    runs = [SimpleNamespace(recipe=recipe, rounds=[1], model=lambda role, r: r, root=name) for name in "ab"]
+    found = temperature.measure(argparse.Namespace(runs=runs, samples=8, temperatures=[0.5, 1.5]))["rows"]
+    rows = {(row["round"], row["temperature"]): row for row in found}
+    assert rows.keys() == {(r, t) for r in (0, 1) for t in (0.5, 1.0, 1.5)}
+    assert [rows[0, t]["covered"][0] for t in (0.5, 1.0, 1.5)] == [0.25, 0.5, 0.75]
+    assert rows[0, 1.0]["less_usual"] == (0.0, 0.0, 0.0)
+    assert rows[1, 1.5]["less_usual"][0] == 0.5 and rows[1, 0.5]["each_run"].tolist() == [0.25, 0.25]
