@@ -14,7 +14,7 @@ from flywheel.models.engine import Completion, Sampling
 from flywheel.models.prm import aggregate, together
 from flywheel.recipe import Positive
 from flywheel.records import Candidate, Finish, Question, Solution, Step
-from flywheel.search.strategy import Searcher, Strategy, Unfit, option
+from flywheel.search.strategy import Searcher, Strategy, Temperature, Unfit, option
 
 Tokens = tuple[int, ...]
 
@@ -32,6 +32,7 @@ class Beam(Strategy):
     width: int = 4
     max_rounds: int = 40
     lookahead: int = 0
+    temperature: float | None = None  # None: the recipe's; of looked-ahead steps 0
 
     kind: ClassVar[str] = "beam"
 
@@ -43,6 +44,7 @@ class Beam(Strategy):
         width: Positive | Literal["sqrt"] = 4,
         max_rounds: Positive = 40,
         lookahead: Annotated[int, Field(ge=0)] = 0,
+        temperature: Temperature = None,
     ) -> Beam:
         """budget / (lookahead + 1) beams (5.2). A `width` of `sqrt` is the root of their number. Raises Unfit."""
         beams, rest = divmod(budget, lookahead + 1)
@@ -50,7 +52,7 @@ class Beam(Strategy):
             raise Unfit(f"beam with lookahead {lookahead}", f"a beam costs {lookahead + 1}, which does not divide it")
         if width != "sqrt" and width > beams:
             raise Unfit(f"beam of width {width}", f"it has only {beams} beams")
-        return cls(beams, isqrt(beams) if width == "sqrt" else width, max_rounds, lookahead)
+        return cls(beams, isqrt(beams) if width == "sqrt" else width, max_rounds, lookahead, temperature)
 
     @property
     def name(self) -> str:
@@ -58,6 +60,7 @@ class Beam(Strategy):
             f"beam:{self.n}:{self.width}"
             + option("rounds", self.max_rounds, 40)
             + option("lookahead", self.lookahead, 0)
+            + option("t", self.temperature, None)
         )
 
     @property
@@ -107,9 +110,9 @@ Keep = Callable[[Sequence[Prefix], int], list[tuple[Prefix, int]]]  # alive, pla
 class StepSearch:
     """One search step by step: the PRM values of prefixes, and the finished candidates.
 
-    `strategy` says how many candidates there will be (`n`) and how far to look ahead (`lookahead`), `keep` which
-    prefixes go on. `finished`: the value of a finished solution's last step; `open`: those of an open prefix's last
-    step and of the steps looked ahead. Their keys lack trailing blank tokens.
+    `strategy` says how many candidates there will be (`n`), at which `temperature`, and how far to look ahead
+    (`lookahead`); `keep` which prefixes go on. `finished`: the value of a finished solution's last step; `open`: those
+    of an open prefix's last step and of the steps looked ahead. Their keys lack trailing blank tokens.
     """
 
     def __init__(self, strategy, keep: Keep, question: Question, searcher: Searcher, id: str):
@@ -172,7 +175,7 @@ class StepSearch:
         )
 
     async def grow(self, prefix: Prefix, count: int) -> list[tuple[Prefix, Completion]]:
-        prompt, sampling = [*self.head, *prefix.tokens], self.sampling(prefix.tokens)
+        prompt, sampling = [*self.head, *prefix.tokens], self.sampling(prefix.tokens, self.strategy.temperature)
         return [
             (prefix, s)
             for s in await self.searcher.policy.generate(prompt, sampling, purpose=self.strategy.kind, n=count)

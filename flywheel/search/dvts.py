@@ -16,7 +16,7 @@ from flywheel.models.prm import together
 from flywheel.recipe import Positive
 from flywheel.records import Candidate, Question
 from flywheel.search.beam import Beam
-from flywheel.search.strategy import Searcher, Strategy, Unfit
+from flywheel.search.strategy import Searcher, Strategy, Temperature, Unfit, option
 
 
 @dataclass(frozen=True)
@@ -32,19 +32,20 @@ class Dvts(Strategy):
 
     n: int
     width: int = 4
+    temperature: float | None = None
 
     kind: ClassVar[str] = "dvts"
 
     @classmethod
-    def at(cls, budget: int, *, width: Positive = 4) -> Dvts:
+    def at(cls, budget: int, *, width: Positive = 4, temperature: Temperature = None) -> Dvts:
         """budget / width trees. Raises Unfit if that is no whole number."""
         if budget % width:
             raise Unfit(f"dvts of width {width}", "it does not divide it")
-        return cls(budget, width)
+        return cls(budget, width, temperature)
 
     @property
     def name(self) -> str:
-        return f"dvts:{self.n}:{self.width}"
+        return f"dvts:{self.n}:{self.width}" + option("t", self.temperature, None)
 
     @property
     def label(self) -> str:
@@ -57,12 +58,13 @@ class Dvts(Strategy):
     async def tree(self, question: Question, searcher: Searcher, tag: str) -> Sequence[Candidate]:
         """One tree. Its first candidate carries the cost of all, so that fewer trees cost what they drew (`part`)."""
         with metered() as spent, drawing(tag):
-            first, *others = await Tree(self.width, self.width).run(question, searcher, tag)
+            tree = Tree(self.width, self.width, temperature=self.temperature)
+            first, *others = await tree.run(question, searcher, tag)
         return [replace(first, cost=spent.tokens, cached=spent.cached), *others]
 
     def covers(self, other: Strategy) -> bool:
         """True if `other` has no more trees, of the same width."""
-        return isinstance(other, Dvts) and other.n <= self.n and other.width == self.width
+        return isinstance(other, Dvts) and other.n <= self.n and replace(other, n=self.n) == self
 
     def part(self, candidates: Sequence[Candidate]) -> Sequence[Candidate]:
         return candidates[: self.n]

@@ -17,7 +17,7 @@ from pydantic import Field
 
 from flywheel.records import Candidate, Question
 from flywheel.search.beam import Prefix, StepSearch
-from flywheel.search.strategy import Searcher, Strategy, option
+from flywheel.search.strategy import Searcher, Strategy, Temperature, option
 
 SURE = 1e-3  # values are kept this far from 0 and 1, whose odds are 0 and infinite
 LONGEST = 40  # steps
@@ -33,17 +33,20 @@ class Particle(Strategy):
 
     n: int
     power: float = 1.0
+    temperature: float | None = None
 
     kind: ClassVar[str] = "particle"
     lookahead: ClassVar[int] = 0
 
     @classmethod
-    def at(cls, budget: int, *, power: Annotated[float, Field(ge=0, le=50)] = 1.0) -> Particle:
-        return cls(budget, power)
+    def at(
+        cls, budget: int, *, power: Annotated[float, Field(ge=0, le=50)] = 1.0, temperature: Temperature = None
+    ) -> Particle:
+        return cls(budget, power, temperature)
 
     @property
     def name(self) -> str:
-        return f"particle:{self.n}" + option("power", self.power, 1.0)
+        return f"particle:{self.n}" + option("power", self.power, 1.0) + option("t", self.temperature, None)
 
     @property
     def label(self) -> str:

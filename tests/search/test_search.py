@@ -521,6 +521,11 @@ def test_a_strategy_samples_at_its_own_temperature():
         assert set(sampled) == {wanted} and len(sampled) == len(outcome.candidates)
     assert BestOfN(2, temperature=0.4).name == "best_of_n:2:weighted:t0.4"
     assert not BestOfN(4).covers(BestOfN(2, temperature=0.4))
+    for step_by_step in (Beam(2, 2, temperature=0.6), Dvts(2, 2, temperature=0.6), Particle(2, temperature=0.6)):
+        bench = Bench({"": ["5 +3 =8\n", "5 +3 =9\n"], "*": ["Answer 16"]}, VALUES)
+        bench.search(step_by_step)
+        assert {ask.temperature for ask in bench.devices[Role.POLICY].sampled} == {0.6}
+        assert step_by_step.name.endswith(":t0.6")
     greedy = Bench({"": SAMPLES}, VALUES)
     assert greedy.search(Greedy()).answer == "16" and not greedy.judged()
 
