@@ -135,6 +135,8 @@ def test_a_recipe_for_gpus_passes_the_checks_before_a_run_and_is_estimated(path,
                 "solution": f"It is $\\boxed{{{i + 1}}}$.",
                 "unique_id": f"{split}{i}",
                 "level": 1 + i % 5,
+                **{"Body": f"{split} has {i}.", "Question": "One more?", "Answer": i + 1.0, "ID": f"{split}-{i}"},
+                "Type": "Addition",
             }
             for i in range(count)
         ]
