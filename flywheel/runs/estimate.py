@@ -28,7 +28,7 @@ STORED = 4  # bytes for a sampled token, compressed
 STAGE = 1.0  # seconds of a stage besides: its processes, checks and files
 UNCOVERED = 0.4  # of the tokens of all draws that `harvest.extra` allows: the default recipe's first round
 ENGINES = {"calibrate": 3, "search": 4}  # models that a stage opens, if more than one
-RATES_VERSION = 4  # of what the rehearsal measures: others are not read
+RATES_VERSION = 5  # of what the rehearsal measures: others are not read
 SHARED = 0.8  # speed of a process beside those on the other cores; a guess
 
 
@@ -37,7 +37,8 @@ class Rates:
     """Speeds in tokens/s of one sampling process (`generate`, `read`) and of one rank's training (`train`).
 
     open, start: seconds to open an engine, and until a training does its first step. prompt, check, solution: mean
-    tokens of a question's prompt, of the PRM's prompt, of a solution; steps: of a solution. right: tokens of a right
+    tokens of a question's prompt, of the PRM's prompt, of a solution; bare: of the base's prompt, with its worked
+    examples; 0: as `prompt`; steps: of a solution. right: tokens of a right
     solution, which is what later policies learn to write; 0: not known. train_memory, serve_memory: bytes of the
     largest training, and of a process with policy, PRM, reviser and base open. An unknown speed is NaN, memory 0.
     """
@@ -52,6 +53,7 @@ class Rates:
     solution: float
     steps: float
     right: float = 0
+    bare: float = 0
     train_memory: float = 0
     serve_memory: float = 0
     measured: bool = True
@@ -95,6 +97,8 @@ def planned(recipe: Recipe, rates: Rates, counts: dict[str, int], stage: str, ro
     if rates.right and (round > 1 or (round == 1 and stage in ("distill", "gate", "evaluate"))):
         share = rates.right / rates.solution
         rates = replace(rates, solution=rates.right, steps=max(1.0, rates.steps * share))
+    if rates.bare and (round == 0 or (round == 1 and stage in ("sample", "label", "calibrate", "harvest", "search"))):
+        rates = replace(rates, prompt=rates.bare)
     train, calibrate, validation, test = (
         counts.get(split, 0) for split in ("train", "calibrate", "validation", "test")
     )

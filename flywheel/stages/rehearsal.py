@@ -36,9 +36,10 @@ def sample(recipe: Recipe, force: bool) -> dict[str, float]:
     """Try the base out (`try_out`), then measure its sampling by one process.
 
     open: seconds to open an engine, the first of this machine, so more than later ones take. generate, read: tokens/s
-    that it generates in large batches, and reads of texts that it has not seen. prompt, check, solution: mean tokens of
-    a question's prompt, of the PRM's, of a solution; right: of a right one, 0 if fewer than RIGHT are; steps: mean
-    number of a solution's steps. Raises UserError as `try_out` does, and TooLong if no question fits the model.
+    that it generates in large batches, and reads of texts that it has not seen. prompt, bare, check, solution: mean
+    tokens of a question's prompt, of the base's with its worked examples, of the PRM's, of a solution; right: of a
+    right one, 0 if fewer than RIGHT are; steps: mean number of a solution's steps. Raises UserError as `try_out` does,
+    and TooLong if no question fits the model.
     """
     run, started = Run(Path(), recipe, skipped=()), time.monotonic()
     models = {Role.POLICY: ModelRef("policy_0", recipe.model.base)}
@@ -51,17 +52,23 @@ def sample(recipe: Recipe, force: bool) -> dict[str, float]:
         tried = try_out(kit, fitting, force)
         made = [solution.generated for solution, _ in tried]
         right = [solution.generated for solution, grade in tried if grade.correct]
-        solve, check = (
-            [len(tokens) for tokens in map(make, fitting)]
-            for make in (lambda p: kit.prompts.solve(p.question), lambda p: kit.prompts.check(p.question, ())[0])
+        asked, prompts = [problem.question for problem in fitting], kit.prompts
+        solve, bare, check = (
+            fmean(map(len, texts))
+            for texts in (
+                map(prompts.solve, asked),
+                (prompts.solve(question, bare=True) for question in asked),
+                (prompts.check(question, ())[0] for question in asked),
+            )
         )
         drawn, generate = generated(kit, fitting, max(1, round(fmean(made))))
         return {
             "open": opened,
             "generate": generate,
             "read": reading(kit, fitting[0], [done.tokens for done in drawn]),
-            "prompt": fmean(solve),
-            "check": fmean(check),
+            "prompt": solve,
+            "bare": bare,
+            "check": check,
             "solution": fmean(made),
             "right": fmean(right) if len(right) >= RIGHT else 0.0,
             "steps": max(1.0, fmean(len(solution.steps) for solution, _ in tried)),

@@ -63,6 +63,15 @@ def test_later_policies_write_solutions_as_long_as_the_base_s_right_ones(round, 
     assert told == planned(recipe, half if short else RATES, COUNTS, stage, round)
 
 
+@pytest.mark.parametrize(
+    ("round", "stage", "times"), [(0, "evaluate", 10), (1, "sample", 10), (1, "gate", 1), (2, "sample", 1)]
+)
+def test_worked_examples_count_in_what_the_base_samples_alone(round, stage, times):
+    recipe, shown = load(ROOT / "recipes" / "chain.yaml"), replace(RATES, bare=10 * RATES.prompt)
+    plain, longer = (planned(recipe, rates, COUNTS, stage, round).prompt for rates in (RATES, shown))
+    assert plain and longer == pytest.approx(times * plain)
+
+
 def test_a_dry_run_says_where_its_speed_comes_from(tmp_path):
     recipe, plan = load(ROOT / "recipes" / "chain.yaml"), schedule(stages, 1)
     told = overview(recipe, tmp_path, plan, COUNTS, RATES, 1, 2).splitlines()
