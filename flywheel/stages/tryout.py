@@ -16,14 +16,15 @@ from flywheel.records import Grade, Problem, Solution, Verdict
 from flywheel.stages.kit import Kit
 
 QUESTIONS, SAMPLES, SHOWN = 8, 4, 3
-MORE = 24  # further questions, if no solution of the first is right: a base that is right in 5% of them needs that many
+MORE, SOON = 24, 10.0  # further questions, if no solution of the first is right or they took less than so many seconds
 FORCE = "; flywheel iterate --force starts the run all the same"
 
 
 def try_out(kit: Kit, problems: Sequence[Problem], force: bool = False) -> list[tuple[Solution, Grade]]:
     """Sample QUESTIONS of `problems` SAMPLES times each by the base, print what was read, and judge it.
 
-    If nothing is right, MORE questions are sampled before it is judged. Returns the solutions with their grades.
+    MORE are sampled if none of these is right, since a base that is right in 5% of its samples may well miss 32, and if
+    they came SOON, for the lengths that the estimate rests on. Returns the solutions with their grades.
     Raises UserError, naming the recipe key to look at, if no answer could be read or none is right, unless `force`.
     """
     recipe, fitting = kit.recipe, sorted(problem.id for problem in problems)
@@ -34,7 +35,7 @@ def try_out(kit: Kit, problems: Sequence[Problem], force: bool = False) -> list[
         made = [record for records in drawn for record in records]
         solutions += [record for record in made if isinstance(record, Solution)]
         grades += [record for record in made if isinstance(record, Grade)]
-        if not (line := fault(grades)):
+        if not (line := fault(grades)) and time.monotonic() - started > SOON:
             break
     seconds = time.monotonic() - started
     print(f"try-out: {len(solutions) // SAMPLES} training questions x {SAMPLES} samples of {recipe.model.base}")

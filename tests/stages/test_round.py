@@ -35,8 +35,10 @@ SMALL = [
 ]
 
 
-def iterate(runs: Path, *more: str, launcher: tuple[str, ...] = ("-m",)) -> subprocess.CompletedProcess:
-    command = [sys.executable, *launcher, "flywheel.iterate", "--runs", str(runs), "--name", "micro", "--round", "1"]
+def iterate(
+    runs: Path, *more: str, launcher: tuple[str, ...] = ("-m",), module: str = "flywheel.iterate"
+) -> subprocess.CompletedProcess:
+    command = [sys.executable, *launcher, module, "--runs", str(runs), "--name", "micro", "--round", "1"]
     for item in SMALL:
         command += ["--set", item]
     return subprocess.run([*command, *more], cwd=ROOT, capture_output=True, text=True, timeout=500)

@@ -11,6 +11,7 @@ import pytest
 
 from flywheel.errors import UserError
 from flywheel.recipe import load
+from flywheel.stages import tryout
 from flywheel.stages.rehearsal import sample
 from flywheel.stages.tryout import QUESTIONS, SAMPLES
 from tests import micro
@@ -43,17 +44,26 @@ def opened(tmp_path):
     return recipe
 
 
-def test_a_try_out_shows_what_was_read_and_its_shares(opened, capsys):
+def test_a_try_out_shows_what_was_read_and_its_shares(opened, capsys, monkeypatch):
+    monkeypatch.setattr(tryout, "SOON", 0.0)
     sample(opened("1 + 2 = 3 \n Answer 3", "1 + 2 = 4 \n Answer 4", "7 \n"), force=False)
     out = capsys.readouterr().out
-    assert f"{QUESTIONS} training questions x {SAMPLES} samples" in out and re.search(r"\d tokens a solution", out)
+    assert f"try-out: {QUESTIONS} training questions x {SAMPLES} samples" in out and re.search(
+        r"\d tokens a solution", out
+    )
     assert "  step 1: 1 + 2 = 3 \\n" in out and "  step 2: Answer 3\n" in out
     assert "answer: 3 (correct; the right one is 3)" in out and "answer: none (unparsable;" in out
     shares = {word: int(share) for word, share in re.findall(r"(\w+) (\d+)%", out.splitlines()[-1])}
     assert set(shares) == {"correct", "incorrect", "unparsable"} and 99 <= sum(shares.values()) <= 101
 
 
-def test_a_base_that_is_seldom_right_is_asked_more_questions_before_it_is_stopped(opened, capsys):
+def test_a_fast_base_is_asked_more_questions(opened, capsys):
+    sample(opened("1 + 2 = 3 \n Answer 3"), force=False)
+    assert f"try-out: 30 training questions x {SAMPLES} samples" in capsys.readouterr().out
+
+
+def test_a_base_that_is_seldom_right_is_asked_more_questions_before_it_is_stopped(opened, capsys, monkeypatch):
+    monkeypatch.setattr(tryout, "SOON", 0.0)
     recipe = opened("1 + 2 = 4 \n Answer 4")
     script = Path(recipe.model.base) / "scripted.json"
     lines = json.loads(script.read_text())["questions"]
