@@ -54,11 +54,10 @@ class Ranks:
     @classmethod
     def from_env(cls) -> Ranks:
         """Raises UserError if a launcher of several ranks does not say which of them are on this host."""
-        env, names = os.environ, ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-        if int(env.get("WORLD_SIZE", 1)) > 1 and (absent := [name for name in names if name not in env]):
+        env, alone = os.environ, {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+        if int(env.get("WORLD_SIZE", 1)) > 1 and (absent := [name for name in alone if name not in env]):
             raise UserError(f"WORLD_SIZE is {env['WORLD_SIZE']}, so the launcher must set {', '.join(absent)} too")
-        rank, world, local_rank, local_world = (int(env.get(name, i % 2)) for i, name in enumerate(names))
-        return cls(rank, world, local_rank, local_world, "RANK" in env)
+        return cls(*(int(env.get(name, one)) for name, one in alone.items()), "RANK" in env)
 
 
 def lock(run: Path) -> int:
