@@ -101,15 +101,15 @@ def best_ratios(s: Study, budget: int) -> list[str]:
 
 
 def fixed_tokens(run: Run, round: int) -> dict[str, float]:
-    """A round's one-time costs in inference tokens (FLOPs / 2N), by PRM, reviser, calibration and prompt head."""
+    """A round's one-time costs in inference tokens (FLOPs / 2N), by what they are for."""
     each = 2 * parameters(ModelRef("base", run.recipe.model.base))
     parts = {
         "sample": ("sample",),
         "prm": ("label", "train_prm"),
         "reviser": ("train_reviser", "choose_reviser"),
         "calibrate": ("calibrate",),
+        "prompt_head": ("train_head",),
     }
-    parts["prompt_head"] = ("train_head",)
     rows = [row for row in run.ledger_rows if row["round"] == round]
     return {part: sum(row["flops"] for row in rows if row["stage"] in stages) / each for part, stages in parts.items()}
 

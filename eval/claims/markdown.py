@@ -48,8 +48,10 @@ def table(head: str, rows: Iterable[Sequence[object]]) -> list[str]:
 def detailed(c: Claim) -> list[str]:
     runs = " ".join(f"{value:+.3f}" for value in c.runs)
     ours = f"{c.ours:+.3f} [{c.low:+.3f}, {c.high:+.3f}] {c.unit}"
-    decided = f"**{c.verdict}**" if len(c.runs) > 1 else f"one run: {c.verdict}"
-    decided = f"no verdict: {flaw}" if (flaw := summary.flaw(c)) else decided
+    if flaw := summary.flaw(c):
+        decided = f"no verdict: {flaw}"
+    else:
+        decided = f"**{c.verdict}**" if len(c.runs) > 1 else f"one run: {c.verdict}"
     return [f"{c.id}: {c.claim}", c.paper, ours, runs, decided]
 
 

@@ -59,9 +59,11 @@ def load(spec: ProblemSpec, notes: list[str] | None = None) -> dict[Split, list[
     for name, limit in spec.limits.items():
         found = problems[Split(name)]
         if limit and limit < len(found):
-            spread = spec.format == "reasoning_gym"  # where the tasks follow one another: some of each
-            notes.append(f"{name}: {f'{limit}' if spread else f'the first {limit}'} of {len(found)} (problems.limits)")
-            found[:] = [found[i * len(found) // limit] for i in range(limit)] if spread else found[:limit]
+            first, some = "the first ", found[:limit]
+            if spec.format == "reasoning_gym":  # its tasks follow one another: some of each
+                first, some = "", [found[i * len(found) // limit] for i in range(limit)]
+            notes.append(f"{name}: {first}{limit} of {len(found)} (problems.limits)")
+            found[:] = some
     if look_for_near and (pairs := near(problems)):
         notes.append(
             f"{len(pairs)} of {len(problems[Split.TEST])} test questions share at least {NEAR:.0%} of their runs of "

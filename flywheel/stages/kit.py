@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -65,8 +65,12 @@ def preflight(recipe: Recipe) -> list[str]:
     for key in ("checker", "step_checker"):
         if name := getattr(recipe.problems, key):
             load_function(name, f"problems.{key}")
+    problems = Run(Path(), recipe, skipped=()).problems(*Split)
     if ready := preflight_of(recipe.problems.checker):
-        ready(Run(Path(), recipe, skipped=()).problems(*Split))
+        ready(problems)
+    shown = {example.level for example in recipe.prompts.examples if example.level}
+    if unused := shown - {problem.level for problem in problems}:
+        print(f"prompts.examples: shown with no question, for none is of level {', '.join(sorted(unused))}", flush=True)
     for word in prompts.foreign():
         print(f"prompts: {word} is no token of {recipe.model.base}, but plain text; of another model?", flush=True)
     if fault and recipe.engine.kind == "vllm" and recipe.engine.adapters != "runtime":
@@ -87,7 +91,7 @@ def preflight(recipe: Recipe) -> list[str]:
         if warning := emulated(recipe.engine):
             print(warning, flush=True)
     check_lora_rank(recipe)
-    return long_questions(recipe, prompts)
+    return long_questions(recipe, prompts, problems)
 
 
 def runtime_adapters(recipe: Recipe) -> bool:
@@ -112,15 +116,11 @@ def too_long(recipe: Recipe, prompts: Prompts, problem: Problem) -> int:
     return max(0, longest + recipe.sample.max_tokens - recipe.engine.max_model_len)
 
 
-def long_questions(recipe: Recipe, prompts: Prompts) -> list[str]:
+def long_questions(recipe: Recipe, prompts: Prompts, problems: Sequence[Problem]) -> list[str]:
     """The ids of the questions that do not fit the model. Raises UserError for them without `problems.skip_long`.
 
     Raises UserError too if a split has no other questions.
     """
-    problems = Run(Path(), recipe, skipped=()).problems(*Split)
-    shown = {example.level for example in recipe.prompts.examples if example.level}
-    if unused := shown - {problem.question.level for problem in problems}:
-        print(f"prompts.examples: shown with no question, for none is of level {', '.join(sorted(unused))}", flush=True)
     long = {problem.id: over for problem in problems if (over := too_long(recipe, prompts, problem))}
     if not long:
         return []

@@ -48,9 +48,8 @@ def test_a_try_out_shows_what_was_read_and_its_shares(opened, capsys, monkeypatc
     monkeypatch.setattr(tryout, "SOON", 0.0)
     sample(opened("1 + 2 = 3 \n Answer 3", "1 + 2 = 4 \n Answer 4", "7 \n"), force=False)
     out = capsys.readouterr().out
-    assert f"try-out: {QUESTIONS} training questions x {SAMPLES} samples" in out and re.search(
-        r"\d tokens a solution", out
-    )
+    assert f"try-out: {QUESTIONS} training questions x {SAMPLES} samples" in out
+    assert re.search(r"\d tokens a solution", out)
     assert "  step 1: 1 + 2 = 3 \\n" in out and "  step 2: Answer 3\n" in out
     assert "answer: 3 (correct; the right one is 3)" in out and "answer: none (unparsable;" in out
     shares = {word: int(share) for word, share in re.findall(r"(\w+) (\d+)%", out.splitlines()[-1])}
